@@ -1,0 +1,185 @@
+"""Start the servers, speak to them and drive the load generator."""
+
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+BENCH = Path(__file__).resolve().parent
+ACCOUNTS = 1_000
+FUNDS = 10**9
+
+
+@dataclass(frozen=True)
+class Load:
+    """Hold what one run of the load generator saw."""
+
+    requests: int
+    rate_per_second: float
+    p50_ms: float
+    p99_ms: float
+
+
+@dataclass(frozen=True)
+class Server:
+    """Name a running server and the accounts that it serves."""
+
+    port: int
+    pid: int
+    accounts_file: Path
+
+
+def tell(message: str) -> None:
+    """Report progress without touching the table on standard output."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def free_port() -> int:
+    """Return a port that nothing uses now."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command_for(kind: str, port: int, url: str) -> list[str]:
+    """Return the command that starts one kind of server."""
+    if kind == "ledger":
+        return [sys.executable, "ledger.py", "serve", "--port", str(port), "--database-url", url]
+    options = ["--loop", "uvloop", "--http", "httptools", "--no-access-log"]
+    app = [f"{kind}:app", "--app-dir", str(BENCH), "--port", str(port)]
+    return [sys.executable, "-m", "uvicorn", *app, *options]
+
+
+def wait_until_open(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once the server accepts connections."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and process.poll() is None:
+        with closing(socket.socket()) as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
+
+
+@contextmanager
+def serving(kind: str, folder: Path, database: str) -> Iterator[Server]:
+    """Run a server as a process until the block ends."""
+    port, log, url = free_port(), folder / f"{database}.log", f"sqlite:///{folder / database}.db"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command_for(kind, port, url),
+            cwd=BENCH.parent,
+            env={**os.environ, "DATABASE_URL": url},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        wait_until_open(port, process, log)
+        yield Server(port, process.pid, folder / f"{database}.accounts")
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process, by force if it does not listen."""
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def call(link: http.client.HTTPConnection, method: str, path: str, body: object = None) -> Any:
+    """Return the JSON answer to one request and refuse every failure."""
+    headers = {"Content-Type": "application/json", "Idempotency-Key": str(uuid4())}
+    link.request(method, path, json.dumps(body) if body else None, headers)
+    response = link.getresponse()
+    answer = response.read()
+    if response.status not in (200, 201):
+        raise RuntimeError(f"{method} {path} answered {response.status}: {answer.decode()}")
+    return json.loads(answer)
+
+
+def connect(server: Server) -> http.client.HTTPConnection:
+    """Return a connection that stays open between requests."""
+    return http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+
+
+def open_accounts(server: Server, count: int) -> list[str]:
+    """Open accounts and fund them over one connection."""
+    ids = []
+    with closing(connect(server)) as link:
+        for number in range(count):
+            account = call(link, "POST", "/accounts", {"owner_name": f"o{number}", "asset": "USD"})
+            call(link, "POST", f"/accounts/{account['id']}/deposit", {"amount": FUNDS})
+            ids.append(account["id"])
+    return ids
+
+
+def fund(server: Server) -> None:
+    """Open and fund the accounts of a fresh server over several connections."""
+    workers = 8
+    with ThreadPoolExecutor(workers) as pool:
+        shares = pool.map(open_accounts, [server] * workers, [ACCOUNTS // workers] * workers)
+        ids = [account_id for share in shares for account_id in share]
+    server.accounts_file.write_text("\n".join(ids) + "\n")
+
+
+def wrk_command(server: Server, mode: str, connections: int, seconds: int) -> list[str]:
+    """Return the command of one run of the load generator."""
+    wrk = shutil.which("wrk") or "wrk"
+    options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s"]
+    url = f"http://127.0.0.1:{server.port}"
+    script = str(BENCH / "load.lua")
+    return [wrk, *options, "-s", script, url, "--", str(server.accounts_file), mode]
+
+
+def parse_load(returncode: int, output: str) -> Load:
+    """Read the last line of the load generator and refuse a run with failures."""
+    found = re.search(r"RESULT requests=(\d+) duration_us=(\d+) p50_us=(\d+) p99_us=(\d+)", output)
+    if returncode or found is None:
+        raise RuntimeError(f"the load generator failed:\n{output}")
+    requests, duration_us, p50_us, p99_us = map(int, found.groups())
+    return Load(requests, requests / duration_us * 1e6, p50_us / 1e3, p99_us / 1e3)
+
+
+def run_load(server: Server, mode: str, connections: int, seconds: int) -> Load:
+    """Run the load generator to its end."""
+    command = wrk_command(server, mode, connections, seconds)
+    run = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    return parse_load(run.returncode, run.stdout)
+
+
+@contextmanager
+def background_transfers(server: Server, seconds: int) -> Iterator[None]:
+    """Keep 32 connections busy with transfers while the block runs."""
+    command = wrk_command(server, "spread", 32, seconds)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        time.sleep(0.5)
+        yield
+        output, _ = process.communicate()
+        parse_load(process.returncode, output.decode())
+    finally:
+        stop(process)
+
+
+def resident_mebibytes(pid: int) -> float:
+    """Return the resident memory of a process."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found.group(1)) / 1024 if found else float("nan")

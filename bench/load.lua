@@ -1,0 +1,97 @@
+-- This script makes the load for wrk. Usage:
+--   wrk [options] -s load.lua http://127.0.0.1:PORT -- ACCOUNTS_FILE MODE
+-- ACCOUNTS_FILE has one account id per line. MODE is one of these:
+--   spread     transfers between two random accounts
+--   hot        transfers that all touch the first account, in turn as source and destination
+--   account    reads of a random account
+--   statement  reads of the first page of 50 entries of a random account
+
+local random, format = math.random, string.format
+local accounts, host, mode = {}, nil, nil
+local transfer_head, hot_is_source = nil, false
+
+-- The seed is 48 random bits from the system, so that no two runs repeat their keys.
+local function seed_from_system()
+  local source = assert(io.open("/dev/urandom", "rb"))
+  local seed = 0
+  for _, byte in ipairs({ source:read(6):byte(1, 6) }) do
+    seed = seed * 256 + byte
+  end
+  source:close()
+  math.randomseed(seed)
+end
+
+local function random_key()
+  return format("%08x-%04x-4%03x-%04x-%012x", random(0, 0xffffffff), random(0, 0xffff),
+    random(0, 0xfff), random(0x8000, 0xbfff), random(0, 0xffffffffffff))
+end
+
+-- Every id and key is 36 characters long, so the length of the body never changes, and all
+-- that a request needs is one concatenation.
+local SOURCE, DEST, TAIL = '{"source_account_id":"', '","dest_account_id":"', '","amount":1}'
+
+local function transfer(source, dest)
+  return transfer_head .. random_key() .. "\r\n\r\n" .. SOURCE .. source .. DEST .. dest .. TAIL
+end
+
+local function random_pair()
+  local first = random(1, #accounts)
+  local second = random(1, #accounts - 1)
+  if second >= first then second = second + 1 end
+  return first, second
+end
+
+local function get(path)
+  return "GET " .. path .. " HTTP/1.1\r\nHost: " .. host .. "\r\n\r\n"
+end
+
+local makers = {}
+
+function makers.spread()
+  local first, second = random_pair()
+  return transfer(accounts[first], accounts[second])
+end
+
+function makers.hot()
+  local other = accounts[random(2, #accounts)]
+  hot_is_source = not hot_is_source
+  if hot_is_source then return transfer(accounts[1], other) end
+  return transfer(other, accounts[1])
+end
+
+function makers.account()
+  return get("/accounts/" .. accounts[random(1, #accounts)])
+end
+
+function makers.statement()
+  return get("/accounts/" .. accounts[random(1, #accounts)] .. "/statement?limit=50")
+end
+
+function init(args)
+  for line in io.lines(args[1]) do
+    assert(#line == 36, "an account id must have 36 characters")
+    accounts[#accounts + 1] = line
+  end
+  assert(#accounts >= 2, "at least two accounts are needed")
+  mode = args[2]
+  request = assert(makers[mode], "unknown mode")
+  host = wrk.host .. ":" .. wrk.port
+  local length = #SOURCE + 36 + #DEST + 36 + #TAIL
+  transfer_head = "POST /transfers HTTP/1.1\r\nHost: " .. host
+    .. "\r\nContent-Type: application/json\r\nContent-Length: " .. length
+    .. "\r\nIdempotency-Key: "
+  seed_from_system()
+end
+
+-- The last line is for the program that started wrk. A single refused request fails the run.
+function done(summary, latency, requests)
+  local errors = summary.errors
+  local failures = errors.connect + errors.read + errors.write + errors.status + errors.timeout
+  print(format("RESULT requests=%d duration_us=%d p50_us=%d p99_us=%d failures=%d",
+    summary.requests, summary.duration, latency:percentile(50), latency:percentile(99), failures))
+  if failures > 0 then
+    io.stderr:write(format("load: %d failures, of which %d were non-2xx answers\n",
+      failures, errors.status))
+    os.exit(1)
+  end
+end
