@@ -53,6 +53,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import socket
 import sqlite3
 import sys
@@ -479,6 +480,7 @@ TRIGGERS = [
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+@lru_cache(maxsize=10_000)
 def utc_text(microseconds: int) -> str:
     """Return a stored time as RFC 3339: 0 is "1970-01-01T00:00:00.000000Z"."""
     moment = EPOCH + timedelta(microseconds=microseconds)
@@ -491,16 +493,19 @@ def utc_now() -> int:
 
 
 def id_source() -> Callable[[int], str]:
-    """Return a function from a time to a new version 7 UUID (RFC 9562), rising at every call."""
+    """Return a function from a time to a new version 7 UUID (RFC 9562), rising at every call.
+
+    The first 60 bits, milliseconds and a fraction, never repeat within a source; the other 62
+    are random, and drawn once for a source.
+    """
     last = 0
+    tail = f"{2 << 62 | secrets.randbits(62):016x}"
 
     def new_id(now: int) -> str:
         nonlocal last
-        last = max(last + 1, (now << 12) // 1_000)  # 48 bits of milliseconds, 12 of their fraction
-        random = int.from_bytes(os.urandom(8)) >> 2
-        number = (last >> 12) << 80 | 7 << 76 | (last & 0xFFF) << 64 | 2 << 62 | random
-        digits = f"{number:032x}"
-        return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+        last = max(last + 1, (now << 12) // 1_000)
+        time = f"{last:015x}"
+        return f"{time[:8]}-{time[8:12]}-7{time[12:]}-{tail[:4]}-{tail[4:]}"
 
     return new_id
 
