@@ -1256,9 +1256,10 @@ def check_transactions(connection: Connection) -> Finding:
         count += 1
         totals: defaultdict[str, int] = defaultdict(int)
         for line in lines:
-            totals[line.asset] += signed(line.type, line.amount)
-        if wrong is None and (any(totals.values()) or None in totals):
-            wrong = f"transaction {transaction_id} sums to {dict(totals)}"
+            if line.amount is not None:
+                totals[line.asset] += signed(line.type, line.amount)
+        if wrong is None and (any(totals.values()) or not totals):
+            wrong = f"transaction {transaction_id} sums to {dict(totals) or 'nothing'}"
     return Finding("every transaction sums to zero", count, wrong)
 
 

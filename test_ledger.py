@@ -11,7 +11,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import sqlite3
@@ -22,16 +21,17 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import pytest
 from fastapi import FastAPI
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -39,6 +39,7 @@ import ledger
 
 PROGRAM = Path(ledger.__file__)
 CYCLES = int(os.environ.get("LEDGER_TEST_CYCLES", "3"))
+NOTHING: Mapping[str, int] = {}
 NOBODY = "00000000-0000-7000-8000-000000000000"
 
 
@@ -53,9 +54,11 @@ class Bank:
         self.database = database
         self.ids: dict[str, str] = {}
 
-    def given(self, asset: str = "USD", **balances: int) -> "Bank":
+    def given(
+        self, others: Mapping[str, int] = NOTHING, /, *, asset: str = "USD", **balances: int
+    ) -> "Bank":
         """Open an account for each name, with a balance."""
-        for name, balance in balances.items():
+        for name, balance in {**others, **balances}.items():
             account = self.post("/accounts", owner_name=name, asset=asset).json()
             self.ids[name] = account["id"]
             if balance:
@@ -350,8 +353,8 @@ def test_every_error_has_a_code_of_its_own() -> None:
          "FROM entry", "must follow"),
         ("INSERT INTO entry SELECT account_id, seq + 1, id, transaction_id, type, 0, balance "
          "FROM entry", "CHECK"),
-        ("INSERT INTO account SELECT 'x', NULL, 'x', 'USD', 'CUSTOMER', 'ACTIVE', 5, 0, 0", "CHECK"),
-        ("INSERT INTO account SELECT 'x', NULL, 'x', 'USD', 'CUSTOMER', 'ACTIVE', 0.5, 0, 0", "REAL"),
+        ("INSERT INTO account VALUES ('x', NULL, 'x', 'USD', 'CUSTOMER', 'ACTIVE', 5, 0, 0)", "CHECK"),
+        ("INSERT INTO account VALUES ('x', NULL, 'x', 'USD', 'SYSTEM', 'ACTIVE', 0.5, 0, 0)", "REAL"),
     ],
 )  # fmt: skip
 def test_the_database_itself_refuses(bank: BankInside, statement: str, message: str) -> None:
@@ -424,7 +427,8 @@ def test_all_page_caches_together_stay_under_16_megabytes(bank: BankInside) -> N
     for engine in (database.writer, database.reader):
         with engine.connect() as connection:
             kibibytes = -connection.exec_driver_sql("PRAGMA cache_size").scalar_one()
-            total += kibibytes * 1024 * engine.pool.size()
+            pool: Any = engine.pool
+            total += kibibytes * 1024 * pool.size()
     assert 0 < total <= 16 * 2**20
 
 
@@ -533,3 +537,1338 @@ def test_a_full_disk_refuses_and_loses_nothing(bank: BankInside) -> None:
         assert again.status_code == 200
         assert answer.status_code == 507 or again.content == answer.content
     assert bank.balances() == {"alice": 160}
+
+
+# ------------------------------------------------------------------------------- The rule
+
+
+def book_of(**balances: int) -> tuple[ledger.Book, dict[str, ledger.LoadedAccount]]:
+    """Return an open batch with accounts of USD, unless the name says otherwise."""
+    accounts = {
+        name: ledger.LoadedAccount(
+            id=name,
+            name=None,
+            owner_name=name,
+            asset="EUR" if name == "euros" else "USD",
+            kind="SYSTEM" if name == "cash" else "CUSTOMER",
+            status=name.upper() if name in ("frozen", "closed") else "ACTIVE",
+            balance=balance,
+            last_seq=1,
+            created_at=0,
+        )
+        for name, balance in balances.items()
+    }
+    return ledger.Book(list(accounts.values()), 0, ledger.id_source()), accounts
+
+
+MOST = ledger.BALANCE_MAX
+
+
+@pytest.mark.parametrize(
+    ("legs", "error"),
+    [
+        ({"alice": -5, "bob": 4}, ledger.Unbalanced),
+        ({"alice": 0, "bob": 0}, ledger.Unbalanced),
+        ({"alice": 0}, ledger.Unbalanced),
+        ({}, ledger.Unbalanced),
+        ({"alice": -5, "euros": 5}, ledger.AssetMismatch),
+        ({"alice": -5, "frozen": 5}, ledger.AccountFrozen),
+        ({"frozen": -5, "alice": 5}, ledger.AccountFrozen),
+        ({"alice": -5, "closed": 5}, ledger.AccountClosed),
+        ({"alice": -101, "bob": 101}, ledger.InsufficientFunds),
+        ({"alice": -5, "full": 5}, ledger.BalanceLimit),
+        ({"cash": -5, "alice": 5}, ledger.BalanceLimit),
+        ({"alice": -999, "frozen": 999}, ledger.AccountFrozen),
+    ],
+)
+def test_a_refused_post_changes_nothing(legs: dict[str, int], error: type[Exception]) -> None:
+    before = {
+        "alice": 100,
+        "bob": 0,
+        "frozen": 100,
+        "closed": 0,
+        "euros": 9,
+        "full": MOST,
+        "cash": -MOST,
+    }
+    book, accounts = book_of(**before)
+    with pytest.raises(error):
+        book.post(
+            "TEST", [ledger.Leg(accounts[name], amount) for name, amount in legs.items()], None
+        )
+    assert {name: account.balance for name, account in accounts.items()} == before
+    assert not book.rows
+    assert not book.changed
+
+
+def test_a_post_of_many_legs_numbers_its_entries(bank: BankInside) -> None:
+    book, accounts = book_of(alice=100, bob=0, carol=7)
+    legs = {"alice": -100, "bob": 60, "carol": 40}
+    book.post(
+        "TEST", [ledger.Leg(accounts[name], amount) for name, amount in legs.items()], "split"
+    )
+    assert {name: account.balance for name, account in accounts.items()} == {
+        "alice": 0,
+        "bob": 60,
+        "carol": 47,
+    }
+    entries = [(e["account_id"], e["seq"], e["type"], e["amount"], e["balance"])
+               for e in book.rows[ledger.ENTRY]]  # fmt: skip
+    assert entries == [
+        ("alice", 2, "DEBIT", 100, 0),
+        ("bob", 2, "CREDIT", 60, 60),
+        ("carol", 2, "CREDIT", 40, 47),
+    ]
+
+
+def test_a_balance_cannot_leave_64_bits(bank: BankInside) -> None:
+    bank.given(alice=0, bob=0)
+    most = ledger.AMOUNT_MAX
+
+    def deposit(book: ledger.Book) -> ledger.Answer:
+        account = ledger.deposit(book, bank.ids["alice"], amount=most, memo=None)
+        return ledger.Answer(200, str(account.balance))
+
+    command = ledger.Command("x", "x", None, "{}", [bank.ids["alice"]], ledger.deposit, deposit)
+    answers = Counter(answer.status for answer in bank.ledger.commit([command] * 9_224))
+    assert answers == {200: 9_223, 409: 1}
+    assert code(bank.deposit("alice", most)) == (409, "balance_limit")
+    # Cash is the other side of every deposit, so it is full as well.
+    assert code(bank.deposit("bob", most)) == (409, "balance_limit")
+    assert bank.balances() == {"alice": 9_223 * most, "bob": 0}
+    assert bank.wrong() == []
+
+
+# ------------------------------------------------------------------------------ The batch
+
+
+def test_what_arrives_together_is_one_commit(bank: BankInside) -> None:
+    bank.given(alice=100, bob=0)
+    deposit = f"/accounts/{bank.ids['alice']}/deposit"
+    answers = bank.together(*[(deposit, new_key(), {"amount": 1}) for _ in range(20)])
+    assert [answer.json()["balance"] for answer in answers] == list(range(101, 121))
+    assert bank.rows("SELECT COUNT(DISTINCT ts) FROM 'transaction'") == [(2,)]
+
+
+def test_a_refused_command_does_not_disturb_its_neighbours(bank: BankInside) -> None:
+    bank.given(alice=10)
+    path = f"/accounts/{bank.ids['alice']}"
+    answers = bank.together(
+        (f"{path}/deposit", "a", {"amount": 5}),
+        (f"{path}/withdraw", "b", {"amount": 16}),
+        (f"{path}/withdraw", "c", {"amount": 15}),
+        (f"/accounts/{NOBODY}/deposit", "d", {"amount": 1}),
+    )
+    assert [answer.status_code for answer in answers] == [200, 409, 200, 404]
+    assert bank.balances() == {"alice": 0}
+    assert bank.wrong() == []
+
+
+POISON = """CREATE TRIGGER poison BEFORE INSERT ON "transaction" WHEN NEW.memo = 'poison'
+            BEGIN SELECT RAISE(ABORT, 'poison'); END"""
+
+
+def test_a_command_that_the_database_refuses_sinks_alone(bank: BankInside) -> None:
+    bank.given(alice=0)
+    bank.tamper(POISON)
+    path = f"/accounts/{bank.ids['alice']}/deposit"
+    memos = ["fine", "poison", "fine", "fine"]
+    requests = [(path, f"k{n}", {"amount": 1, "memo": memo}) for n, memo in enumerate(memos)]
+    answers = bank.together(*requests)
+    assert [answer.status_code for answer in answers] == [200, 503, 200, 200]
+    assert code(answers[1]) == (503, "database_unavailable")
+    # The error of the database was not stored as an answer: the key is still good.
+    bank.tamper("DROP TRIGGER poison")
+    again = bank.together(*requests)
+    assert [answer.status_code for answer in again] == [200] * 4
+    assert bank.balances() == {"alice": 4}
+
+
+def test_a_repeated_key_moves_money_once(bank: BankInside) -> None:
+    bank.given(alice=100, bob=0)
+    answers = [bank.transfer("alice", "bob", 10, key="once") for _ in range(3)]
+    assert len({answer.content for answer in answers}) == 1
+    assert ["Idempotent-Replayed" in answer.headers for answer in answers] == [False, True, True]
+    assert bank.balances() == {"alice": 90, "bob": 10}
+
+
+def test_a_key_that_is_repeated_within_one_batch_acts_once(bank: BankInside) -> None:
+    bank.given(alice=0)
+    request = (f"/accounts/{bank.ids['alice']}/deposit", "once", {"amount": 10})
+    answers = bank.together(*[request] * 40)
+    assert len({answer.content for answer in answers}) == 1
+    assert Counter("Idempotent-Replayed" in answer.headers for answer in answers) == {
+        False: 1,
+        True: 39,
+    }
+    assert bank.balances() == {"alice": 10}
+
+
+def test_a_refusal_is_an_answer_and_is_repeated(bank: BankInside) -> None:
+    bank.given(alice=5)
+    refused = bank.withdraw("alice", 10, key="k")
+    bank.deposit("alice", 100)
+    again = bank.withdraw("alice", 10, key="k")
+    assert code(again) == (409, "insufficient_funds")
+    assert again.content == refused.content
+    assert again.headers["Idempotent-Replayed"] == "true"
+
+
+def test_an_opening_is_repeated_with_its_location(bank: BankInside) -> None:
+    first = bank.post("/accounts", key="k", owner_name="Alice")
+    again = bank.post("/accounts", key="k", owner_name="Alice")
+    assert (again.status_code, again.content) == (201, first.content)
+    assert again.headers["Location"] == first.headers["Location"]
+    assert list(bank.balances()) == ["Alice"]
+
+
+def test_a_request_that_never_reached_the_books_leaves_its_key_free(bank: BankInside) -> None:
+    bank.given(alice=0)
+    assert bank.deposit("alice", -1, key="k").status_code == 422
+    assert bank.deposit("alice", 1, key="k", memmo="typo").status_code == 422
+    assert bank.deposit("alice", 1, key="k").json()["balance"] == 1
+
+
+def test_arguments_are_compared_after_parsing(bank: BankInside) -> None:
+    bank.given(alice=0)
+    path = f"/accounts/{bank.ids['alice']}/deposit"
+    headers = {"Idempotency-Key": "k", "Content-Type": "application/json"}
+    bodies = ['{"amount":1,"memo":"x"}', '{ "memo" : "\\u0078",\n"amount": 1 }']
+    first, again = [bank.send("POST", path, content=body, headers=headers) for body in bodies]
+    assert again.content == first.content
+    headers["Idempotency-Key"] = '"k"'
+    assert bank.send("POST", path, content=bodies[0], headers=headers).content == first.content
+    assert bank.deposit("alice", 1, key="j").json()["balance"] == 2
+    assert bank.deposit("alice", 1, key="j", memo=None).json()["balance"] == 2
+
+
+@pytest.mark.parametrize(
+    "other", [{"amount": 2}, {"amount": 1, "memo": "x"}, {"amount": 1, "memo": ""}]
+)
+def test_a_key_with_other_arguments_is_refused(bank: BankInside, other: dict[str, Any]) -> None:
+    bank.given(alice=0, bob=0)
+    first = bank.deposit("alice", 1, key="k")
+    path = f"/accounts/{bank.ids['alice']}/deposit"
+    assert code(bank.post(path, key="k", **other)) == (409, "idempotency_key_reused")
+    assert code(bank.deposit("bob", 1, key="k")) == (409, "idempotency_key_reused")
+    assert bank.deposit("alice", 1, key="k").content == first.content
+    assert bank.balances() == {"alice": 1, "bob": 0}
+
+
+def test_a_key_belongs_to_its_operation(bank: BankInside) -> None:
+    bank.given(alice=10)
+    assert bank.deposit("alice", 5, key="k").json()["balance"] == 15
+    assert bank.withdraw("alice", 5, key="k").json()["balance"] == 10
+
+
+def test_stored_keys_of_different_callers_cannot_collide() -> None:
+    def stored(caller: str, key: str) -> str | None:
+        nothing = ledger.Answer(200, "")
+        return ledger.Command(
+            caller, "POST /x", key, "", (), ledger.deposit, lambda book: nothing
+        ).stored_key
+
+    assert stored("jwt:a", "b|POST /x|c") != stored("jwt:a|POST /x|b", "c")
+    assert stored("jwt:a|", "b") != stored("jwt:a%7C", "b")
+
+
+def test_every_change_leaves_one_audit_event(bank: BankInside) -> None:
+    bank.given(alice=100, bob=0)
+    bank.transfer("alice", "bob", 10, key="k", memo="rent")
+    bank.transfer("alice", "bob", 10, key="k", memo="rent")
+    bank.withdraw("bob", 999)
+    alice, bob = bank.ids["alice"], bank.ids["bob"]
+    events = bank.rows("SELECT caller, action, account_id FROM audit_event ORDER BY id")
+    assert events == [
+        ("local", "open_account", alice),
+        ("local", "deposit", alice),
+        ("local", "open_account", bob),
+        ("local", "transfer", alice),
+    ]
+    last = bank.rows("SELECT transaction_id, details FROM audit_event ORDER BY id")[-1]
+    assert last[0] == bank.statement("bob")[0]["transaction_id"]
+    assert json.loads(last[1])["body"]["memo"] == "rent"
+
+
+def test_event_loops_in_several_threads_share_one_ledger(bank: BankInside) -> None:
+    bank.given(alice=0)
+    path = f"/accounts/{bank.ids['alice']}/deposit"
+
+    def deposit_ten_times() -> None:
+        async def deposits() -> None:
+            wire = httpx.ASGITransport(bank.app)
+            async with httpx.AsyncClient(transport=wire, base_url="http://localhost") as client:
+                sent = [client.post(path, json={"amount": 1}, headers={"Idempotency-Key": new_key()})
+                        for _ in range(10)]  # fmt: skip
+                assert {answer.status_code for answer in await asyncio.gather(*sent)} == {200}
+
+        asyncio.run(deposits())
+
+    at_once([deposit_ten_times] * 8)
+    assert bank.balances() == {"alice": 80}
+
+
+def at_once(actions: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Run each action in a thread of its own, all from the same moment, and return what they do."""
+    barrier = threading.Barrier(len(actions))
+
+    def run(action: Callable[[], Any]) -> Any:
+        barrier.wait()
+        return action()
+
+    with ThreadPoolExecutor(len(actions)) as threads:
+        return list(threads.map(run, actions))
+
+
+# ------------------------------------------------------------------------------ The words
+
+
+@pytest.mark.parametrize(
+    ("word", "kind", "legs"),
+    [
+        ("deposit", "DEPOSIT", [("system", "DEBIT"), ("alice", "CREDIT")]),
+        ("withdraw", "WITHDRAWAL", [("alice", "DEBIT"), ("system", "CREDIT")]),
+        ("transfer", "TRANSFER", [("alice", "DEBIT"), ("bob", "CREDIT")]),
+    ],
+)
+def test_every_word_is_a_balanced_transaction(
+    bank: BankInside, word: str, kind: str, legs: list[tuple[str, str]]
+) -> None:
+    bank.given(alice=100, bob=0)
+    if word == "transfer":
+        bank.transfer("alice", "bob", 7, memo="why")
+    else:
+        getattr(bank, word)("alice", 7, memo="why")
+    transaction_id = bank.statement("alice")[0]["transaction_id"]
+    shown = bank.get(f"/transactions/{transaction_id}").json()
+    owners = [
+        bank.get(f"/accounts/{e['account_id']}").json()["owner_name"] for e in shown["entries"]
+    ]
+    types = [entry["type"] for entry in shown["entries"]]
+    assert (shown["kind"], shown["memo"], list(zip(owners, types, strict=True))) == (
+        kind,
+        "why",
+        legs,
+    )
+    assert {entry["amount"] for entry in shown["entries"]} == {7}
+
+
+def test_money_of_one_asset_cannot_become_another(bank: BankInside) -> None:
+    bank.given(alice=100).given(asset="EUR", claire=100)
+    assert code(bank.transfer("alice", "claire", 1)) == (409, "asset_mismatch")
+    assert bank.balances() == {"alice": 100, "claire": 100}
+
+
+def test_cash_is_kept_for_each_asset(bank: BankInside) -> None:
+    bank.given(alice=100).given(asset="EUR", claire=30).given(asset="JPY", kenji=7)
+    cash = bank.rows("SELECT asset, balance FROM account WHERE name = 'cash' ORDER BY asset")
+    assert cash == [("EUR", -30), ("GBP", 0), ("JPY", -7), ("USD", -100)]
+
+
+def test_a_closed_loop_asset_is_not_moved_by_these_words(bank: BankInside) -> None:
+    bank.given(gina=0, greg=0)
+    bank.tamper(
+        "DROP TRIGGER account_identity",
+        "UPDATE account SET asset = 'GOLD' WHERE owner_name LIKE 'g%'",
+    )
+    for answer in (
+        bank.deposit("gina", 1),
+        bank.withdraw("gina", 1),
+        bank.transfer("gina", "greg", 1),
+    ):
+        assert code(answer) == (409, "asset_closed_loop")
+
+
+@pytest.mark.parametrize("status", ["FROZEN", "CLOSED"])
+def test_an_account_that_is_not_active_moves_no_money(bank: BankInside, status: str) -> None:
+    bank.given(alice=100, bob=0)
+    bank.tamper(f"UPDATE account SET status = '{status}' WHERE owner_name = 'bob'")
+    refusal = (409, f"account_{status.lower()}")
+    assert code(bank.deposit("bob", 1)) == refusal
+    assert code(bank.withdraw("bob", 1)) == refusal
+    assert code(bank.transfer("alice", "bob", 1)) == refusal
+    assert code(bank.transfer("bob", "alice", 1)) == refusal
+    assert bank.balances() == {"alice": 100, "bob": 0}
+
+
+def test_a_transfer_to_itself_is_refused_before_anything_is_looked_up(bank: BankInside) -> None:
+    bank.ids = {"nobody": NOBODY}
+    refused = bank.transfer("nobody", "nobody", 1)
+    assert code(refused) == (400, "same_account")
+    assert refused.json()["detail"] == "Cannot transfer to the same account"
+
+
+def test_nobody_can_name_a_system_account(bank: BankInside) -> None:
+    bank.given(alice=100)
+    [(cash,)] = bank.rows("SELECT id FROM account WHERE name = 'cash' AND asset = 'USD'")
+    bank.ids["cash"] = cash
+    for answer in (
+        bank.deposit("cash", 1),
+        bank.withdraw("cash", 1),
+        bank.transfer("alice", "cash", 1),
+        bank.transfer("cash", "alice", 1),
+    ):
+        assert code(answer) == (404, "account_not_found")
+    assert bank.get(f"/accounts/{cash}").json()["balance"] == -100
+    assert bank.statement("cash")[0]["type"] == "DEBIT"
+    assert bank.get("/accounts", name="cash").json()["items"] == []
+    assert list(bank.balances()) == ["alice"]
+
+
+# -------------------------------------------------------------------------------- Reading
+
+
+def pages(bank: Bank, path: str, **parameters: Any) -> Iterator[list[dict[str, Any]]]:
+    """Walk through a list, page by page."""
+    cursor: dict[str, str] = {}
+    while True:
+        page = bank.get(path, **parameters, **cursor).json()
+        yield page["items"]
+        if page["next_cursor"] is None:
+            return
+        cursor = {"cursor": page["next_cursor"]}
+
+
+def test_a_statement_is_stable_while_entries_arrive(bank: BankInside) -> None:
+    bank.given(alice=0)
+    for amount in range(1, 24):
+        bank.deposit("alice", amount)
+    seen = []
+    for page in pages(bank, f"/accounts/{bank.ids['alice']}/statement", limit=5):
+        seen += [entry["amount"] for entry in page]
+        bank.deposit("alice", 1000)
+    assert seen == list(range(23, 0, -1))
+
+
+def test_every_account_is_listed_once_oldest_first(bank: BankInside) -> None:
+    names = [f"owner {number}" for number in range(12)]
+    bank.given(dict.fromkeys(names[:9], 0))
+    seen = []
+    for page in pages(bank, "/accounts", limit=4):
+        seen += [account["owner_name"] for account in page]
+        bank.given(dict.fromkeys(names[len(bank.ids) :][:1], 0))
+    assert seen == names[:11]
+
+
+def test_accounts_are_found_by_their_owner(bank: BankInside) -> None:
+    bank.given(alice=1, bob=2).given(alice=3)
+    found = bank.get("/accounts", owner_name="alice").json()["items"]
+    assert [account["balance"] for account in found] == [1, 3]
+    assert bank.get("/accounts", owner_name="nobody").json() == {"items": [], "next_cursor": None}
+    assert bank.get("/accounts", name="atm:1001").json()["items"] == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_a_cursor_is_given_only_where_there_is_more(bank: BankInside, count: int) -> None:
+    bank.given(alice=0)
+    for _ in range(count):
+        bank.deposit("alice", 1)
+    path = f"/accounts/{bank.ids['alice']}/statement"
+    expected = {0: [0], 1: [1], 2: [2], 3: [2, 1]}[count]
+    assert [len(page) for page in pages(bank, path, limit=2)] == expected
+
+
+def forged(place: str, *scope: str) -> str:
+    """Make a cursor as somebody could who has read the source."""
+    return ledger.Listing(*scope)._cursor(place)
+
+
+def test_a_cursor_is_good_for_its_own_list_alone(bank: BankInside) -> None:
+    bank.given(alice=0, bob=0)
+    for name in ("alice", "bob", "alice", "bob"):
+        bank.deposit(name, 1)
+    path = f"/accounts/{bank.ids['alice']}/statement"
+    good = bank.get(path, limit=1).json()["next_cursor"]
+    assert re.fullmatch("[A-Za-z0-9._~-]+", good)
+    assert len(bank.get(path, limit=50, cursor=good).json()["items"]) == 1
+    everybody = bank.get("/accounts", limit=1).json()["next_cursor"]
+    refused = bank.get("/accounts", owner_name="alice", cursor=everybody)
+    assert code(refused) == (400, "invalid_cursor")
+    alice = bank.ids["alice"]
+    for where, cursor in [
+        (path, ""),
+        (path, "x"),
+        (path, good + "0"),
+        (path, "9" + good),
+        (path, good.upper() + "="),
+        (path, "\u0661" + good),
+        (f"/accounts/{bank.ids['bob']}/statement", good),
+        ("/accounts", good),
+        (path, forged("-1", "statement", alice)),
+        (path, forged("9" * 400, "statement", alice)),
+        (path, forged("x", "statement", alice)),
+        (path, forged("1.5", "statement", alice)),
+    ]:
+        refused = bank.get(where, cursor=cursor)
+        assert code(refused) == (400, "invalid_cursor"), cursor
+        assert refused.json()["detail"] == "Invalid cursor"
+
+
+def test_a_cursor_survives_a_restart(tmp_path: Path) -> None:
+    with opened(tmp_path / "ledger.db") as bank:
+        bank.given(alice=1).deposit("alice", 2)
+        path = f"/accounts/{bank.ids['alice']}/statement"
+        cursor = bank.get(path, limit=1).json()["next_cursor"]
+    with opened(tmp_path / "ledger.db") as bank:
+        assert [entry["amount"] for entry in bank.get(path, cursor=cursor).json()["items"]] == [1]
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "201", "1" + "0" * 30, "x", "", "1.5", "true"])
+@pytest.mark.parametrize("path", ["/accounts", f"/accounts/{NOBODY}/statement"])
+def test_an_absurd_limit_is_refused(bank: BankInside, path: str, limit: str) -> None:
+    refused = bank.get(path, limit=limit)
+    assert code(refused) == (422, "invalid_request")
+    assert refused.json()["errors"][0]["pointer"] == "/limit"
+
+
+def test_what_does_not_exist_is_not_found(bank: BankInside) -> None:
+    assert code(bank.get(f"/accounts/{NOBODY}")) == (404, "account_not_found")
+    assert code(bank.get(f"/accounts/{NOBODY}/statement")) == (404, "account_not_found")
+    assert code(bank.get(f"/transactions/{NOBODY}")) == (404, "transaction_not_found")
+
+
+ALICES = "(SELECT id FROM account WHERE owner_name = 'alice')"
+
+
+@pytest.mark.parametrize(
+    ("statement", "finding"),
+    [
+        ("UPDATE entry SET amount = 99 WHERE type = 'CREDIT'", "sums to"),
+        ("UPDATE entry SET amount = amount + 1", "entry 1 with balance"),
+        (
+            f"UPDATE entry SET balance = 5 WHERE account_id = {ALICES}",
+            "with balance 5 stands where",
+        ),
+        (f"UPDATE entry SET seq = 7 WHERE account_id = {ALICES}", "entry 7 with balance"),
+        ("DELETE FROM entry", "its row says 1 entries"),
+        ("DELETE FROM entry WHERE type = 'DEBIT'", "sums to"),
+        ("DELETE FROM 'transaction'", "missing row of transaction"),
+        ("UPDATE account SET balance = 5 WHERE owner_name = 'alice'", "its row says 1 entries and"),
+        (
+            "UPDATE account SET last_seq = 2 WHERE owner_name = 'alice'",
+            "its row says 2 entries and",
+        ),
+        ("UPDATE account SET status = 'CLOSED' WHERE owner_name = 'alice'", "CHECK"),
+        ("UPDATE account SET kind = 'CUSTOMER'", "CHECK"),
+        ("UPDATE account SET balance = -1", "CHECK"),
+        ("DROP TRIGGER entry_kept", "trigger entry_kept is missing"),
+        ("INSERT INTO 'transaction' VALUES ('t', 'TRANSFER', NULL, 0)", "transaction t sums to"),
+    ],
+)
+def test_the_check_finds_what_was_tampered_with(
+    bank: BankInside, statement: str, finding: str
+) -> None:
+    bank.given(alice=100)
+    triggers = [f"DROP TRIGGER {name}" for name, *_ in ledger.TRIGGERS if name not in statement]
+    kept = [f"CREATE TRIGGER {name} {moment} WHEN {condition} BEGIN SELECT RAISE(ABORT, 'x'); END"
+            for name, moment, condition, _ in ledger.TRIGGERS if name not in statement]  # fmt: skip
+    rules_off = ["PRAGMA foreign_keys = OFF", "PRAGMA ignore_check_constraints = ON"]
+    bank.tamper(*rules_off, *triggers, statement, *kept)
+    assert any(finding in found for found in bank.wrong())
+
+
+def test_the_check_adds_up_what_would_not_fit_into_64_bits(bank: BankInside) -> None:
+    bank.given(alice=0, bob=0)
+    bank.tamper(*[f"DROP TRIGGER {name}" for name, *_ in ledger.TRIGGERS])
+    most = ledger.BALANCE_MAX
+    for owner in ("alice", "bob"):
+        bank.tamper(
+            f"UPDATE account SET balance = {most}, last_seq = 1 WHERE owner_name = '{owner}'",
+            f"INSERT INTO 'transaction' VALUES ('{owner}', 'TEST', NULL, 0)",
+            "INSERT INTO entry SELECT id, 1, 'x', owner_name, 'CREDIT', balance, balance "
+            f"FROM account WHERE owner_name = '{owner}'",
+        )
+    assert any(f"sums to {{'USD': {most}}}" in found for found in bank.wrong())
+
+
+# -------------------------------------------------------------------------------- Callers
+
+
+@pytest.mark.parametrize(
+    "peer", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1", "testclient"]
+)
+def test_open_mode_serves_this_machine(tmp_path: Path, peer: str) -> None:
+    with opened(tmp_path / "ledger.db", client=(peer, 1)) as bank:
+        assert bank.get("/accounts").status_code == 200
+
+
+@pytest.mark.parametrize("peer", ["10.0.0.1", "::2", "192.168.1.1", "", "localhost.evil.example"])
+def test_open_mode_refuses_other_machines(tmp_path: Path, peer: str) -> None:
+    with opened(tmp_path / "ledger.db", client=(peer, 1)) as bank:
+        assert code(bank.get("/accounts")) == (403, "forbidden")
+        assert code(bank.post("/accounts", nonsense=1)) == (403, "forbidden")
+        assert bank.get("/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("testserver", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example:8000", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("10.0.0.1:8000", 403),
+        ("", 403),
+        (b"\xe9", 403),
+    ],
+)
+def test_open_mode_refuses_a_foreign_host(bank: BankInside, host: Any, status: int) -> None:
+    answer = bank.send("GET", "/accounts", headers={"Host": host})
+    assert answer.status_code == status
+
+
+@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "x-forwarded-proto"])
+def test_open_mode_refuses_a_proxy(bank: BankInside, header: str) -> None:
+    assert code(bank.send("GET", "/accounts", headers={header: "x"})) == (403, "forbidden")
+
+
+# ---------------------------------------------------------------------------------- Faces
+
+
+def good_body(bank: Bank) -> dict[str, Any]:
+    """Return a transfer that would succeed."""
+    ids = bank.ids
+    return {"source_account_id": ids["alice"], "dest_account_id": ids["bob"], "amount": 1}
+
+
+def changed(bank: Bank) -> bool:
+    """Tell whether anything but the scene of `given(alice=100, bob=0)` is stored."""
+    tables = ("account", "entry", '"transaction"', "audit_event", "idempotency_key")
+    counts = [bank.rows(f"SELECT COUNT(*) FROM {table}")[0][0] for table in tables]
+    return counts != [6, 2, 1, 3, 1] or bank.balances() != {"alice": 100, "bob": 0}
+
+
+AMOUNT = '{"source_account_id": "%s", "dest_account_id": "%s", "amount": %s}'
+
+
+@pytest.mark.parametrize(
+    ("amount", "expected"),
+    [
+        ("0", "invalid_request"),
+        ("-1", "invalid_request"),
+        ("-0", "invalid_request"),
+        ("1.0", "invalid_request"),
+        ("5e-1", "invalid_request"),
+        ("1e3", "invalid_request"),
+        ("1e400", "invalid_request"),
+        ('"1"', "invalid_request"),
+        ("true", "invalid_request"),
+        ("null", "invalid_request"),
+        ("[1]", "invalid_request"),
+        ("{}", "invalid_request"),
+        (str(10**15 + 1), "invalid_request"),
+        (str(2**63), "invalid_request"),
+        ("9" * 400, "invalid_request"),
+        ("9" * 5000, "malformed_json"),
+        ("NaN", "malformed_json"),
+        ("Infinity", "malformed_json"),
+        ("-Infinity", "malformed_json"),
+        ("01", "malformed_json"),
+        ("+1", "malformed_json"),
+        ("1_000", "malformed_json"),
+        ("0x1", "malformed_json"),
+        ("", "malformed_json"),
+    ],
+)
+def test_an_amount_is_a_positive_integer_and_nothing_else(
+    bank: BankInside, amount: str, expected: str
+) -> None:
+    bank.given(alice=100, bob=0)
+    body = AMOUNT % (bank.ids["alice"], bank.ids["bob"], amount)
+    refused = send_raw(bank, body.encode())
+    assert code(refused)[1] == expected
+    if expected == "invalid_request":
+        assert [error["pointer"] for error in refused.json()["errors"]] == ["/amount"]
+    assert len(amount) < 9 or amount not in refused.text
+    assert not changed(bank)
+
+
+def send_raw(bank: Bank, body: Any, **headers: Any) -> httpx.Response:
+    """Send a body to /transfers as it stands."""
+    sent = {"Content-Type": "application/json", "Idempotency-Key": "k", **headers}
+    return bank.send("POST", "/transfers", content=body, headers=sent)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" ",
+        b"{",
+        b"nonsense",
+        b"{'a': 1}",
+        b'{"a": 1}{"a": 2}',
+        b'{"a": 1,}',
+        b'{"amount": 1, "amount": 2}',
+        b'{"a": {"b": 1, "b": 2}}',
+        b'{"memo": "\\ud800"}',
+        b'{"\\udfff": 1}',
+        b'{"memo": "\xff"}',
+        b'{"memo": "\xed\xa0\x80"}',
+        b'{"memo": "tab\there"}',
+        b'\xef\xbb\xbf{"amount": 1}',
+        '{"amount": 1}'.encode("utf-16"),
+        '{"amount": 1}'.encode("utf-32"),
+        b"[" * 60_000,
+        b'{"a":' * 10_000,
+        b"[" * 30_000 + b"]" * 30_000,
+        b"\x00",
+    ],
+    ids=repr,
+)
+def test_a_body_that_is_no_json_is_refused(bank: BankInside, body: bytes) -> None:
+    bank.given(alice=100, bob=0)
+    assert code(send_raw(bank, body)) == (400, "malformed_json")
+    assert not changed(bank)
+
+
+@pytest.mark.parametrize("body", ["null", "[]", "[1]", '"x"', "5", "{}", "true"])
+def test_a_body_that_is_no_object_does_not_fit(bank: BankInside, body: str) -> None:
+    assert code(send_raw(bank, body.encode())) == (422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "pointer"),
+    [
+        ("memmo", "a typo", "/memmo"),
+        ("a/b~c", 1, "/a~1b~0c"),
+        ("memo", "x" * 201, "/memo"),
+        ("memo", "nul \x00", "/memo"),
+        ("memo", "bell \x07", "/memo"),
+        ("memo", "line\n", "/memo"),
+        ("memo", "c1 \x85", "/memo"),
+        ("memo", 5, "/memo"),
+        ("memo", {}, "/memo"),
+        ("source_account_id", "", "/source_account_id"),
+        ("source_account_id", 5, "/source_account_id"),
+        ("source_account_id", NOBODY + "0", "/source_account_id"),
+        ("source_account_id", NOBODY + "\n", "/source_account_id"),
+        ("source_account_id", NOBODY.replace("-", ""), "/source_account_id"),
+        ("source_account_id", "{" + NOBODY + "}", "/source_account_id"),
+        ("source_account_id", NOBODY.replace("7", "A"), "/source_account_id"),
+        ("source_account_id", NOBODY.replace("7", "g"), "/source_account_id"),
+        ("source_account_id", NOBODY.replace("7", "\u0667"), "/source_account_id"),
+    ],
+)
+def test_a_field_that_does_not_fit_is_pointed_at(
+    bank: BankInside, field: str, value: Any, pointer: str
+) -> None:
+    bank.given(alice=100, bob=0)
+    refused = bank.post("/transfers", key="k", **{**good_body(bank), field: value})
+    assert code(refused) == (422, "invalid_request")
+    assert [error["pointer"] for error in refused.json()["errors"]] == [pointer]
+    assert not changed(bank)
+
+
+@pytest.mark.parametrize("name", ["", " ", "\u2003", "x" * 201, "a\tb", None, 7])
+def test_an_owner_has_a_name(bank: BankInside, name: Any) -> None:
+    assert code(bank.post("/accounts", owner_name=name)) == (422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 200, "Zoë", "李小龍", "\U0001f680" * 200, " padded ", "O'Neil; --"]
+)
+def test_any_printable_name_is_kept_as_it_is(bank: BankInside, name: str) -> None:
+    opened = bank.post("/accounts", owner_name=name)
+    assert (opened.status_code, opened.json()["owner_name"]) == (201, name)
+    assert bank.get("/accounts", owner_name=name).json()["items"] == [opened.json()]
+
+
+@pytest.mark.parametrize(
+    "path", [NOBODY.upper().replace("7", "A"), "1", "x%00", NOBODY + "%0A", "%ff"]
+)
+def test_a_path_that_is_nearly_an_id_is_refused(bank: BankInside, path: str) -> None:
+    for url in (f"/accounts/{path}", f"/accounts/{path}/statement", f"/transactions/{path}"):
+        assert code(bank.get(url)) == (422, "invalid_request")
+    refused = bank.post(f"/accounts/{path}/deposit", key="k", amount=1)
+    assert code(refused) == (422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "declared",
+    ["", "text/plain", "application/xml", "application/jsonp", "json", "application/json,text/plain",
+     "multipart/form-data; boundary=x", b"\xff", "application/x-www-form-urlencoded"],
+)  # fmt: skip
+def test_a_body_that_is_not_declared_as_json_is_refused(bank: BankInside, declared: Any) -> None:
+    bank.given(alice=100, bob=0)
+    body = json.dumps(good_body(bank))
+    refused = send_raw(bank, body, **{"Content-Type": declared})
+    assert code(refused) == (415, "unsupported_media_type")
+    assert not changed(bank)
+
+
+@pytest.mark.parametrize(
+    "declared",
+    ["application/json", "APPLICATION/JSON; charset=utf-8", "application/json;", "application/x+json",
+     "application/json; charset=klingon", 'application/json; a="', "application/json; \x00"],
+)  # fmt: skip
+def test_a_body_that_is_declared_as_json_is_read(bank: BankInside, declared: str) -> None:
+    bank.given(alice=100, bob=0)
+    answer = send_raw(bank, json.dumps(good_body(bank)), **{"Content-Type": declared})
+    assert answer.status_code == 200
+
+
+def test_a_body_has_at_most_64_kibibytes(bank: BankInside) -> None:
+    bank.given(alice=100, bob=0)
+    body = json.dumps(good_body(bank)).encode()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b" " * 1_000
+
+    assert code(send_raw(bank, body.ljust(65_537))) == (413, "body_too_large")
+    assert code(send_raw(bank, chunks())) == (413, "body_too_large")
+    assert not changed(bank)
+    assert send_raw(bank, body.ljust(65_536)).status_code == 200
+
+
+def test_a_key_is_required_where_money_moves(bank: BankInside) -> None:
+    bank.given(alice=100, bob=0)
+    for path in ("/transfers", f"/accounts/{bank.ids['alice']}/deposit"):
+        assert code(bank.post(path, amount=1)) == (400, "idempotency_key_missing")
+    assert code(bank.post("/transfers", nonsense=1)) == (400, "idempotency_key_missing")
+    assert not changed(bank)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", " ", "a b", '"', '""', '"a', 'a b"', "x" * 256, '"' + "x" * 256 + '"', "tab\there",
+     b"caf\xe9", "\x7f", '" "'],
+)  # fmt: skip
+def test_an_odd_key_is_refused(bank: BankInside, key: Any) -> None:
+    bank.given(alice=100, bob=0)
+    refused = send_raw(bank, json.dumps(good_body(bank)), **{"Idempotency-Key": key})
+    assert code(refused) == (400, "idempotency_key_invalid")
+    assert code(bank.send("POST", "/accounts", json={"owner_name": "x"}, headers={
+        "Idempotency-Key": key})) == (400, "idempotency_key_invalid")  # fmt: skip
+    assert not changed(bank)
+
+
+def test_a_repeated_key_header_is_refused(bank: BankInside) -> None:
+    headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    refused = bank.send("POST", "/accounts", json={"owner_name": "x"}, headers=headers)
+    assert code(refused) == (400, "idempotency_key_invalid")
+
+
+@pytest.mark.parametrize(
+    "key", ["x", "x" * 255, '"' + "x" * 255 + '"', "!#$%&'()*+,-./:;<=>?@[]^_`{|}~"]
+)
+def test_a_visible_key_is_taken(bank: BankInside, key: str) -> None:
+    opened = bank.post("/accounts", key=key, owner_name="Alice")
+    assert bank.post("/accounts", key=key, owner_name="Alice").content == opened.content
+
+
+def test_checks_come_in_their_order(bank: BankInside) -> None:
+    bank.given(alice=0)
+    nobody = f"/accounts/{NOBODY}/withdraw"
+    someone = f"/accounts/{bank.ids['alice']}/withdraw"
+    foreign = {"Host": "evil.example"}
+    assert code(bank.send("POST", nobody, json={}, headers=foreign))[1] == "forbidden"
+    assert code(bank.post(nobody, amount=-1))[1] == "idempotency_key_missing"
+    assert code(bank.post(nobody, key="k", amount=-1))[1] == "invalid_request"
+    assert code(bank.post(nobody, key="k", amount=1))[1] == "account_not_found"
+    bank.tamper("UPDATE account SET status = 'FROZEN' WHERE owner_name = 'alice'")
+    assert code(bank.post(someone, key="k1", amount=1))[1] == "account_frozen"
+    bank.tamper("UPDATE account SET status = 'ACTIVE' WHERE owner_name = 'alice'")
+    assert code(bank.post(someone, key="k2", amount=1))[1] == "insufficient_funds"
+
+
+# ---------------------------------------------------------------------- The canonical API
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/account", "/accounts/", "//accounts", "/transfers/x", "/x%2f"]
+)
+def test_an_unknown_path_is_not_found(bank: BankInside, path: str) -> None:
+    assert code(bank.send("GET", f"http://localhost{path}")) == (404, "not_found")
+
+
+def test_a_wrong_method_is_told_the_right_one(bank: BankInside) -> None:
+    refused = bank.send("DELETE", "/transfers")
+    assert code(refused) == (405, "method_not_allowed")
+    assert refused.headers["Allow"] == "POST"
+
+
+def test_the_shapes_are_those_of_the_contract(bank: BankInside) -> None:
+    bank.given(alice=100, bob=0)
+    sent = bank.transfer("alice", "bob", 1).json()
+    account = {"id", "name", "owner_name", "asset", "status", "balance", "created_at"}
+    entry = {"id", "ts", "account_id", "transaction_id", "amount", "type", "balance", "ref", "kind"}
+    shown = bank.get(f"/transactions/{sent['transfer_id']}").json()
+    assert set(sent) == {"transfer_id", "amount", "asset", "memo", "ts", "source", "dest"}
+    assert set(sent["source"]) == set(bank.deposit("bob", 1).json()) == account
+    assert set(shown) == {"id", "kind", "memo", "ts", "entries"}
+    assert set(shown["entries"][0]) == set(bank.statement("bob")[0]) == entry
+    assert shown["ts"] == sent["ts"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", sent["ts"])
+
+
+def test_the_api_describes_itself(bank: BankInside) -> None:
+    paths = bank.get("/openapi.json").json()["paths"]
+    operations = {f"{method.upper()} {path}" for path, item in paths.items() for method in item}
+    assert operations == {
+        "POST /accounts",
+        "GET /accounts",
+        "GET /accounts/{account_id}",
+        "POST /accounts/{account_id}/deposit",
+        "POST /accounts/{account_id}/withdraw",
+        "POST /transfers",
+        "GET /accounts/{account_id}/statement",
+        "GET /transactions/{transaction_id}",
+        "GET /health",
+    }
+    transfer = paths["/transfers"]["post"]
+    assert transfer["parameters"][0]["name"] == "Idempotency-Key"
+    assert transfer["parameters"][0]["required"] is True
+    assert "422" not in transfer["responses"]
+    assert "application/problem+json" in transfer["responses"]["4XX"]["content"]
+    assert bank.get("/docs").status_code == 200
+
+
+# ------------------------------------------------------------------ Any story whatsoever
+
+
+class AnyStory(RuleBasedStateMachine):
+    """Whatever happens, in whatever order: the ledger agrees with a plain dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.scene = opened(Path(self.folder.name) / "ledger.db")
+        self.bank = self.scene.__enter__()
+        self.model: dict[str, int] = {}
+        self.sent: list[tuple[Callable[[], httpx.Response], bytes]] = []
+
+    people = st.integers(min_value=0, max_value=3)
+    amounts = st.integers(min_value=1, max_value=30)
+
+    def person(self, number: int) -> str:
+        """Return one of those who have an account."""
+        return sorted(self.model)[number % len(self.model)]
+
+    def tell(self, allowed: bool, act: Callable[..., httpx.Response], *details: Any) -> None:
+        """Send something under a new key, and keep it so that it can be repeated."""
+        key = new_key()
+        answer = act(*details, key=key)
+        assert answer.status_code == (200 if allowed else 409)
+        self.sent.append((lambda: act(*details, key=key), answer.content))
+
+    @precondition(lambda self: len(self.model) < 4)
+    @rule()
+    def open(self) -> None:
+        name = f"person {len(self.model)}"
+        self.bank.given({name: 0})
+        self.model[name] = 0
+
+    @precondition(lambda self: self.model)
+    @rule(number=people, amount=amounts)
+    def deposit(self, number: int, amount: int) -> None:
+        name = self.person(number)
+        self.tell(True, self.bank.deposit, name, amount)
+        self.model[name] += amount
+
+    @precondition(lambda self: self.model)
+    @rule(number=people, amount=amounts)
+    def withdraw(self, number: int, amount: int) -> None:
+        name = self.person(number)
+        allowed = amount <= self.model[name]
+        self.tell(allowed, self.bank.withdraw, name, amount)
+        self.model[name] -= amount if allowed else 0
+
+    @precondition(lambda self: len(self.model) > 1)
+    @rule(numbers=st.tuples(people, people), amount=amounts)
+    def transfer(self, numbers: tuple[int, int], amount: int) -> None:
+        source, dest = (self.person(number) for number in numbers)
+        if source == dest:
+            assert code(self.bank.transfer(source, dest, amount)) == (400, "same_account")
+            return
+        allowed = amount <= self.model[source]
+        self.tell(allowed, self.bank.transfer, source, dest, amount)
+        self.model[source] -= amount if allowed else 0
+        self.model[dest] += amount if allowed else 0
+
+    @precondition(lambda self: self.sent)
+    @rule(number=st.integers(min_value=0, max_value=99))
+    def repeat(self, number: int) -> None:
+        act, content = self.sent[number % len(self.sent)]
+        again = act()
+        assert (again.content, again.headers["Idempotent-Replayed"]) == (content, "true")
+
+    @invariant()
+    def the_books_agree(self) -> None:
+        assert self.bank.balances() == self.model
+        assert self.bank.rows("SELECT SUM(balance) FROM account") == [(0,)]
+        assert self.bank.wrong() == []
+
+    def teardown(self) -> None:
+        self.scene.__exit__(None, None, None)
+        self.folder.cleanup()
+
+
+TestAnyStory = AnyStory.TestCase
+TestAnyStory.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+
+
+# --------------------------------------------------------------------- A real server process
+
+
+class Server(NamedTuple):
+    """A server process, and a bank that speaks to it."""
+
+    process: subprocess.Popen[str]
+    bank: Bank
+    said: list[str]
+
+
+@contextmanager
+def serving(database: Path, *options: str) -> Iterator[Server]:
+    """Run `python ledger.py` on a free port until the scene ends."""
+    command = [sys.executable, str(PROGRAM), "--port", "0", *options]
+    url = ["--database-url", f"sqlite:///{database}"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*command, *url], stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        try:
+            said = [process.stdout.readline().rstrip() for _ in range(4)]
+            limits = httpx.Limits(max_connections=None)
+            with httpx.Client(base_url=said[0].split()[-1], timeout=30, limits=limits) as client:
+                yield Server(process, Bank(client.request, database), said)
+        finally:
+            process.terminate()
+        log = process.stderr.read()
+        assert "Traceback" not in log, log
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests that do not end it."""
+    with serving(tmp_path_factory.mktemp("server") / "ledger.db") as server:
+        yield server
+
+
+def test_the_server_says_where_it_is(server: Server) -> None:
+    address = str(server.bank.send("GET", "/health").url).removesuffix("/health")
+    assert server.said == [
+        f"ledger.py serves on {address}",
+        f"  docs      {address}/docs",
+        f"  database  {server.bank.database}",
+        "  mode      open: every caller on this machine may do everything",
+    ]
+
+
+def test_200_parallel_deposits_of_1_leave_200(server: Server) -> None:
+    bank = server.bank.given(ada=0)
+    answers = at_once([lambda: bank.deposit("ada", 1)] * 200)
+    assert Counter(answer.status_code for answer in answers) == {200: 200}
+    assert bank.balances()["ada"] == 200
+
+
+def test_40_parallel_withdrawals_of_10_from_50_succeed_5_times(server: Server) -> None:
+    bank = server.bank.given(bea=50)
+    answers = at_once([lambda: bank.withdraw("bea", 10)] * 40)
+    assert Counter(answer.status_code for answer in answers) == {200: 5, 409: 35}
+    assert bank.balances()["bea"] == 0
+
+
+def test_40_parallel_requests_with_one_key_act_once(server: Server) -> None:
+    bank = server.bank.given(cleo=0)
+    answers = at_once([lambda: bank.deposit("cleo", 7, key="one-key")] * 40)
+    assert len({answer.content for answer in answers}) == 1
+    assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
+    assert bank.balances()["cleo"] == 7
+
+
+def test_a_ring_of_transfers_keeps_its_total_at_every_moment(server: Server) -> None:
+    names = [f"ring {number}" for number in range(8)]
+    bank = server.bank.given(dict.fromkeys(names, 100))
+    finished = threading.Event()
+
+    def go_round(number: int) -> None:
+        for step in range(40):
+            source, dest = names[(number + step) % 8], names[(number + step + 1) % 8]
+            answer = bank.transfer(source, dest, random.randint(1, 60))
+            assert answer.status_code in (200, 409)
+
+    def watch() -> int:
+        looks = 0
+        while not finished.is_set():
+            balances = bank.balances()
+            assert sum(balances[name] for name in names) == 800
+            assert min(balances[name] for name in names) >= 0
+            looks += 1
+        return looks
+
+    with ThreadPoolExecutor(2) as watchers:
+        watching = [watchers.submit(watch) for _ in range(2)]
+        try:
+            at_once([partial(go_round, number) for number in range(32)])
+        finally:
+            finished.set()
+    assert all(watcher.result() > 0 for watcher in watching)
+    assert sum(bank.balances()[name] for name in names) == 800
+
+
+def test_an_answer_goes_out_only_after_the_commit(server: Server) -> None:
+    bank = server.bank.given(dora=0)
+
+    def deposit_and_look(key: str) -> None:
+        assert bank.deposit("dora", 1, key=key).status_code == 200
+        assert bank.rows(f"SELECT status FROM idempotency_key WHERE id LIKE '%|{key}'") == [(200,)]
+
+    at_once([partial(deposit_and_look, f"seen-{number}") for number in range(20)])
+
+
+def talk(bank: Bank, request: bytes) -> bytes:
+    """Send raw bytes, and return what comes back until the server closes or is silent."""
+    url = httpx.URL(str(bank.get("/health").url))
+    answer = b""
+    with socket.create_connection((url.host, url.port), timeout=2) as wire:
+        wire.sendall(request)
+        with suppress(TimeoutError, ConnectionResetError):
+            while chunk := wire.recv(65_536):
+                answer += chunk
+                if b"\r\n\r\n" in answer and answer.endswith((b"}", b".")):
+                    break
+    return answer
+
+
+HEAD = b"Host: localhost\r\nIdempotency-Key: k\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"POST /transfers HTTP/1.1\r\n" + HEAD + b"Content-Length: 10000000\r\n\r\n" + b" " * 70_000,
+         b"413"),
+        (b"POST /transfers HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+         + b"4000\r\n" + b" " * 0x4000 + b"\r\n" + (b"4000\r\n" + b" " * 0x4000 + b"\r\n") * 4, b"413"),
+        (b"POST /transfers HTTP/1.1\r\n" + HEAD + b"Content-Length: x\r\n\r\n", b"400"),
+        (b"GET /accounts/\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", b"4"),
+        (b"GET /accounts HTTP/1.1\r\n\r\n", b"403"),
+        (b"GET /accounts?owner_name=%ff%00 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"422"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 60_000 + b"\r\n\r\n", b"200"),
+        (b"BREW /accounts HTTP/1.1\r\nHost: localhost\r\n\r\n", b"4"),
+        (b"nonsense\r\n\r\n", b"400"),
+    ],
+)  # fmt: skip
+def test_odd_bytes_get_a_clear_answer(server: Server, request_bytes: bytes, status: bytes) -> None:
+    answer = talk(server.bank, request_bytes)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+
+
+def test_a_caller_who_goes_away_leaves_the_server_well(server: Server) -> None:
+    bank = server.bank.given(eve=0)
+    url = httpx.URL(str(bank.get("/health").url))
+    path = f"/accounts/{bank.ids['eve']}/deposit".encode()
+    whole = b'POST %s HTTP/1.1\r\n%sContent-Length: 12\r\n\r\n{"amount":1}' % (path, HEAD)
+    for request in (whole, whole[:-4]):
+        with socket.create_connection((url.host, url.port)) as wire:
+            wire.sendall(request)
+    assert bank.deposit("eve", 1, key="k").status_code == 200
+    assert bank.balances()["eve"] == 1
+
+
+def test_sigterm_finishes_what_was_accepted(tmp_path: Path) -> None:
+    answers: list[int] = []
+    with serving(tmp_path / "ledger.db") as server:
+        bank = server.bank.given(alice=0)
+
+        def deposit_until_the_end() -> None:
+            with suppress(httpx.TransportError):
+                while True:
+                    answers.append(bank.deposit("alice", 1).status_code)
+
+        with ThreadPoolExecutor(8) as callers:
+            for _ in range(8):
+                callers.submit(deposit_until_the_end)
+            time.sleep(0.3)
+            server.process.terminate()
+            server.process.wait(10)
+    assert set(answers) == {200}
+    with opened(tmp_path / "ledger.db") as bank:
+        [kept] = bank.balances().values()
+        # A request may have been written whose answer met a closed connection; none may be lost.
+        assert len(answers) <= kept <= len(answers) + 8
+        assert bank.wrong() == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no Ctrl-C for a child process alone")
+def test_ctrl_c_ends_the_server_quietly(tmp_path: Path) -> None:
+    with serving(tmp_path / "ledger.db") as server:
+        server.bank.get("/health")
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 0
+
+
+def test_nothing_is_lost_and_nothing_happens_twice_however_often_it_dies(tmp_path: Path) -> None:
+    names = [f"person {number}" for number in range(6)]
+    model = Counter(dict.fromkeys(names, 1_000))
+    doubt: list[tuple[str, str, int, str]] = []
+    with serving(tmp_path / "ledger.db") as server:
+        ids = server.bank.given(model).ids
+    for _ in range(CYCLES):
+        with serving(tmp_path / "ledger.db") as server:
+            server.bank.ids = ids
+            # First of all, what was in doubt when the last process died is asked once more.
+            for moved in doubt:
+                settle(server.bank, model, moved)
+            assert server.bank.balances() == model
+            doubt = load_until_killed(server, model)
+    with serving(tmp_path / "ledger.db") as server:
+        server.bank.ids = ids
+        for moved in doubt:
+            settle(server.bank, model, moved)
+        assert server.bank.balances() == model
+    assert ledger.main(["check", "--database-url", f"sqlite:///{tmp_path}/ledger.db"]) == 0
+
+
+def settle(bank: Bank, model: Counter[str], moved: tuple[str, str, int, str]) -> None:
+    """Send a transfer, and enter into the model what the answer says."""
+    source, dest, amount, key = moved
+    if bank.transfer(source, dest, amount, key=key).status_code == 200:
+        model[source] -= amount
+        model[dest] += amount
+
+
+def load_until_killed(server: Server, model: Counter[str]) -> list[tuple[str, str, int, str]]:
+    """Transfer over 8 connections until `kill -9`, and return what got no answer."""
+    doubt = []
+
+    def work() -> None:
+        while True:
+            source, dest = random.sample(sorted(model), 2)
+            moved = (source, dest, random.randint(1, 400), new_key())
+            try:
+                settle(server.bank, model, moved)
+            except httpx.TransportError:
+                doubt.append(moved)
+                return
+
+    with ThreadPoolExecutor(8) as callers:
+        working = [callers.submit(work) for _ in range(8)]
+        time.sleep(random.uniform(0.1, 0.5))
+        server.process.kill()
+    assert not [future.result() for future in working if future.exception()]
+    return doubt
+
+
+# --------------------------------------------------------------------------- Command line
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program to its end."""
+    return subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_port_that_is_taken_ends_the_start_in_one_line(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        ran = run("serve", "--port", port, "--database-url", url)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == (
+        f"ledger: cannot serve on 127.0.0.1:{port}: Address already in use; "
+        "choose another with --port\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "line"),
+    [
+        (["--host", "0.0.0.0"], {}, "serves this machine alone"),  # noqa: S104
+        ([], {"PORT": "x"}, "PORT must be a number from 0 to 65535"),
+        ([], {"LEDGER_DATABASE_URL": "x://"}, "must begin with sqlite:///"),
+        (["check", "--database-url", "sqlite:////nowhere/x.db"], {}, "there is no ledger at"),
+    ],
+)
+def test_a_refused_start_says_why_in_one_line(
+    arguments: list[str], environment: dict[str, str], line: str
+) -> None:
+    ran = run(*arguments, **environment)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert re.fullmatch(f"ledger: .*{line}.*\n", ran.stderr)
+
+
+def test_the_check_counts_what_it_saw(bank: BankInside, capsys: pytest.CaptureFixture[str]) -> None:
+    bank.given(alice=100, bob=5)
+    url = f"sqlite:///{bank.database}"
+    assert ledger.main(["check", "--database-url", url]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["ok", "7"],
+        ["ok", "2"],
+        ["ok", "6"],
+        ["ok", "13"],
+    ]
+    bank.tamper("DROP TRIGGER entry_kept", "DELETE FROM entry WHERE balance = 100")
+    assert ledger.main(["check", "--database-url", url]) == 1
+    said = capsys.readouterr().out
+    assert f"account {bank.ids['alice']}: its row says 1 entries and balance 100" in said
+
+
+def test_a_backup_is_consistent_while_money_moves(server: Server, tmp_path: Path) -> None:
+    bank = server.bank.given(fay=1_000, gus=0)
+    copy = tmp_path / "copy.db"
+    url = f"sqlite:///{bank.database}"
+    finished = threading.Event()
+
+    def move() -> None:
+        while not finished.is_set():
+            bank.transfer("fay", "gus", 1)
+
+    with ThreadPoolExecutor(4) as movers:
+        for _ in range(4):
+            movers.submit(move)
+        try:
+            assert ledger.main(["backup", str(copy), "--database-url", url]) == 0
+        finally:
+            finished.set()
+    with opened(copy) as restored:
+        balances = restored.balances()
+        assert balances["fay"] + balances["gus"] == 1_000
+        assert restored.wrong() == []
+
+
+def test_a_backup_never_overwrites(bank: BankInside, capsys: pytest.CaptureFixture[str]) -> None:
+    before = bank.given(alice=1).database.read_bytes()
+    url = f"sqlite:///{bank.database}"
+    assert ledger.main(["backup", str(bank.database), "--database-url", url]) == 1
+    assert "File exists" in capsys.readouterr().err
+    assert bank.database.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------- README
+
+README = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
+
+
+def test_the_walk_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    walk = "\n".join(re.findall(r"```bash\n# walk\n(.*?)```", README, re.DOTALL))
+    with serving(tmp_path / "ledger.db") as server:
+        address = server.said[0].split()[-1]
+        ran = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", walk.replace("http://127.0.0.1:8000", address)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert server.bank.balances() == {"Alice": 750, "Bob": 300}
+    for shown in ("Idempotent-Replayed: true", "insufficient_funds", '"ref":"rent"'):
+        assert shown.lower() in ran.stdout.lower()
+
+
+def test_every_test_that_the_readme_names_is_here() -> None:
+    named = set(re.findall(r"`(test_\w+|Test\w+)`", README)) - {"test_ledger"}
+    assert len(named) > 10
+    assert named <= set(globals())
