@@ -1997,8 +1997,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2_048)
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         raise StartRefused(
-            f"cannot serve on {host}:{port}: {error.strerror}; choose another with --port"
+            f"cannot serve on {host}:{port}: {reason}; choose another with --port"
         ) from None
 
 
