@@ -1984,6 +1984,9 @@ def serve(settings: Settings, options: argparse.Namespace) -> int:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        # Longer than most clients keep an idle connection: the side that closes it first should
+        # be the client, because a request that meets a closing connection gets no answer.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=30,
     )
     with suppress(KeyboardInterrupt):
