@@ -504,8 +504,8 @@ def id_source() -> Callable[[int], str]:
     def new_id(now: int) -> str:
         nonlocal last
         last = max(last + 1, (now << 12) // 1_000)
-        time = f"{last:015x}"
-        return f"{time[:8]}-{time[8:12]}-7{time[12:]}-{tail[:4]}-{tail[4:]}"
+        head = f"{last:015x}"
+        return f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
 
     return new_id
 
@@ -524,13 +524,15 @@ class Database:
         self.reader = sqlite_engine(url, "BEGIN", pool_size=4, pragmas=READER_PRAGMAS)
         self.identity: tuple[int, int] | None = None
 
-    def open(self) -> None:
-        """Make the tables in a new file, accept a ledger of this version, refuse all else."""
+    def open(self, *, make: bool) -> None:
+        """Accept a ledger of this version; where there is none yet, make one if `make` is set."""
         try:
             # Looking first through a connection that only reads leaves a stranger's file alone.
             with self.begin(self.reader) as connection:
-                refuse_stranger(connection)
-            patiently(self._complete)
+                if not holds_ledger(connection) and not make:
+                    raise StartRefused(f"there is no ledger at {self.path}")
+            if make:
+                patiently(self._complete)
         except LedgerError as error:
             raise StartRefused(f"cannot open {self.path}: {error.__cause__ or error}") from error
         self.identity = file_identity(self.path)
@@ -554,7 +556,7 @@ class Database:
 
     def _complete(self) -> None:
         with self.begin(self.writer) as connection:
-            if refuse_stranger(connection) == "empty":
+            if not holds_ledger(connection):
                 create_schema(connection)
             add_missing_rows(connection)
 
@@ -570,7 +572,7 @@ WRITER_PRAGMAS = (
     "foreign_keys = ON",
     "recursive_triggers = ON",
     "cache_size = -12288",
-    "wal_autocheckpoint = 4000",
+    "wal_autocheckpoint = 8000",
 )
 READER_PRAGMAS = ("busy_timeout = 1000", "query_only = ON", "cache_size = -1024")
 
@@ -642,17 +644,16 @@ def patiently(action: Callable[[], R]) -> R:
         time.sleep(BUSY_RETRY_SECONDS)
 
 
-def refuse_stranger(connection: Connection) -> Literal["empty", "ledger"]:
-    """Tell a new file from a ledger of this version, and raise StartRefused for all else."""
+def holds_ledger(connection: Connection) -> bool:
+    """Tell a ledger of this version from a new file, and raise StartRefused for all else."""
     tables = set(connection.exec_driver_sql("SELECT name FROM sqlite_schema").scalars())
-    if not tables:
-        return "empty"
-    if "schema_version" not in tables:
+    if tables and "schema_version" not in tables:
         raise StartRefused("the database holds something else than a ledger")
-    version = connection.execute(select(TABLES["schema_version"])).scalar()
-    if version != SCHEMA_VERSION:
-        raise StartRefused(f"schema version {version} is not {SCHEMA_VERSION}, the one known here")
-    return "ledger"
+    if tables:
+        version = connection.execute(select(TABLES["schema_version"])).scalar()
+        if version != SCHEMA_VERSION:
+            raise StartRefused(f"schema version {version} is not {SCHEMA_VERSION}, the known one")
+    return bool(tables)
 
 
 def create_schema(connection: Connection) -> None:
@@ -1642,26 +1643,21 @@ KEY_HEADER = {
     "in": "header",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
 }
+
+
+class Problem(BaseModel):
+    """How every error looks (RFC 9457); some have more members that help."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+
+
+PROBLEM = {"application/problem+json": {"schema": Problem.model_json_schema()}}
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": "A problem (RFC 9457)",
-        "content": {
-            "application/problem+json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["type", "title", "status", "detail", "code"],
-                    "properties": {
-                        "type": {"type": "string"},
-                        "title": {"type": "string"},
-                        "status": {"type": "integer"},
-                        "detail": {"type": "string"},
-                        "code": {"type": "string"},
-                    },
-                }
-            }
-        },
-    }
-    for status in ("4XX", "5XX")
+    status: {"description": "A problem", "content": PROBLEM} for status in ("4XX", "5XX")
 }
 
 
@@ -1697,45 +1693,41 @@ def respond(answer: Answer) -> Response:
     return response
 
 
-def refuse(error: LedgerError) -> Response:
-    """Return an error as a response, with the headers that its status asks for."""
-    response = respond(Answer(error.status, error.body()))
-    if error.status == 503:
+async def refuse(request: Request, error: Exception) -> Response:
+    """Answer with any error, in the one form that errors have."""
+    refusal = refusal_of(request, error)
+    response = respond(Answer(refusal.status, refusal.body()))
+    response.headers.update(getattr(error, "headers", None) or {})
+    if refusal.status == 503:
         response.headers["Retry-After"] = "1"
     return response
 
 
-async def refuse_ledger_error(request: Request, error: LedgerError) -> Response:
-    """Answer with the ledger's own error."""
-    return refuse(error)
+def refusal_of(request: Request, error: Exception) -> LedgerError:
+    """Return the ledger's error for whatever was raised, its own or the framework's."""
+    match error:
+        case LedgerError():
+            return error
+        case RequestValidationError():
+            return InvalidRequest("The request does not fit: see errors", errors=misfits(error))
+        case FrameworkError(status_code=404):
+            return NotFound("There is nothing at this address")
+        case FrameworkError(status_code=405):
+            return MethodNotAllowed(f"{request.method} is not possible here")
+        case FrameworkError():
+            return UnsupportedMediaType("The Content-Type must be application/json")
+    return InternalError("The server made a mistake, and logged it")
 
 
-async def refuse_defect(request: Request, error: Exception) -> Response:
-    """Answer 500; the server logs what happened."""
-    return refuse(InternalError("The server made a mistake, and logged it"))
-
-
-async def refuse_invalid_request(request: Request, error: RequestValidationError) -> Response:
-    """Answer 422 with a pointer to each thing that is wrong, and never with its value."""
-    wrong = [
+def misfits(error: RequestValidationError) -> list[dict[str, str]]:
+    """Return a pointer to each thing that does not fit its schema, and never its value."""
+    return [
         {"pointer": json_pointer(found["loc"][1:]), "detail": found["msg"]}
-        for found in error.errors()[:PROBLEMS_LISTED_MAX]
+        for found in error.errors()[:MISFITS_LISTED_MAX]
     ]
-    return refuse(InvalidRequest("The request is not what is required: see errors", errors=wrong))
 
 
-async def refuse_framework_error(request: Request, error: FrameworkError) -> Response:
-    """Answer in the ledger's form what the framework found: no such path, or no such method."""
-    if error.status_code == 405:
-        response = refuse(MethodNotAllowed(f"{request.method} is not possible here"))
-        response.headers.update(error.headers or {})
-        return response
-    if error.status_code == 404:
-        return refuse(NotFound("There is nothing at this address"))
-    return refuse(UnsupportedMediaType("The Content-Type must be application/json"))
-
-
-PROBLEMS_LISTED_MAX = 20
+MISFITS_LISTED_MAX = 20
 
 
 def json_pointer(location: Sequence[str | int]) -> str:
@@ -1903,19 +1895,16 @@ FACES = (canonical,)
 def create_app(settings: Settings) -> FastAPI:
     """Open the ledger and return its application; raise StartRefused if it cannot be opened."""
     ledger = Ledger(Database(settings.database_url))
-    ledger.database.open()
+    ledger.database.open(make=True)
     app = FastAPI(
         title="ledger.py",
         description="A double-entry ledger: durable, idempotent, never negative, always balanced.",
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
-        exception_handlers={
-            LedgerError: refuse_ledger_error,
-            RequestValidationError: refuse_invalid_request,
-            FrameworkError: refuse_framework_error,
-            Exception: refuse_defect,
-        },
+        exception_handlers=dict.fromkeys(
+            (LedgerError, RequestValidationError, FrameworkError, Exception), refuse
+        ),
     )
     app.state.ledger = ledger
     for face in FACES:
@@ -2051,7 +2040,7 @@ def existing(settings: Settings) -> Database:
     database = Database(settings.database_url)
     if not database.path.exists():
         raise StartRefused(f"there is no ledger at {database.path}")
-    database.open()
+    database.open(make=False)
     return database
 
 
