@@ -70,7 +70,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from itertools import groupby
@@ -78,15 +78,14 @@ from pathlib import Path
 from typing import (
     Annotated,
     Any,
-    Concatenate,
     Generic,
     Literal,
     NamedTuple,
-    ParamSpec,
     TypeVar,
     get_args,
 )
 
+import sqlmodel
 import uvicorn
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -122,17 +121,15 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.sql import ClauseElement, Select
-from sqlmodel import Field as Column
 from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException as FrameworkError
 from starlette.requests import ClientDisconnect
 
 log = logging.getLogger("ledger")
 
-P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -152,28 +149,19 @@ class Settings:
     """What the environment says; a command line flag wins over it."""
 
     database_url: str = "sqlite:///ledger.db"
-    port: int = 8000
 
     @classmethod
     def read(cls, environment: Mapping[str, str], *, database_url: str | None = None) -> "Settings":
-        """Return the settings, or raise StartRefused with what is wrong and what is required."""
-        urls = (
-            database_url,
-            environment.get("LEDGER_DATABASE_URL"),
-            environment.get("DATABASE_URL"),
-        )
-        url = next(filter(None, urls), cls.database_url)
-        try:
-            return cls(database_url=url, port=port_number(environment.get("PORT") or str(cls.port)))
-        except ValueError:
-            raise StartRefused("PORT must be a number from 0 to 65535") from None
+        """Return the settings; an empty value counts as none."""
+        url = database_url or environment.get("LEDGER_DATABASE_URL")
+        return cls(url or environment.get("DATABASE_URL") or cls.database_url)
 
 
-def port_number(text: str) -> int:
-    """Return a TCP port, or raise ValueError."""
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65_535:
-        raise ValueError
-    return int(text)
+def port_number(digits: str) -> int:
+    """Return a TCP port, or raise StartRefused."""
+    if not re.fullmatch("[0-9]{1,5}", digits) or int(digits) > 65_535:
+        raise StartRefused(f"the port must be a number from 0 to 65535, not {digits!r}")
+    return int(digits)
 
 
 # ------------------------------------------------------------------------------- Money
@@ -210,6 +198,15 @@ ASSETS = {
 # Every failure that a caller can see is one of these; one handler renders them all.
 
 
+class Answer(NamedTuple):
+    """What a command's caller gets, stored under the idempotency key byte for byte."""
+
+    status: int
+    body: str
+    location: str | None = None
+    replayed: bool = False
+
+
 class LedgerError(Exception):
     """A refusal with a `status`, a `code` for programs and a sentence for people (RFC 9457)."""
 
@@ -225,8 +222,8 @@ class LedgerError(Exception):
         super().__init__(detail)
         self.members = members
 
-    def body(self) -> str:
-        """Return the problem as JSON text."""
+    def answer(self) -> Answer:
+        """Return the problem as it is sent, and stored under a key."""
         problem = {
             "type": f"urn:ledger:error:{self.code}",
             "title": self.code.replace("_", " ").capitalize(),
@@ -234,82 +231,36 @@ class LedgerError(Exception):
             "detail": str(self),
             "code": self.code,
         }
-        return json.dumps(problem | self.members, ensure_ascii=False)
+        return Answer(self.status, json.dumps(problem | self.members, ensure_ascii=False))
 
 
+# fmt: off
 class MalformedJson(LedgerError, status=400): ...
-
-
 class IdempotencyKeyMissing(LedgerError, status=400): ...
-
-
 class IdempotencyKeyInvalid(LedgerError, status=400): ...
-
-
 class SameAccount(LedgerError, status=400): ...
-
-
 class InvalidCursor(LedgerError, status=400): ...
-
-
 class Forbidden(LedgerError, status=403): ...
-
-
 class NotFound(LedgerError, status=404): ...
-
-
 class AccountNotFound(LedgerError, status=404): ...
-
-
 class TransactionNotFound(LedgerError, status=404): ...
-
-
 class AssetNotFound(LedgerError, status=404): ...
-
-
 class MethodNotAllowed(LedgerError, status=405): ...
-
-
 class InsufficientFunds(LedgerError, status=409): ...
-
-
 class AccountFrozen(LedgerError, status=409): ...
-
-
 class AccountClosed(LedgerError, status=409): ...
-
-
 class AssetMismatch(LedgerError, status=409): ...
-
-
 class AssetClosedLoop(LedgerError, status=409): ...
-
-
 class BalanceLimit(LedgerError, status=409): ...
-
-
 class IdempotencyKeyReused(LedgerError, status=409): ...
-
-
 class BodyTooLarge(LedgerError, status=413): ...
-
-
 class UnsupportedMediaType(LedgerError, status=415): ...
-
-
 class InvalidRequest(LedgerError, status=422): ...
-
-
 class InternalError(LedgerError, status=500): ...
-
-
 class DatabaseBusy(LedgerError, status=503): ...
-
-
 class DatabaseUnavailable(LedgerError, status=503): ...
-
-
 class StorageFull(LedgerError, status=507): ...
+# fmt: on
 
 
 # ------------------------------------------------------------------------------ Tables
@@ -321,14 +272,14 @@ STRICT = {"sqlite_strict": True}
 CLUSTERED = STRICT | {"sqlite_with_rowid": False}
 
 
-def text(**options: Any) -> Any:
+def text_column(**options: Any) -> Any:
     """Declare a text column that every engine takes as it is."""
-    return Column(sa_type=Text, **options)
+    return sqlmodel.Field(sa_type=Text, **options)
 
 
-def integer(**options: Any) -> Any:
+def integer_column(**options: Any) -> Any:
     """Declare a 64-bit integer column."""
-    return Column(sa_type=Integer64, **options)
+    return sqlmodel.Field(sa_type=Integer64, **options)
 
 
 class Asset(SQLModel, table=True):
@@ -337,10 +288,10 @@ class Asset(SQLModel, table=True):
     __tablename__ = "asset"
     __table_args__ = (STRICT,)
 
-    code: str = text(primary_key=True)
-    name: str = text()
-    exponent: int = integer()
-    closed_loop: int = integer()
+    code: str = text_column(primary_key=True)
+    name: str = text_column()
+    exponent: int = integer_column()
+    closed_loop: int = integer_column()
 
 
 class Account(SQLModel, table=True):
@@ -358,15 +309,15 @@ class Account(SQLModel, table=True):
         STRICT,
     )
 
-    id: str = text(primary_key=True)
-    name: str | None = text(default=None)
-    owner_name: str = text()
-    asset: str = text(foreign_key="asset.code")
-    kind: str = text(default="CUSTOMER")
-    status: str = text(default="ACTIVE")
-    balance: int = integer(default=0)
-    last_seq: int = integer(default=0)
-    created_at: int = integer()
+    id: str = text_column(primary_key=True)
+    name: str | None = text_column(default=None)
+    owner_name: str = text_column()
+    asset: str = text_column(foreign_key="asset.code")
+    kind: str = text_column(default="CUSTOMER")
+    status: str = text_column(default="ACTIVE")
+    balance: int = integer_column(default=0)
+    last_seq: int = integer_column(default=0)
+    created_at: int = integer_column()
 
 
 class Transaction(SQLModel, table=True):
@@ -375,10 +326,10 @@ class Transaction(SQLModel, table=True):
     __tablename__ = "transaction"
     __table_args__ = (CLUSTERED,)
 
-    id: str = text(primary_key=True)
-    kind: str = text()
-    memo: str | None = text(default=None)
-    ts: int = integer()
+    id: str = text_column(primary_key=True)
+    kind: str = text_column()
+    memo: str | None = text_column(default=None)
+    ts: int = integer_column()
 
 
 class Entry(SQLModel, table=True):
@@ -392,13 +343,13 @@ class Entry(SQLModel, table=True):
         CLUSTERED,
     )
 
-    account_id: str = text(primary_key=True, foreign_key="account.id")
-    seq: int = integer(primary_key=True)
-    id: str = text()
-    transaction_id: str = text(foreign_key="transaction.id", index=True)
-    type: str = text()
-    amount: int = integer()
-    balance: int = integer()
+    account_id: str = text_column(primary_key=True, foreign_key="account.id")
+    seq: int = integer_column(primary_key=True)
+    id: str = text_column()
+    transaction_id: str = text_column(foreign_key="transaction.id", index=True)
+    type: str = text_column()
+    amount: int = integer_column()
+    balance: int = integer_column()
 
 
 class IdempotencyKey(SQLModel, table=True):
@@ -407,12 +358,12 @@ class IdempotencyKey(SQLModel, table=True):
     __tablename__ = "idempotency_key"
     __table_args__ = (STRICT,)
 
-    id: str = text(primary_key=True)
-    fingerprint: str = text()
-    status: int = integer()
-    body: str = text()
-    location: str | None = text(default=None)
-    ts: int = integer()
+    id: str = text_column(primary_key=True)
+    fingerprint: str = text_column()
+    status: int = integer_column()
+    body: str = text_column()
+    location: str | None = text_column(default=None)
+    ts: int = integer_column()
 
 
 class AuditEvent(SQLModel, table=True):
@@ -421,13 +372,13 @@ class AuditEvent(SQLModel, table=True):
     __tablename__ = "audit_event"
     __table_args__ = (CLUSTERED,)
 
-    id: str = text(primary_key=True)
-    ts: int = integer()
-    caller: str = text()
-    action: str = text()
-    account_id: str | None = text(default=None)
-    transaction_id: str | None = text(default=None)
-    details: str = text()
+    id: str = text_column(primary_key=True)
+    ts: int = integer_column()
+    caller: str = text_column()
+    action: str = text_column()
+    account_id: str | None = text_column(default=None)
+    transaction_id: str | None = text_column(default=None)
+    details: str = text_column()
 
 
 class SchemaVersion(SQLModel, table=True):
@@ -436,7 +387,7 @@ class SchemaVersion(SQLModel, table=True):
     __tablename__ = "schema_version"
     __table_args__ = (STRICT,)
 
-    version: int = integer(primary_key=True)
+    version: int = integer_column(primary_key=True)
 
 
 SCHEMA_VERSION = 1
@@ -458,22 +409,29 @@ TRIGGERS = [
     (
         "account_follows",
         "BEFORE UPDATE OF balance, last_seq ON account",
-        """(NEW.balance <> OLD.balance OR NEW.last_seq <> OLD.last_seq) AND NEW.balance IS NOT
-           (SELECT balance FROM entry WHERE account_id = NEW.id AND seq = NEW.last_seq)""",
-        "a balance must be that of the last entry",
+        """(NEW.last_seq, NEW.balance) <> (OLD.last_seq, OLD.balance)
+           AND (NEW.last_seq, NEW.balance) IS NOT
+           (SELECT seq, balance FROM entry WHERE account_id = NEW.id ORDER BY seq DESC LIMIT 1)""",
+        "an account must stand where its last entry leaves it",
+    ),
+    (
+        "account_empty",
+        "BEFORE INSERT ON account",
+        "(NEW.last_seq, NEW.balance) <> (0, 0)",
+        "an account opens empty",
     ),
     (
         "account_state",
         "BEFORE UPDATE ON account",
-        """OLD.status = 'CLOSED' AND NEW.status <> 'CLOSED'
-           OR NEW.balance <> OLD.balance AND OLD.status <> 'ACTIVE'""",
+        """OLD.status = 'CLOSED' AND NEW.status <> 'CLOSED' OR NEW.last_seq <> OLD.last_seq
+           AND 'ACTIVE' NOT IN (OLD.status, NEW.status)""",
         "a closed account never comes back, and only an active one moves money",
     ),
     ("account_identity", "BEFORE UPDATE OF id, asset, kind ON account", "1", "it is for ever"),
     ("account_kept", "BEFORE DELETE ON account", "1", "accounts are never deleted"),
 ] + [
     (f"{table}_{name}", f'BEFORE {change} ON "{table}"', "1", f"a row of {table} is for ever")
-    for table in ("entry", "transaction", "audit_event", "idempotency_key")
+    for table in ("asset", "entry", "transaction", "audit_event", "idempotency_key")
     for name, change in (("kept", "DELETE"), ("unchanged", "UPDATE"))
 ]
 
@@ -492,13 +450,13 @@ def utc_now() -> int:
     return time.time_ns() // 1_000
 
 
-def id_source() -> Callable[[int], str]:
+def id_source(after: str | None = None) -> Callable[[int], str]:
     """Return a function from a time to a new version 7 UUID (RFC 9562), rising at every call.
 
-    The first 60 bits, milliseconds and a fraction, never repeat within a source; the other 62
-    are random, and drawn once for a source.
+    The first 60 bits, milliseconds and a fraction, never repeat within a source, and come
+    behind those of `after`; the other 62 are random, and drawn once for a source.
     """
-    last = 0
+    last = int(after[:8] + after[9:13] + after[15:18], 16) if after else 0
     tail = f"{2 << 62 | secrets.randbits(62):016x}"
 
     def new_id(now: int) -> str:
@@ -547,7 +505,10 @@ class Database:
             with engine.begin() as connection:
                 yield connection
         except DBAPIError as error:
-            raise named_error(error.orig) from error.orig
+            refusal = named_error(error.orig)
+            if not isinstance(refusal, DatabaseBusy):
+                log.error("the database refused: %s", error.orig)
+            raise refusal from error.orig
 
     def close(self) -> None:
         """Close every connection; the next use opens new ones."""
@@ -604,13 +565,12 @@ def sqlite_path(url: str) -> Path:
     """Return the file that a database URL names, or raise StartRefused."""
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise StartRefused("the database URL must look like sqlite:///ledger.db") from None
-    if parsed.get_backend_name() != "sqlite":
-        raise StartRefused("the database URL must begin with sqlite:///")
-    if not parsed.database or parsed.database.startswith((":memory:", "file:")) or parsed.query:
+    name = parsed.database or ""
+    if parsed != URL.create("sqlite", database=name) or re.match(":memory:|file:|.*\0|$", name):
         raise StartRefused("the database must be a plain file, such as sqlite:///ledger.db")
-    return Path(parsed.database).absolute()
+    return Path(name).absolute()
 
 
 def file_identity(path: Path) -> tuple[int, int]:
@@ -647,8 +607,8 @@ def patiently(action: Callable[[], R]) -> R:
 def holds_ledger(connection: Connection) -> bool:
     """Tell a ledger of this version from a new file, and raise StartRefused for all else."""
     tables = set(connection.exec_driver_sql("SELECT name FROM sqlite_schema").scalars())
-    if tables and "schema_version" not in tables:
-        raise StartRefused("the database holds something else than a ledger")
+    if tables and not tables.issuperset(TABLES):
+        raise StartRefused("the database holds something other than a ledger")
     if tables:
         version = connection.execute(select(TABLES["schema_version"])).scalar()
         if version != SCHEMA_VERSION:
@@ -673,13 +633,17 @@ def add_missing_rows(connection: Connection) -> None:
     for asset in ASSETS.values():
         if asset.code not in known:
             connection.execute(insert(ASSET).values(asset._asdict()))
-    is_system = ACCOUNT.c.kind == "SYSTEM"
-    held = connection.execute(select(ACCOUNT.c.name, ACCOUNT.c.asset).where(is_system)).all()
     now, new_id = utc_now(), id_source()
-    for name, code in SYSTEM_ACCOUNTS - {tuple(row) for row in held}:
-        row = {"name": name, "owner_name": "system", "asset": code, "kind": "SYSTEM"}
-        state = {"status": "ACTIVE", "balance": 0, "last_seq": 0, "created_at": now}
-        connection.execute(insert(ACCOUNT).values(id=new_id(now), **row, **state))
+    for name, code in SYSTEM_ACCOUNTS - held_system_accounts(connection):
+        account = LoadedAccount(new_id(now), "system", code, now, name=name, kind="SYSTEM")
+        connection.execute(insert(ACCOUNT).values(asdict(account)))
+
+
+def held_system_accounts(connection: Connection) -> set[tuple[str, str]]:
+    """Return the name and the asset of each system account that there is."""
+    columns = select(ACCOUNT.c.name, ACCOUNT.c.asset)
+    rows = connection.execute(columns.where(ACCOUNT.c.kind == "SYSTEM"))
+    return {(row.name, row.asset) for row in rows}
 
 
 # ---------------------------------------------------------------------------- The rule
@@ -691,14 +655,14 @@ class LoadedAccount:
     """An account as the open batch holds it, named as in the table."""
 
     id: str
-    name: str | None
     owner_name: str
     asset: str
-    kind: str
-    status: str
-    balance: int
-    last_seq: int
     created_at: int
+    name: str | None = None
+    kind: str = "CUSTOMER"
+    status: str = "ACTIVE"
+    balance: int = 0
+    last_seq: int = 0
 
 
 class Leg(NamedTuple):
@@ -734,26 +698,14 @@ class Book:
 
     def system_account(self, name: str, asset: str) -> LoadedAccount:
         """Return the outside world's side of an event in an asset."""
-        if (name, asset) not in SYSTEM_ACCOUNTS:
-            require_open_loop(asset)
         return self._system[name, asset]
 
     def open(self, owner_name: str, asset: str) -> LoadedAccount:
         """Add an empty account of one asset."""
-        account_id = self.last_opened_id = self.new_id()
-        account = LoadedAccount(
-            id=account_id,
-            name=None,
-            owner_name=owner_name,
-            asset=asset,
-            kind="CUSTOMER",
-            status="ACTIVE",
-            balance=0,
-            last_seq=0,
-            created_at=self.now,
-        )
-        self._customers[account_id] = account
-        self.rows[ACCOUNT].append({name: getattr(account, name) for name in ACCOUNT_COLUMNS})
+        account = LoadedAccount(self.new_id(), owner_name, asset, self.now)
+        self.last_opened_id = account.id
+        self._customers[account.id] = account
+        self.rows[ACCOUNT].append(asdict(account))
         return account
 
     def post(self, kind: str, legs: Sequence[Leg], memo: str | None) -> str:
@@ -844,15 +796,6 @@ def require_funds(leg: Leg) -> None:
 # written and committed together; only then is anybody answered. Idempotency lives here.
 
 
-class Answer(NamedTuple):
-    """What a command's caller gets, stored under the idempotency key byte for byte."""
-
-    status: int
-    body: str
-    location: str | None = None
-    replayed: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Command:
     """What one caller wants done, once."""
@@ -864,7 +807,7 @@ class Command:
     arguments: str
     """The parsed arguments as JSON: two requests that mean the same have the same."""
     account_ids: Sequence[str]
-    word: "Word[Any, Any]"
+    word: "Word"
     run: Callable[[Book], Answer]
 
     @property
@@ -898,10 +841,12 @@ class Ledger:
     def __init__(self, database: Database, clock: Callable[[], int] = utc_now) -> None:
         self.database = database
         self._clock = clock
-        self._new_id = id_source()
         self._lock = threading.Lock()
         self._pending: dict[asyncio.AbstractEventLoop, list[Pending]] = {}
         self._statements = Statements(database.writer)
+        with self.read() as connection:
+            # The clock may have gone back since the last start, and new ids must still be last.
+            self._new_id = id_source(connection.execute(select(func.max(AUDIT.c.id))).scalar())
 
     async def submit(self, command: Command) -> Answer:
         """Have a command done in the next batch; return its answer after the commit."""
@@ -950,7 +895,7 @@ class Ledger:
             elif pending.answer.done():
                 pass  # The caller has gone; what was done stays done.
             elif isinstance(outcome, Exception):
-                pending.answer.set_exception(outcome)
+                pending.answer.set_exception(outcome.with_traceback(None))
             else:
                 pending.answer.set_result(outcome)
         if busy:
@@ -958,38 +903,34 @@ class Ledger:
             loop.call_later(BUSY_RETRY_SECONDS, self._flush, loop)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAnswer:
-    """An answer under its key, with what tells whether a repeat means the same."""
-
-    fingerprint: str
-    answer: Answer
-
-    def repeat(self, command: Command) -> Answer:
-        """Return the answer once more, or refuse a key that is used for something else."""
-        if self.fingerprint == command.fingerprint:
-            return self.answer._replace(replayed=True)
-        error = IdempotencyKeyReused("This key was used with other arguments: use a new one")
-        return Answer(error.status, error.body())
+Known = dict[str, tuple[str, Answer]]
+"""Stored keys, each with the fingerprint of the arguments and the answer that was given."""
 
 
-def perform(command: Command, book: Book, known: dict[str, StoredAnswer]) -> Answer:
+def perform(command: Command, book: Book, known: Known) -> Answer:
     """Do one command of a batch, or repeat the answer that its key was given before."""
-    key = command.stored_key
+    key, fingerprint = command.stored_key, command.fingerprint
     if key in known:
-        return known[key].repeat(command)
+        return repeat(fingerprint, *known[key])
     book.last_opened_id = book.last_transaction_id = None
     try:
         answer = command.run(book)
         record(command, book)
     except LedgerError as error:
-        answer = Answer(error.status, error.body())
+        answer = error.answer()
     if key is not None:
-        known[key] = StoredAnswer(command.fingerprint, answer)
+        known[key] = (fingerprint, answer)
+        row = {"id": key, "fingerprint": fingerprint, "ts": book.now}
         stored = {"status": answer.status, "body": answer.body, "location": answer.location}
-        row = {"id": key, "fingerprint": known[key].fingerprint, "ts": book.now}
         book.rows[KEY].append(row | stored)
     return answer
+
+
+def repeat(fingerprint: str, known_fingerprint: str, answer: Answer) -> Answer:
+    """Return a stored answer once more, or refuse a key that was used for something else."""
+    if fingerprint == known_fingerprint:
+        return answer._replace(replayed=True)
+    return IdempotencyKeyReused("This key was used with other arguments: use a new one").answer()
 
 
 def record(command: Command, book: Book) -> None:
@@ -1033,15 +974,12 @@ class Statements:
         rows = connection.exec_driver_sql(self._load_accounts, parameters)
         return [LoadedAccount(*row) for row in rows]
 
-    def load_answers(
-        self, connection: Connection, commands: Sequence[Command]
-    ) -> dict[str, StoredAnswer]:
+    def load_answers(self, connection: Connection, commands: Sequence[Command]) -> Known:
         """Return what the keys of the commands were answered before."""
         keys = [command.stored_key for command in commands if command.key is not None]
         rows = connection.exec_driver_sql(self._load_answers, {"keys": json.dumps(keys)})
         return {
-            row.id: StoredAnswer(row.fingerprint, Answer(row.status, row.body, row.location))
-            for row in rows
+            row.id: (row.fingerprint, Answer(row.status, row.body, row.location)) for row in rows
         }
 
     def save(self, connection: Connection, book: Book) -> None:
@@ -1049,17 +987,13 @@ class Statements:
         for table in BATCH_TABLES:
             if rows := book.rows[table]:
                 connection.exec_driver_sql(self._insert[table], rows)
-        if changed := book.changed.values():
-            balances = [
-                {
-                    "account_id": account.id,
-                    "status": account.status,
-                    "balance": account.balance,
-                    "last_seq": account.last_seq,
-                }
-                for account in changed
+        if book.changed:
+            columns = ("status", "balance", "last_seq")
+            rows = [
+                {"account_id": account.id} | {name: getattr(account, name) for name in columns}
+                for account in book.changed.values()
             ]
-            connection.exec_driver_sql(self._update_account, balances)
+            connection.exec_driver_sql(self._update_account, rows)
 
 
 BATCH_TABLES = (ACCOUNT, TRANSACTION, ENTRY, KEY, AUDIT)
@@ -1085,28 +1019,24 @@ def accounts_of_a_batch() -> Select[Any]:
 # dialect and no caller.
 
 
-@dataclass(frozen=True)
-class Word(Generic[P, R]):
-    """A rule of bookkeeping, and the name of the system account on its other side."""
+class Word(NamedTuple):
+    """What a word is called in the audit log, and the system account on its other side."""
 
-    function: Callable[Concatenate[Book, P], R]
+    name: str
     system_account: str | None
 
-    @property
-    def name(self) -> str:
-        """Return the name by which the audit log knows the word."""
-        return self.function.__name__
 
-    def __call__(self, book: Book, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Do it."""
-        return self.function(book, *args, **kwargs)
+WORDS: dict[Callable[..., Any], Word] = {}
 
 
-def word(
-    *, system_account: str | None = None
-) -> Callable[[Callable[Concatenate[Book, P], R]], Word[P, R]]:
+def word(*, system_account: str | None = None) -> Callable[[F], F]:
     """Make a function of a book a word, and declare the system account that it uses."""
-    return lambda function: Word(function, system_account)
+
+    def declare(function: F) -> F:
+        WORDS[function] = Word(function.__name__, system_account)
+        return function
+
+    return declare
 
 
 @word()
@@ -1122,6 +1052,7 @@ def open_account(book: Book, *, owner_name: str, asset: str) -> LoadedAccount:
 def deposit(book: Book, account_id: str, *, amount: int, memo: str | None) -> LoadedAccount:
     """Take money in: DEBIT cash, CREDIT the account."""
     account = book.account(account_id)
+    require_open_loop(account.asset)
     cash = book.system_account("cash", account.asset)
     book.post("DEPOSIT", [Leg(cash, -amount), Leg(account, +amount)], memo)
     return account
@@ -1131,6 +1062,7 @@ def deposit(book: Book, account_id: str, *, amount: int, memo: str | None) -> Lo
 def withdraw(book: Book, account_id: str, *, amount: int, memo: str | None) -> LoadedAccount:
     """Pay money out: DEBIT the account, CREDIT cash."""
     account = book.account(account_id)
+    require_open_loop(account.asset)
     cash = book.system_account("cash", account.asset)
     book.post("WITHDRAWAL", [Leg(account, -amount), Leg(cash, +amount)], memo)
     return account
@@ -1230,7 +1162,8 @@ def check(connection: Connection) -> Iterator[Finding]:
     yield check_storage(connection)
     yield check_transactions(connection)
     yield check_accounts(connection)
-    yield check_triggers(connection)
+    yield check_audit(connection)
+    yield check_schema(connection)
 
 
 def check_storage(connection: Connection) -> Finding:
@@ -1300,16 +1233,28 @@ def wrong_in_account(lines: Iterable[Row[Any]]) -> str | None:
     return None
 
 
-def check_triggers(connection: Connection) -> Finding:
-    """Verify that the triggers which keep entries, transactions and audit events are there."""
-    there = set(
-        connection.exec_driver_sql(
-            "SELECT name FROM sqlite_schema WHERE type = 'trigger'"
-        ).scalars()
-    )
-    missing = [name for name, *_ in TRIGGERS if name not in there]
-    wrong = f"the trigger {missing[0]} is missing" if missing else None
-    return Finding("what was written is for ever", len(TRIGGERS), wrong)
+def check_schema(connection: Connection) -> Finding:
+    """Verify tables, constraints and triggers: they are what keeps written rows as they are."""
+    query = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"
+    found = {tuple(row) for row in connection.exec_driver_sql(query)}
+    with create_engine("sqlite://").begin() as fresh:
+        create_schema(fresh)
+        expected = {tuple(row) for row in fresh.exec_driver_sql(query)}
+    differing = sorted(name for name, _ in found ^ expected)
+    wrong = f"{differing[0]} is not as it was made" if differing else None
+    return Finding("tables, constraints and triggers are as they were made", len(expected), wrong)
+
+
+def check_audit(connection: Connection) -> Finding:
+    """Verify that every transaction has its audit event, and every system account its place."""
+    recorded = select(AUDIT.c.transaction_id).where(AUDIT.c.transaction_id.is_not(None))
+    lost = select(TRANSACTION.c.id).where(TRANSACTION.c.id.not_in(recorded)).limit(1)
+    unrecorded = connection.execute(lost).scalar()
+    strange = held_system_accounts(connection) - SYSTEM_ACCOUNTS
+    wrong = f"transaction {unrecorded} has no audit event" if unrecorded else None
+    wrong = f"{strange.pop()} is no system account" if strange else wrong
+    count = connection.execute(select(func.count()).select_from(AUDIT)).scalar_one()
+    return Finding("every transaction is in the audit log", count, wrong)
 
 
 def signed(entry_type: str, amount: int) -> int:
@@ -1328,7 +1273,8 @@ def caller_of(request: Request) -> str:
         raise Forbidden("In open mode no proxy may stand in front of the ledger")
     if not is_loopback(request.client.host if request.client else ""):
         raise Forbidden("In open mode only callers on this machine are served")
-    if not is_local_host(request.headers.get("host", "")):
+    hosts = request.headers.getlist("host")
+    if len(hosts) != 1 or not is_local_host(hosts[0]):
         raise Forbidden("In open mode the Host must be this machine's own name")
     return "local"
 
@@ -1348,8 +1294,9 @@ def is_loopback(peer: str) -> bool:
 @lru_cache(maxsize=1_000)
 def is_local_host(host: str) -> bool:
     """Tell whether a Host header names this machine, as a page of another site cannot make it."""
-    name = re.sub(r":\d*$", "", host).strip("[]").lower()
-    return name in ("localhost", "testserver") or is_loopback(name)
+    parts = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::[0-9]*)?", host.lower())
+    name = parts and (parts[1] or parts[2])
+    return name in ("localhost", "testserver") or is_loopback(name or "")
 
 
 # ------------------------------------------------------------------------------- Faces
@@ -1357,6 +1304,7 @@ def is_local_host(host: str) -> bool:
 # how answers, errors and pages look. No face knows another.
 
 BODY_BYTES_MAX = 65_536
+BODY_SECONDS_MAX = 5.0
 KeyRule = Literal["required", "optional", "none"]
 
 
@@ -1383,6 +1331,8 @@ class LedgerRoute(APIRoute):
     def __init__(self, *args: Any, key_rule: KeyRule, **options: Any) -> None:
         self.key_rule = key_rule
         super().__init__(*args, **options)
+        # Python's $ also matches before a last newline, so "/accounts%0A" would be served.
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return FastAPI's handler behind the checks that come before it."""
@@ -1393,7 +1343,7 @@ class LedgerRoute(APIRoute):
             admitted.caller = caller_of(request)
             admitted.key = read_key(request, self.key_rule)
             if self.body_field:
-                require_json_type(request)
+                require_json(request)
                 admitted.content = await read_body(request)
                 admitted.document = parse_json(admitted.content)
             return await handle(admitted)
@@ -1410,7 +1360,7 @@ def read_key(request: Request, rule: KeyRule) -> str | None:
         if rule == "required":
             raise IdempotencyKeyMissing("The header Idempotency-Key is required here")
         return None
-    quoted = re.fullmatch(r'[ \t]*(?:"([!-~]{1,255})"|((?!")[!-~]{1,255}))[ \t]*', keys[0])
+    quoted = re.fullmatch(r'[ \t]*(?:"([!#-~]{1,255})"|((?!")[!-~]{1,255}))[ \t]*', keys[0])
     if quoted is None or len(keys) > 1:
         raise IdempotencyKeyInvalid(
             "The Idempotency-Key must be given once, as 1 to 255 visible ASCII characters"
@@ -1418,23 +1368,29 @@ def read_key(request: Request, rule: KeyRule) -> str | None:
     return quoted[1] or quoted[2]
 
 
-def require_json_type(request: Request) -> None:
+def require_json(request: Request) -> None:
     """Refuse a body that is not declared to be JSON; a page of another site cannot declare it."""
-    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not re.fullmatch(r"application/([!-~]+\+)?json", declared):
+    declared = request.headers.get("content-type", "").partition(";")[0].strip(" \t")
+    if not re.fullmatch(r"application/([\w!#$&.^-]+\+)?json", declared, re.ASCII | re.IGNORECASE):
         raise UnsupportedMediaType("The Content-Type must be application/json")
 
 
 async def read_body(request: Request) -> bytes:
     """Return the body, or raise BodyTooLarge without reading on."""
-    body = bytearray()
+    if "upgrade" in request.headers:
+        # The HTTP parser drops such a body, and takes what follows for the next request.
+        raise MalformedJson("This server stays with HTTP/1.1: send no Upgrade with a body")
+    declared, body = request.headers.get("content-length", ""), bytearray()
+    if declared.isdigit() and int(declared) > BODY_BYTES_MAX:
+        raise BodyTooLarge(f"The body may have at most {BODY_BYTES_MAX} bytes")
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > BODY_BYTES_MAX:
-                raise BodyTooLarge(f"The body may have at most {BODY_BYTES_MAX} bytes")
-    except ClientDisconnect:
-        raise MalformedJson("The body ended before it was complete") from None
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > BODY_BYTES_MAX:
+                    raise BodyTooLarge(f"The body may have at most {BODY_BYTES_MAX} bytes")
+    except (ClientDisconnect, TimeoutError):
+        raise MalformedJson("The body did not arrive as a whole") from None
     return bytes(body)
 
 
@@ -1445,26 +1401,28 @@ def parse_json(body: bytes) -> Any:
         document = JSON.decode(text)
         if "\\u" in text:
             json.dumps(document, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else JSON_REQUIREMENTS
-        raise MalformedJson(f"The body must be one JSON document in UTF-8: {reason}") from None
+    except UnicodeError:
+        raise MalformedJson("The body must be UTF-8, without lone surrogates") from None
+    except RecursionError:
+        raise MalformedJson("The body is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise MalformedJson(f"The body must be one JSON document: {error.msg}") from None
+    except ValueError:
+        raise MalformedJson("A number in the body has too many digits") from None
     return document
-
-
-JSON_REQUIREMENTS = "without repeated names, NaN, Infinity, lone surrogates or deep nesting"
 
 
 def unique_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object's members, and refuse a name that stands twice."""
     unique = dict(members)
     if len(unique) != len(members):
-        raise ValueError
+        raise MalformedJson("A name stands twice in one object of the body")
     return unique
 
 
 def refuse_constant(name: str) -> None:
     """Refuse NaN and the infinities, which Python would take."""
-    raise ValueError
+    raise MalformedJson(f"{name} is not JSON")
 
 
 JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=refuse_constant)
@@ -1568,7 +1526,7 @@ class Face:
         self.routes: list[LedgerRoute] = []
 
     def command(
-        self, path: str, does: Word[..., Any], *, key: KeyRule = "optional", **options: Any
+        self, path: str, does: Callable[..., Any], *, key: KeyRule = "optional", **options: Any
     ) -> Callable[[F], F]:
         """Make a function of the book a POST route, whose calls go through the batch.
 
@@ -1591,7 +1549,7 @@ class Face:
                     key=request.key,
                     arguments=to_json(arguments).decode(),
                     account_ids=named(arguments),
-                    word=does,
+                    word=WORDS[does],
                     run=run,
                 )
                 return respond(await request.app.state.ledger.submit(command))
@@ -1663,21 +1621,17 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 def named_accounts(function: Callable[..., Any]) -> Callable[[dict[str, Any]], list[str]]:
     """Return a function from a route's arguments to the ids of the accounts that they name."""
-    marked: list[tuple[str, str | None]] = []
+    direct, within = [], []
     for name, parameter in inspect.signature(function).parameters.items():
         if NamesAccount in get_args(parameter.annotation):
-            marked.append((name, None))
-        elif inspect.isclass(parameter.annotation) and issubclass(
-            parameter.annotation, RequestBody
-        ):
-            fields = parameter.annotation.model_fields.items()
-            marked += [(name, member) for member, field in fields if NamesAccount in field.metadata]
+            direct.append(name)
+        for member, field in getattr(parameter.annotation, "model_fields", {}).items():
+            if NamesAccount in field.metadata:
+                within.append((name, member))
 
     def named(arguments: dict[str, Any]) -> list[str]:
-        return [
-            getattr(arguments[name], member) if member else arguments[name]
-            for name, member in marked
-        ]
+        inner = [getattr(arguments[name], member) for name, member in within]
+        return [arguments[name] for name in direct] + inner
 
     return named
 
@@ -1696,11 +1650,20 @@ def respond(answer: Answer) -> Response:
 async def refuse(request: Request, error: Exception) -> Response:
     """Answer with any error, in the one form that errors have."""
     refusal = refusal_of(request, error)
-    response = respond(Answer(refusal.status, refusal.body()))
-    response.headers.update(getattr(error, "headers", None) or {})
+    response = respond(refusal.answer())
+    if "upgrade" in request.headers:
+        response.headers["Connection"] = "close"
+    if refusal.status == 405:
+        response.headers["Allow"] = ", ".join(sorted(allowed_methods(request)))
     if refusal.status == 503:
         response.headers["Retry-After"] = "1"
     return response
+
+
+def allowed_methods(request: Request) -> set[str]:
+    """Return what can be done at a request's path."""
+    path, routes = request.scope["path"], request.app.routes
+    return {m for route in routes if route.path_regex.match(path) for m in route.methods}
 
 
 def refusal_of(request: Request, error: Exception) -> LedgerError:
@@ -1894,8 +1857,8 @@ FACES = (canonical,)
 
 def create_app(settings: Settings) -> FastAPI:
     """Open the ledger and return its application; raise StartRefused if it cannot be opened."""
-    ledger = Ledger(Database(settings.database_url))
-    ledger.database.open(make=True)
+    database = Database(settings.database_url)
+    database.open(make=True)
     app = FastAPI(
         title="ledger.py",
         description="A double-entry ledger: durable, idempotent, never negative, always balanced.",
@@ -1906,7 +1869,7 @@ def create_app(settings: Settings) -> FastAPI:
             (LedgerError, RequestValidationError, FrameworkError, Exception), refuse
         ),
     )
-    app.state.ledger = ledger
+    app.state.ledger = Ledger(database)
     for face in FACES:
         app.router.routes.extend(face.routes)
     app.add_api_route("/health", get_health, tags=["ledger"], responses=PROBLEMS)
@@ -1958,9 +1921,9 @@ def serve(settings: Settings, options: argparse.Namespace) -> int:
         raise StartRefused(
             "without keys the ledger serves this machine alone: use --host 127.0.0.1"
         )
-    app = create_app(settings)
-    port = settings.port if options.port is None else options.port
+    port = port_number(os.environ.get("PORT") or "8000") if options.port is None else options.port
     listener = listen(options.host, port)
+    app = create_app(settings)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"ledger.py serves on {address}")
@@ -1976,7 +1939,7 @@ def serve(settings: Settings, options: argparse.Namespace) -> int:
         # Longer than most clients keep an idle connection: the side that closes it first should
         # be the client, because a request that meets a closing connection gets no answer.
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=30,
+        timeout_graceful_shutdown=8,
     )
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
@@ -2020,9 +1983,9 @@ def run_backup(settings: Settings, options: argparse.Namespace) -> int:
         raise StartRefused(f"cannot make {target}: {error.strerror}") from None
     try:
         copy_into(database, target)
-    except sqlite3.Error as error:
+    except BaseException:
         target.unlink()
-        raise StartRefused(f"cannot copy into {target}: {error}") from None
+        raise
     database.close()
     print(f"copied {database.path} to {target}")
     return 0
@@ -2033,6 +1996,8 @@ def copy_into(database: Database, target: Path) -> None:
     with closing(sqlite3.connect(target)) as copy, database.begin(database.reader) as connection:
         source: Any = connection.connection.driver_connection
         source.backup(copy, pages=-1)
+        # So that the copy is one file, even where it can only be read.
+        copy.execute("PRAGMA journal_mode = DELETE")
 
 
 def existing(settings: Settings) -> Database:
@@ -2067,12 +2032,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return the exit status."""
-    options = parse(arguments)
     try:
+        options = parse(arguments)
         settings = Settings.read(os.environ, database_url=options.database_url)
         status: int = options.run(settings, options)
-    except (StartRefused, LedgerError) as refusal:
-        print(f"ledger: {refusal}", file=sys.stderr)
+    except (StartRefused, LedgerError, sqlite3.Error) as refusal:
+        print(f"ledger: {refusal.__cause__ or refusal}", file=sys.stderr)
         return 1
     return status
 
