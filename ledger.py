@@ -1335,7 +1335,7 @@ def credit_cashback(book: Book, payment_id: str) -> None:
     if promised.amount:
         ours = book.system_account("cashback", account.asset)
         legs = [Leg(ours, -promised.amount), Leg(account, +promised.amount)]
-        book.post("CASHBACK", legs, memo=None)
+        book.post("CASHBACK", legs, memo=payment_id)
     book.mark_credited(payment_id)
 
 
@@ -1865,8 +1865,16 @@ class NamesAccount:
     asset: str = ""
 
     def ref(self, value: str) -> Ref:
-        """Return what the batch looks for."""
-        return Named(self.prefix + value, self.asset) if self.prefix else value
+        """Return what the ledger calls the account."""
+        return self.named(value) if self.prefix else value
+
+    def named(self, value: str) -> Named:
+        """Return the name and the asset of a dialect's account."""
+        return Named(self.prefix + value, self.asset)
+
+    def own_name(self, account: LoadedAccount | Row[Any]) -> str:
+        """Return what the dialect calls an account."""
+        return str(account.name).removeprefix(self.prefix)
 
 
 class TellsTime:
@@ -2446,11 +2454,7 @@ bank.routes.append(APIRoute("/bank/health", get_health, tags=["bank"], responses
 Milliseconds = Annotated[int, Field(strict=True, ge=0, le=2**53), TellsTime()]
 QueryMilliseconds = Annotated[int, Query(ge=0, le=2**53), TellsTime()]
 BankName = Annotated[Name, BANK_NAMES]
-
-
-def bank_name(account: LoadedAccount | Row[Any]) -> str:
-    """Return the caller's own name for an account."""
-    return str(account.name).removeprefix(BANK_NAMES.prefix)
+BankAmount = Annotated[int, Field(strict=True, ge=1, le=BALANCE_MAX)]
 
 
 class BankAccountCreate(RequestBody):
@@ -2470,8 +2474,8 @@ class BankAccountCreated(Public):
 @bank.command("/accounts", open_account, status=201)
 def post_bank_account(book: Book, body: BankAccountCreate) -> BankAccountCreated:
     """Open an account under a name of the caller's own, unique for ever."""
-    name = BANK_NAMES.prefix + body.account_id
-    open_account(book, owner_name=body.account_id, name=name)
+    named = BANK_NAMES.named(body.account_id)
+    open_account(book, owner_name=body.account_id, asset=named.asset, name=named.name)
     return BankAccountCreated(account_id=body.account_id)
 
 
@@ -2485,7 +2489,7 @@ class BankAccounts(Public):
 def get_bank_accounts(connection: Connection) -> BankAccounts:
     """List the names of all accounts."""
     rows = read_accounts_of_dialect(connection, BANK_NAMES.prefix)
-    return BankAccounts(accounts=sorted(bank_name(row) for row in rows))
+    return BankAccounts(accounts=sorted(BANK_NAMES.own_name(row) for row in rows))
 
 
 class BankAccountBalance(Public):
@@ -2502,13 +2506,8 @@ def get_bank_balance(
     timestamp: Annotated[int | None, Query(ge=0, le=2**53), TellsTime()] = None,
 ) -> BankAccountBalance:
     """Show a balance, after what is due by then was credited."""
-    account = read_named_account(connection, bank_ref(name))
+    account = read_named_account(connection, BANK_NAMES.named(name))
     return BankAccountBalance(account_id=name, balance=account.balance)
-
-
-def bank_ref(name: str) -> Named:
-    """Return what the ledger calls an account of this dialect."""
-    return Named(BANK_NAMES.prefix + name, BANK_NAMES.asset)
 
 
 class BankMovement(RequestBody):
@@ -2516,7 +2515,7 @@ class BankMovement(RequestBody):
 
     timestamp: Milliseconds
     account_id: BankName
-    amount: Amount
+    amount: BankAmount
 
 
 class BankBalance(Public):
@@ -2528,7 +2527,9 @@ class BankBalance(Public):
 @bank.command("/deposits", deposit)
 def post_bank_deposit(book: Book, body: BankMovement) -> BankBalance:
     """Take money in for an account."""
-    return BankBalance.model_validate(deposit(book, bank_ref(body.account_id), amount=body.amount))
+    return BankBalance.model_validate(
+        deposit(book, BANK_NAMES.named(body.account_id), amount=body.amount)
+    )
 
 
 class BankTransfer(RequestBody):
@@ -2537,7 +2538,7 @@ class BankTransfer(RequestBody):
     timestamp: Milliseconds
     source_account_id: BankName
     target_account_id: BankName
-    amount: Amount
+    amount: BankAmount
 
 
 TRANSFER_FAILED = dict.fromkeys(
@@ -2549,7 +2550,10 @@ PAYMENT_FAILED = dict.fromkeys((AccountNotFound, InsufficientFunds), Wording(400
 @bank.command("/transfers", transfer, wording=TRANSFER_FAILED)
 def post_bank_transfer(book: Book, body: BankTransfer) -> BankBalance:
     """Move money, and show the balance of the source."""
-    source, target = bank_ref(body.source_account_id), bank_ref(body.target_account_id)
+    source, target = (
+        BANK_NAMES.named(body.source_account_id),
+        BANK_NAMES.named(body.target_account_id),
+    )
     done = transfer(book, source_ref=source, dest_ref=target, amount=body.amount)
     return BankBalance.model_validate(done.source)
 
@@ -2563,7 +2567,7 @@ class BankPayment(Public):
 @bank.command("/payments", pay_counted, wording=PAYMENT_FAILED)
 def post_bank_payment(book: Book, body: BankMovement) -> BankPayment:
     """Pay, and get 2 % back after 24 hours of the caller's clock."""
-    paid = pay_counted(book, bank_ref(body.account_id), amount=body.amount)
+    paid = pay_counted(book, BANK_NAMES.named(body.account_id), amount=body.amount)
     return BankPayment(payment_id=f"payment{paid.ordinal}")
 
 
@@ -2580,7 +2584,7 @@ def get_bank_payment(
 ) -> BankPaymentStatus:
     """Show where a payment of an account stands."""
     cashback = read_cashback(connection, counted_payment(connection, payment_id), "CALLER")
-    if bank_name(read_account(connection, cashback.account_id)) != account_id:
+    if BANK_NAMES.own_name(read_account(connection, cashback.account_id)) != account_id:
         raise PaymentNotFound("There is no such payment of this account")
     status = "IN_PROGRESS" if cashback.credited_at is None else "CASHBACK_RECEIVED"
     return BankPaymentStatus(payment_id=payment_id, status=status)
@@ -2633,7 +2637,7 @@ def get_bank_transactions(
     connection: Connection, name: str, timestamp: QueryMilliseconds
 ) -> BankOperations:
     """List everything that happened to an account, and the cashbacks that are to come."""
-    account = read_named_account(connection, bank_ref(name))
+    account = read_named_account(connection, BANK_NAMES.named(name))
     lines = bank_operations(account, read_movements(connection, account.id))
     lines.sort(key=lambda line: (line.timestamp, line.transaction_id))
     return BankOperations(account_id=name, transactions=lines)
@@ -2772,11 +2776,6 @@ Dollars = Annotated[int, PlainSerializer(partial(decimal_text, exponent=ATM_EXPO
 AtmNumber = Annotated[str, ATM_NUMBERS]
 
 
-def atm_number(account: LoadedAccount | Row[Any]) -> str:
-    """Return the number of an account."""
-    return str(account.name).removeprefix(ATM_NUMBERS.prefix)
-
-
 class AtmWelcome(Public):
     """Where to begin."""
 
@@ -2789,7 +2788,7 @@ class AtmWelcome(Public):
 def get_atm_welcome(connection: Connection) -> AtmWelcome:
     """Show all accounts with their balances."""
     rows = read_accounts_of_dialect(connection, ATM_NUMBERS.prefix)
-    return AtmWelcome(sample_accounts={atm_number(row): row.balance for row in rows})
+    return AtmWelcome(sample_accounts={ATM_NUMBERS.own_name(row): row.balance for row in rows})
 
 
 class AtmHealth(Public):
@@ -2803,7 +2802,7 @@ class AtmHealth(Public):
 def get_atm_health(connection: Connection) -> AtmHealth:
     """Tell whether the cash machine works, and for which accounts."""
     rows = read_accounts_of_dialect(connection, ATM_NUMBERS.prefix)
-    return AtmHealth(accounts=[atm_number(row) for row in rows])
+    return AtmHealth(accounts=[ATM_NUMBERS.own_name(row) for row in rows])
 
 
 class AtmMovement(RequestBody):
@@ -2822,7 +2821,7 @@ class AtmBalance(Public):
 @atm.read("/accounts/{number}/balance")
 def get_atm_balance(connection: Connection, number: AtmNumber) -> AtmBalance:
     """Show a balance."""
-    account = read_named_account(connection, Named(ATM_NUMBERS.prefix + number, "USD"))
+    account = read_named_account(connection, ATM_NUMBERS.named(number))
     return AtmBalance(account_number=number, balance=account.balance)
 
 
@@ -2903,7 +2902,8 @@ def parse_credits(given: Any) -> int:
     try:
         if isinstance(given, int | Decimal) and not isinstance(given, bool):
             # Only then is it short: 1e999999 would be written out with a million digits.
-            given = format(given, "f") if abs(Decimal(given).adjusted()) < 20 else ""
+            number = Decimal(given)
+            given = format(number, "f") if abs(number.adjusted()) < 20 else ""
         return minor_units(given, WALLET_EXPONENT)
     except (ValueError, TypeError):
         message = "Amount should be a decimal number with at most four places"
