@@ -2274,7 +2274,8 @@ def test_the_wallets_as_they_are_used(every_face: BankInside) -> None:
 @pytest.mark.parametrize(
     ("number", "balance"),
     [("1", "1.0000"), ("1.5", "1.5000"), ('"0.0001"', "0.0001"), ("0.1", "0.1000"),
-     ("1e2", "100.0000"), ("1.0000", "1.0000"), ("12345678901.2345", "12345678901.2345"), ("1E-4", "0.0001")],
+     ("1e2", "100.0000"),
+     ("1.0000", "1.0000"), ("12345678901.2345", "12345678901.2345"), ("1E-4", "0.0001")],
 )  # fmt: skip
 def test_credits_are_exact(every_face: BankInside, number: str, balance: str) -> None:
     every_face.post(USERS, external_user_id="carol")
