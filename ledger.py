@@ -2018,8 +2018,10 @@ class Face:
 
             async def endpoint(request: LedgerRequest, **arguments: Any) -> Response:
                 def run(book: Book) -> Answer:
-                    with self._worded(wording):
+                    try:
                         result = function(book, **arguments)
+                    except LedgerError as error:
+                        raise self._worded(error, wording) from None
                     return Answer(status, result.model_dump_json(), location.format(result) or None)
 
                 ledger: Ledger = request.app.state.ledger
@@ -2052,8 +2054,11 @@ class Face:
                 ledger: Ledger = request.app.state.ledger
 
                 def read() -> str:
-                    with self._worded(NO_WORDING), ledger.read() as connection:
-                        return str(function(connection, **arguments).model_dump_json())
+                    try:
+                        with ledger.read() as connection:
+                            return str(function(connection, **arguments).model_dump_json())
+                    except LedgerError as error:
+                        raise self._worded(error, NO_WORDING) from None
 
                 told_at = find_time(arguments)
                 if told_at is not None:
@@ -2066,13 +2071,9 @@ class Face:
 
         return declare
 
-    @contextmanager
-    def _worded(self, more: Wordings) -> Iterator[None]:
-        wording = {**self._wording, **more}
-        try:
-            yield
-        except tuple(wording) as error:
-            raise error.worded(wording[type(error)], self._exponent) from None
+    def _worded(self, error: LedgerError, of_route: Wordings) -> LedgerError:
+        wording = of_route.get(type(error)) or self._wording.get(type(error))
+        return error.worded(wording, self._exponent) if wording else error
 
     def _add(
         self, method: str, path: str, function: Callable[..., Any], endpoint: Any, **options: Any

@@ -22,6 +22,7 @@ from harness import (
     call,
     connect,
     fund,
+    open_wallets,
     resident_mebibytes,
     run_load,
     serving,
@@ -128,6 +129,7 @@ def measure_rates(plan: Plan, table: Table, folder: Path) -> None:
             if connections == 32:
                 add_rate_targets(table, [load.rate_per_second for load in loads])
         measure_reads(plan, table, ledger)
+        measure_top_ups(plan, table, ledger)
 
 
 def add_rates(table: Table, connections: int, loads: list[Load]) -> None:
@@ -154,6 +156,18 @@ def measure_reads(plan: Plan, table: Table, ledger: Server) -> None:
         with background_transfers(ledger, plan.seconds + 1):
             load = run_load(ledger, mode, 1, plan.seconds)
         table.add_load(f"GET {mode}, beside 32 connections of transfers", 1, load)
+
+
+def measure_top_ups(plan: Plan, table: Table, ledger: Server) -> None:
+    """Compare top-ups, which all go through one treasury, to transfers between many accounts."""
+    tell("top-ups")
+    open_wallets(ledger)
+    cases = [(ledger, "spread"), (ledger, "topup")]
+    transfers, top_ups = interleave(cases, 32, plan.rounds, plan.seconds)
+    table.add_load("(c) transfers, in turn with top-ups", 32, transfers)
+    table.add_load("(c) top-ups through one treasury", 32, top_ups)
+    ratio = top_ups.rate_per_second / transfers.rate_per_second
+    table.add_target("top-ups / transfers", ratio, ">= 1.00", ratio >= 1)
 
 
 def measure_growth(plan: Plan, table: Table, folder: Path) -> None:

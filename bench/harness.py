@@ -138,6 +138,13 @@ def fund(server: Server) -> None:
     server.accounts_file.write_text("\n".join(ids) + "\n")
 
 
+def open_wallets(server: Server) -> None:
+    """Open wallets for users who are named like the accounts."""
+    with closing(connect(server)) as link:
+        for user in server.accounts_file.read_text().split():
+            call(link, "POST", "/api/v1/wallets/users", {"external_user_id": user})
+
+
 def wrk_command(server: Server, mode: str, connections: int, seconds: int) -> list[str]:
     """Return the command of one run of the load generator."""
     wrk = shutil.which("wrk") or "wrk"

@@ -3,12 +3,13 @@
 -- ACCOUNTS_FILE has one account id per line. MODE is one of these:
 --   spread     transfers between two random accounts
 --   hot        transfers that all touch the first account, in turn as source and destination
+--   topup      top-ups of random users of wallets, named like the accounts: one treasury pays all
 --   account    reads of a random account
 --   statement  reads of the first page of 50 entries of a random account
 
 local random, format = math.random, string.format
 local accounts, host, mode = {}, nil, nil
-local transfer_head, hot_is_source = nil, false
+local transfer_head, topup_tail, hot_is_source = nil, nil, false
 
 -- The seed is 48 random bits from the system, so that no two runs repeat their keys.
 local function seed_from_system()
@@ -29,6 +30,8 @@ end
 -- Every id and key is 36 characters long, so the length of the body never changes, and all
 -- that a request needs is one concatenation.
 local SOURCE, DEST, TAIL = '{"source_account_id":"', '","dest_account_id":"', '","amount":1}'
+
+local TOPUP = '{"amount":"0.0001","asset_type_id":1}'
 
 local function transfer(source, dest)
   return transfer_head .. random_key() .. "\r\n\r\n" .. SOURCE .. source .. DEST .. dest .. TAIL
@@ -59,6 +62,11 @@ function makers.hot()
   return transfer(other, accounts[1])
 end
 
+function makers.topup()
+  return "POST /api/v1/wallets/users/" .. accounts[random(1, #accounts)] .. topup_tail
+    .. random_key() .. "\r\n\r\n" .. TOPUP
+end
+
 function makers.account()
   return get("/accounts/" .. accounts[random(1, #accounts)])
 end
@@ -79,6 +87,9 @@ function init(args)
   local length = #SOURCE + 36 + #DEST + 36 + #TAIL
   transfer_head = "POST /transfers HTTP/1.1\r\nHost: " .. host
     .. "\r\nContent-Type: application/json\r\nContent-Length: " .. length
+    .. "\r\nIdempotency-Key: "
+  topup_tail = "/top-up HTTP/1.1\r\nHost: " .. host
+    .. "\r\nContent-Type: application/json\r\nContent-Length: " .. #TOPUP
     .. "\r\nIdempotency-Key: "
   seed_from_system()
 end
