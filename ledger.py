@@ -3,6 +3,7 @@
     python ledger.py            serve on http://127.0.0.1:8000, on the file ./ledger.db
     python ledger.py check      verify every invariant against the stored rows
     python ledger.py backup F   copy the ledger into the new file F while the server runs
+    python ledger.py seed       open the demo accounts and wallets
     uvicorn ledger:app          serve the same application
 
 Glossary, with an example of each:
@@ -11,6 +12,7 @@ Glossary, with an example of each:
     minor units      an amount as an integer of the smallest unit           1050 is 10.50 USD
     account          one balance of one asset, owned by a customer          Alice's dollars
     system account   the outside world's side; it alone may go negative     cash, in USD
+    closed loop      assets that are issued, given and spent, and no more   GOLD, 4
     leg              a requested entry: an account and a signed amount      (alice, -500)
     entry            one immutable, numbered line of one account            DEBIT 500, leaves 550
     transaction      one event: entries whose credits equal their debits    a transfer
@@ -19,9 +21,11 @@ Glossary, with an example of each:
     command          a word, its arguments and the caller who asked         POST /transfers
     batch            the commands that are written and committed together   1 to some hundreds
     answer           what a command's caller gets: status and body          200 {"balance": 550}
+    cashback         2 % of a payment, credited when it falls due           199 brings back 3
     statement        an account's entries, newest first
     cursor           an opaque place in a list, from which it goes on
     idempotency key  the caller's name for one intent, which acts once      5f3a-retry-me
+    face             routes that speak to one kind of caller in its words   /atm, "10.50"
 
 Sign convention: CREDIT raises a balance and DEBIT lowers it, for every account. A leg's
 amount is signed (+ is CREDIT, - is DEBIT); a stored entry has a positive amount and a type.
@@ -39,8 +43,8 @@ Invariants. The code keeps them all; the database keeps 2, 3, 4, 5, 7 and the un
     7. Frozen accounts move no money; closed accounts are empty and never come back.
     8. Nothing is acknowledged before it is committed to disk.
 
-Sections: Settings, Money, Errors, Tables, Database, The rule, The batch, The words,
-Reading, Callers, Faces, The canonical API, Application, Command line.
+Sections: Settings, Money, Errors, Tables, Database, The rule, The batch, The words, Reading,
+Callers, Faces, The canonical API, /bank, /atm, /api/v1/wallets, Application, Command line.
 """
 
 import argparse
@@ -1726,7 +1730,6 @@ def is_local_host(host: str) -> bool:
 # how answers, errors and pages look. No face knows another.
 
 BODY_BYTES_MAX = 65_536
-BODY_SECONDS_MAX = 5.0
 KeyRule = Literal["required", "optional", "none"]
 
 
@@ -1811,12 +1814,11 @@ async def read_body(request: Request) -> bytes:
     if declared.isdigit() and int(declared) > BODY_BYTES_MAX:
         raise BodyTooLarge(f"The body may have at most {BODY_BYTES_MAX} bytes")
     try:
-        async with asyncio.timeout(BODY_SECONDS_MAX):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > BODY_BYTES_MAX:
-                    raise BodyTooLarge(f"The body may have at most {BODY_BYTES_MAX} bytes")
-    except (ClientDisconnect, TimeoutError):
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > BODY_BYTES_MAX:
+                raise BodyTooLarge(f"The body may have at most {BODY_BYTES_MAX} bytes")
+    except ClientDisconnect:
         raise MalformedJson("The body did not arrive as a whole") from None
     return bytes(body)
 
@@ -1875,6 +1877,13 @@ class NamesAccount:
     def own_name(self, account: LoadedAccount | Row[Any]) -> str:
         """Return what the dialect calls an account."""
         return str(account.name).removeprefix(self.prefix)
+
+
+class CarriesKey:
+    """Marks an argument that is the idempotency key, for callers who cannot send a header.
+
+    It is no part of what is asked, so its field must be excluded from the arguments.
+    """
 
 
 class TellsTime:
@@ -2014,7 +2023,8 @@ class Face:
         operation = f"POST {self.prefix}{path}"
 
         def declare(function: F) -> F:
-            find_accounts, find_time = names or named_accounts(function), told_time(function)
+            find_accounts = names or named_accounts(function)
+            find_time, find_key = told_time(function), key_in_body(function)
 
             async def endpoint(request: LedgerRequest, **arguments: Any) -> Response:
                 def run(book: Book) -> Answer:
@@ -2028,8 +2038,8 @@ class Face:
                 command = Command(
                     caller=request.caller,
                     operation=operation,
-                    key=one_key(request.key, arguments),
-                    arguments=to_json(arguments, exclude=KEY_FIELD).decode(),
+                    key=one_key(request.key, find_key(arguments)),
+                    arguments=to_json(arguments).decode(),
                     accounts=find_accounts(arguments),
                     word=WORDS[does],
                     run=run,
@@ -2121,16 +2131,25 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-KEY_FIELD: Any = {"body": {"idempotency_key"}}
+def key_in_body(function: Callable[..., Any]) -> Callable[[dict[str, Any]], str | None]:
+    """Return a function from a route's arguments to the key that they carry, if any."""
+    places = marked(function, CarriesKey)
+    if not places:
+        return lambda arguments: None
+    [(_, find)] = places
+
+    def carried(arguments: dict[str, Any]) -> str | None:
+        given = find(arguments)
+        return None if given is None else parse_key(given)
+
+    return carried
 
 
-def one_key(header_key: str | None, arguments: dict[str, Any]) -> str | None:
-    """Return the key from the header or from a body that has a field for it."""
-    given = getattr(arguments.get("body"), "idempotency_key", None)
-    body_key = None if given is None else parse_key(given)
-    if header_key and body_key and header_key != body_key:
+def one_key(in_header: str | None, in_body: str | None) -> str | None:
+    """Return the key, wherever it stands, or raise IdempotencyKeyInvalid where there are two."""
+    if in_header and in_body and in_header != in_body:
         raise IdempotencyKeyInvalid("The key in the body differs from the one in the header")
-    return header_key or body_key
+    return in_header or in_body
 
 
 def named_accounts(function: Callable[..., Any]) -> Callable[[dict[str, Any]], list[Ref]]:
@@ -2966,7 +2985,7 @@ class WalletMovement(RequestBody):
 
     amount: CreditsIn
     asset_type_id: Annotated[int, Field(strict=True)]
-    idempotency_key: str | None = None
+    idempotency_key: Annotated[str | None, CarriesKey(), Field(exclude=True)] = None
 
 
 class WalletMoved(Public):
