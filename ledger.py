@@ -2027,14 +2027,6 @@ class Face:
             find_time, find_key = told_time(function), key_in_body(function)
 
             async def endpoint(request: LedgerRequest, **arguments: Any) -> Response:
-                def run(book: Book) -> Answer:
-                    try:
-                        result = function(book, **arguments)
-                    except LedgerError as error:
-                        raise self._worded(error, wording) from None
-                    return Answer(status, result.model_dump_json(), location.format(result) or None)
-
-                ledger: Ledger = request.app.state.ledger
                 command = Command(
                     caller=request.caller,
                     operation=operation,
@@ -2042,12 +2034,19 @@ class Face:
                     arguments=to_json(arguments).decode(),
                     accounts=find_accounts(arguments),
                     word=WORDS[does],
-                    run=run,
+                    run=partial(answer, arguments=arguments),
                     told_at=find_time(arguments),
                 )
-                if command.told_at is not None:
-                    await credit_due(ledger, "CALLER", command.told_at)
+                ledger: Ledger = request.app.state.ledger
+                await credit_before(ledger, command.told_at)
                 return respond(await ledger.submit(command))
+
+            def answer(book: Book, arguments: dict[str, Any]) -> Answer:
+                try:
+                    result = function(book, **arguments)
+                except LedgerError as error:
+                    raise self._worded(error, wording) from None
+                return Answer(status, result.model_dump_json(), location.format(result) or None)
 
             self._add("POST", path, function, endpoint, key_rule=key, status_code=status)
             return function
@@ -2062,19 +2061,19 @@ class Face:
 
             async def endpoint(request: LedgerRequest, **arguments: Any) -> Response:
                 ledger: Ledger = request.app.state.ledger
-
-                def read() -> str:
-                    try:
-                        with ledger.read() as connection:
-                            return str(function(connection, **arguments).model_dump_json())
-                    except LedgerError as error:
-                        raise self._worded(error, NO_WORDING) from None
-
-                told_at = find_time(arguments)
-                if told_at is not None:
-                    await credit_due(ledger, "CALLER", told_at)
-                content = await asyncio.to_thread(read) if unbounded else read()
+                await credit_before(ledger, find_time(arguments))
+                if unbounded:
+                    content = await asyncio.to_thread(answer, ledger, arguments)
+                else:
+                    content = answer(ledger, arguments)
                 return Response(content, media_type="application/json")
+
+            def answer(ledger: Ledger, arguments: dict[str, Any]) -> str:
+                try:
+                    with ledger.read() as connection:
+                        return str(function(connection, **arguments).model_dump_json())
+                except LedgerError as error:
+                    raise self._worded(error, NO_WORDING) from None
 
             self._add("GET", path, function, endpoint, key_rule="none")
             return function
@@ -2129,6 +2128,12 @@ PROBLEM = {"application/problem+json": {"schema": Problem.model_json_schema()}}
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": "A problem", "content": PROBLEM} for status in ("4XX", "5XX")
 }
+
+
+async def credit_before(ledger: Ledger, told_at: int | None) -> None:
+    """Credit what is due by the caller's clock, if the request tells a time."""
+    if told_at is not None:
+        await credit_due(ledger, "CALLER", told_at)
 
 
 def key_in_body(function: Callable[..., Any]) -> Callable[[dict[str, Any]], str | None]:
