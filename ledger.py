@@ -384,14 +384,14 @@ class Transaction(SQLModel, table=True):
 
 
 class Entry(SQLModel, table=True):
-    """One line of one account, stored in the order of its statement."""
+    """One line of one account, known by the account and its number there."""
 
     __tablename__ = "entry"
     __table_args__ = (
         CheckConstraint("seq >= 1"),
         CheckConstraint("type IN ('DEBIT', 'CREDIT')"),
         CheckConstraint("amount >= 1"),
-        CLUSTERED,
+        STRICT,
     )
 
     account_id: str = text_column(primary_key=True, foreign_key="account.id")

@@ -1868,7 +1868,12 @@ def test_a_cashback_is_credited_once_by_however_many(bank: BankInside) -> None:
     async def race() -> None:
         await asyncio.gather(*(ledger.credit_due(bank.ledger, "SERVER", later) for _ in range(10)))
 
+    with bank.ledger.read() as connection:
+        late = ledger.cashback_command(ledger.read_due_cashbacks(connection, "SERVER", later)[0])
     bank.runner.run(race())
+    assert bank.balances() == {"alice": 1_000 - 5 * 100 + 5 * 2}
+    # Another server saw the same cashback due, and comes too late.
+    assert [answer.status for answer in bank.ledger.commit([late])] == [409]
     assert bank.balances() == {"alice": 1_000 - 5 * 100 + 5 * 2}
     assert bank.wrong() == []
 
