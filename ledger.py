@@ -73,6 +73,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -133,6 +134,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.sql import ClauseElement, ColumnElement, Select
 from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException as FrameworkError
@@ -166,7 +168,7 @@ class Settings:
         """Return the settings; an empty value counts as none."""
         url = database_url or environment.get("LEDGER_DATABASE_URL")
         url = url or environment.get("DATABASE_URL") or cls.database_url
-        return cls(url, environment.get("PRELOAD_ACCOUNTS"))
+        return cls(url, environment.get("PRELOAD_ACCOUNTS") or None)
 
 
 def port_number(digits: str) -> int:
@@ -223,6 +225,15 @@ def minor_units(decimal: str, exponent: int) -> int:
     return int(digits[1] + (digits[2] or "").ljust(exponent, "0"))
 
 
+def rounded_minor_units(decimal: str, exponent: int) -> int:
+    """Return an amount whose further places are rounded half up: ("0.005", 2) is 1."""
+    places = Decimal(1).scaleb(-exponent)
+    return minor_units(str(Decimal(decimal).quantize(places, ROUND_HALF_UP, PRECISE)), exponent)
+
+
+PRECISE = Context(prec=40)
+
+
 # ------------------------------------------------------------------------------ Errors
 # Every failure that a caller can see is one of these; one handler renders them all.
 
@@ -261,7 +272,8 @@ class LedgerError(Exception):
     def worded(self, wording: Wording, exponent: int | None) -> "LedgerError":
         """Return the error as a dialect words it, its amounts with that many decimal places."""
         if exponent is not None:
-            self.members = {k: decimal_text(v, exponent) for k, v in self.members.items()}
+            for name, value in self.members.items():
+                self.members[name] = decimal_text(value, exponent)
         self.status, self.args = wording.status, (wording.detail.format(**self.members),)
         return self
 
@@ -297,7 +309,7 @@ class AccountClosed(LedgerError, status=409): ...
 class AssetMismatch(LedgerError, status=409): ...
 class AssetClosedLoop(LedgerError, status=409): ...
 class BalanceLimit(LedgerError, status=409): ...
-class CashbackCredited(LedgerError, status=409): ...
+class CashbackCredited(LedgerError, status=409): ...  # Only the ledger itself asks for it.
 class IdempotencyKeyReused(LedgerError, status=409): ...
 class BodyTooLarge(LedgerError, status=413): ...
 class UnsupportedMediaType(LedgerError, status=415): ...
@@ -558,7 +570,7 @@ class Database:
     def __init__(self, url: str) -> None:
         self.path = sqlite_path(url)
         self.writer = sqlite_engine(url, "BEGIN IMMEDIATE", pool_size=1, pragmas=WRITER_PRAGMAS)
-        self.reader = sqlite_engine(url, "BEGIN", pool_size=4, pragmas=READER_PRAGMAS)
+        self.reader = sqlite_engine(url, "BEGIN", pool_size=READERS_MAX, pragmas=READER_PRAGMAS)
         self.identity: tuple[int, int] | None = None
 
     def open(self, *, make: bool) -> None:
@@ -583,6 +595,8 @@ class Database:
         try:
             with engine.begin() as connection:
                 yield connection
+        except PoolTimeoutError as error:
+            raise DatabaseBusy("Too many reads are under way: try again") from error
         except DBAPIError as error:
             refusal = named_error(error.orig)
             if not isinstance(refusal, DatabaseBusy):
@@ -601,6 +615,7 @@ class Database:
             add_missing_rows(connection)
 
 
+READERS_MAX = 4
 BUSY_SECONDS_MAX = 5.0
 BUSY_RETRY_SECONDS = 0.001
 
@@ -782,7 +797,7 @@ class Book:
         self.rows: defaultdict[Table, list[dict[str, Any]]] = defaultdict(list)
         self.changed: dict[str, LoadedAccount] = {}
         self.credited: list[str] = []
-        self.last_opened_id: str | None = None
+        self.first_opened_id: str | None = None
         self.last_transaction_id: str | None = None
         self._new_id = new_id
         self._cashbacks = {row.payment_id: row for row in cashbacks if row.credited_at is None}
@@ -803,15 +818,19 @@ class Book:
         """Return the outside world's side of an event in an asset."""
         return self._system[Named(name, asset)]
 
-    def open(self, owner_name: str, asset: str, name: str | None = None) -> LoadedAccount:
-        """Add an empty account of one asset, with a dialect's name if it has one."""
+    def new_account(self, owner_name: str, asset: str, name: str | None = None) -> LoadedAccount:
+        """Return an account that is not in the book yet, or raise AccountExists."""
         if name and Named(name, asset) in self._customers:
             raise AccountExists(f"There is an account {name} already")
         account = LoadedAccount(self.new_id(), owner_name, asset, self.now, name)
         account.told_at = self.told_at
-        self.last_opened_id = account.id
+        return account
+
+    def add(self, account: LoadedAccount) -> LoadedAccount:
+        """Put a new account into the book, as the last step of a word; this cannot fail."""
+        self.first_opened_id = self.first_opened_id or account.id
         self._add(account)
-        self.rows[ACCOUNT].append(asdict(account))
+        self.rows[ACCOUNT].append(asdict(account) | {"balance": 0, "last_seq": 0})
         return account
 
     def schedule_cashback(self, payment_id: str, account: LoadedAccount, amount: int) -> "Cashback":
@@ -1009,6 +1028,8 @@ class Ledger:
         self.database = database
         self.clock = clock
         self._lock = threading.Lock()
+        # One fewer than there are connections to read with, so that the loop never waits.
+        self._readers = ThreadPoolExecutor(READERS_MAX - 1, "reader")
         self._pending: dict[asyncio.AbstractEventLoop, list[Pending]] = {}
         self._statements = Statements(database.writer)
         with self.read() as connection:
@@ -1053,6 +1074,16 @@ class Ledger:
         with self.database.begin(self.database.reader) as connection:
             yield connection
 
+    async def in_thread(self, function: Callable[..., R], *arguments: Any) -> R:
+        """Run what reads without a bound outside the event loop, a few at a time."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._readers, function, *arguments)
+
+    def due_cashbacks(self, clock: str, until: int, after: tuple[int, str]) -> Sequence[Row[Any]]:
+        """Return the next cashbacks to be credited to active accounts, oldest first."""
+        with self.read() as connection:
+            return self._statements.load_due(connection, clock, until, after)
+
     def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
         batch = self._pending.pop(loop)
         outcomes = self.settle([pending.command for pending in batch])
@@ -1080,7 +1111,7 @@ def perform(command: Command, book: Book, known: Known) -> Answer:
     key, fingerprint = command.stored_key, command.fingerprint
     if key in known:
         return repeat(fingerprint, *known[key])
-    book.last_opened_id = book.last_transaction_id = None
+    book.first_opened_id = book.last_transaction_id = None
     book.told_at = command.told_at
     try:
         answer = command.run(book)
@@ -1110,11 +1141,41 @@ def record(command: Command, book: Book) -> None:
             "ts": book.now,
             "caller": command.caller,
             "action": command.word.name,
-            "account_id": book.last_opened_id or book.account(command.accounts[0]).id,
+            "account_id": book.first_opened_id or book.account(command.accounts[0]).id,
             "transaction_id": book.last_transaction_id,
             "details": command.arguments,
         }
     )
+
+
+async def credit_due(ledger: Ledger, clock: Literal["SERVER", "CALLER"], until: int) -> None:
+    """Credit every cashback that is due by a clock, oldest first, each as a command of its own."""
+    after: tuple[int, str] = (-1, "")
+    while due := ledger.due_cashbacks(clock, until, after):
+        await asyncio.gather(*(ledger.submit(cashback_command(row)) for row in due))
+        # Onwards from here, because what could not be credited is still due.
+        after = (due[-1].due_at, due[-1].payment_id)
+
+
+def cashback_command(due: Row[Any]) -> Command:
+    """Return the command that credits a cashback, at its due time if the caller's clock rules."""
+    told_at = due.due_at if due.clock == "CALLER" else None
+    command = internal(credit_cashback, [due.account_id], payment_id=due.payment_id)
+    return replace(command, told_at=told_at, payment_id=due.payment_id)
+
+
+def internal(does: Callable[..., Any], accounts: Sequence[Ref], **arguments: Any) -> Command:
+    """Return a command of `system`, which no request asked for: a word and its arguments."""
+
+    def run(book: Book) -> Answer:
+        does(book, **arguments)
+        return Answer(200, "")
+
+    word = WORDS[does]
+    return Command("system", word.name, None, json.dumps(arguments), accounts, word, run)
+
+
+CASHBACK_BATCH_MAX = 500
 
 
 class Statements:
@@ -1134,6 +1195,7 @@ class Statements:
         self._load_cashbacks = compiled(select(CASHBACK).where(promised).with_for_update())
         credited = update(CASHBACK).where(CASHBACK.c.payment_id == bindparam("payment"))
         self._credit_cashback = compiled(credited.values(credited_at=bindparam("now")))
+        self._load_due = compiled(due_cashbacks())
         self._insert = {table: compiled(insert(table)) for table in BATCH_TABLES}
         self._update_account = compiled(update(ACCOUNT).where(this_one).values(balance))
 
@@ -1161,6 +1223,13 @@ class Statements:
             return ()
         parameters = {"payment_ids": json.dumps(payment_ids)}
         return connection.exec_driver_sql(self._load_cashbacks, parameters).all()
+
+    def load_due(
+        self, connection: Connection, clock: str, until: int, after: tuple[int, str]
+    ) -> Sequence[Row[Any]]:
+        """Return some cashbacks that are due, from a place in their order on."""
+        parameters = {"clock": clock, "until": until, "due_at": after[0], "payment_id": after[1]}
+        return connection.exec_driver_sql(self._load_due, parameters).all()
 
     def load_answers(self, connection: Connection, commands: Sequence[Command]) -> Known:
         """Return what the keys of the commands were answered before."""
@@ -1193,6 +1262,20 @@ BATCH_TABLES = (ACCOUNT, TRANSACTION, ENTRY, CASHBACK, KEY, AUDIT)
 def json_list(name: str) -> Select[Any]:
     """Return the values of a list that is bound as JSON, so that its length leaves the text be."""
     return select(func.json_each(bindparam(name)).table_valued("value").c.value)
+
+
+def due_cashbacks() -> Select[Any]:
+    """Select what is due by a clock to active accounts, in its order, from a place on."""
+    due = and_(CASHBACK.c.clock == bindparam("clock"), CASHBACK.c.due_at <= bindparam("until"))
+    # As literals, because the text of the statement is run with its own parameters alone.
+    waiting = and_(
+        CASHBACK.c.credited_at.is_(None), ACCOUNT.c.status == sa.literal_column("'ACTIVE'")
+    )
+    order = (CASHBACK.c.due_at, CASHBACK.c.payment_id)
+    behind = sa.tuple_(*order) > sa.tuple_(bindparam("due_at"), bindparam("payment_id"))
+    due_now = select(CASHBACK).join_from(CASHBACK, ACCOUNT).where(due, waiting, behind)
+    most: Any = sa.literal_column(str(CASHBACK_BATCH_MAX))
+    return due_now.order_by(*order).limit(most).offset(sa.literal_column("0"))
 
 
 def accounts_of_a_batch() -> Select[Any]:
@@ -1242,16 +1325,17 @@ def open_account(
     if asset not in ASSETS:
         raise AssetNotFound(f"There is no such asset; there are {', '.join(ASSETS)}")
     require_open_loop(asset)
-    return book.open(owner_name, asset, name)
+    return book.add(book.new_account(owner_name, asset, name))
 
 
 @word(system_account="cash")
 def open_funded_account(book: Book, *, owner_name: str, name: str, balance: int) -> LoadedAccount:
     """Open an account in US dollars that holds money from the start."""
-    account = book.open(owner_name, "USD", name)
+    account = book.new_account(owner_name, "USD", name)
     if balance:
-        deposit(book, account.id, amount=balance)
-    return account
+        legs = [Leg(book.system_account("cash", "USD"), -balance), Leg(account, +balance)]
+        book.post("DEPOSIT", legs, memo=None)
+    return book.add(account)
 
 
 @word(system_account="cash")
@@ -1343,45 +1427,14 @@ def credit_cashback(book: Book, payment_id: str) -> None:
     book.mark_credited(payment_id)
 
 
-async def credit_due(ledger: Ledger, clock: Literal["SERVER", "CALLER"], until: int) -> None:
-    """Credit every cashback that is due by a clock, oldest first, each as a command of `system`."""
-    with ledger.read() as connection:
-        due = read_due_cashbacks(connection, clock, until)
-    for start in range(0, len(due), CASHBACK_BATCH_MAX):
-        batch = due[start : start + CASHBACK_BATCH_MAX]
-        await asyncio.gather(*(ledger.submit(cashback_command(row)) for row in batch))
-
-
-CASHBACK_BATCH_MAX = 500
-
-
-def cashback_command(due: Row[Any]) -> Command:
-    """Return the command that credits a cashback, at its due time if the caller's clock rules."""
-
-    def run(book: Book) -> Answer:
-        credit_cashback(book, due.payment_id)
-        return Answer(200, "")
-
-    return Command(
-        caller="system",
-        operation="cashback",
-        key=None,
-        arguments=json.dumps({"payment_id": due.payment_id}),
-        accounts=[due.account_id],
-        word=WORDS[credit_cashback],
-        run=run,
-        told_at=due.due_at if due.clock == "CALLER" else None,
-        payment_id=due.payment_id,
-    )
-
-
 CLOSED_LOOP = [asset.code for asset in ASSETS.values() if asset.closed_loop]
 
 
 @word()
 def open_wallets(book: Book, *, owner_name: str, name: str) -> list[LoadedAccount]:
     """Open a customer's wallets, an empty one of each closed-loop asset."""
-    return [book.open(owner_name, asset, name) for asset in CLOSED_LOOP]
+    opened = [book.new_account(owner_name, asset, name) for asset in CLOSED_LOOP]
+    return [book.add(wallet) for wallet in opened]
 
 
 @word(system_account="treasury")
@@ -1389,20 +1442,20 @@ def open_funded_wallets(
     book: Book, *, owner_name: str, name: str, bonuses: Mapping[str, int]
 ) -> list[LoadedAccount]:
     """Open a customer's wallets with a bonus in each, in one transaction of several assets."""
-    wallets = open_wallets(book, owner_name=owner_name, name=name)
+    opened = [book.new_account(owner_name, asset, name) for asset in CLOSED_LOOP]
     legs = []
-    for wallet in wallets:
+    for wallet in opened:
         amount, treasury = bonuses[wallet.asset], book.system_account("treasury", wallet.asset)
         legs += [Leg(treasury, -amount), Leg(wallet, +amount)]
     book.post("BONUS", legs, memo=None)
-    return wallets
+    return [book.add(wallet) for wallet in opened]
 
 
 class Moved(NamedTuple):
-    """A posted movement of closed-loop credits, and the wallet after it."""
+    """A posted movement of closed-loop credits, and what the wallet holds after it."""
 
     transaction_id: str
-    wallet: LoadedAccount
+    new_balance: int
 
 
 @word(system_account="treasury")
@@ -1428,7 +1481,7 @@ def move_credits(kind: str, book: Book, ref: Ref, amount: int) -> Moved:
     wallet = book.account(ref)
     treasury = book.system_account("treasury", wallet.asset)
     legs = [Leg(treasury, -amount), Leg(wallet, +amount)]
-    return Moved(book.post(kind, legs, memo=None), wallet)
+    return Moved(book.post(kind, legs, memo=None), wallet.balance)
 
 
 # ----------------------------------------------------------------------------- Reading
@@ -1469,7 +1522,7 @@ def belongs_to(prefix: str) -> ColumnElement[bool]:
 
 
 def read_outflows(connection: Connection, prefix: str) -> list[tuple[str, int]]:
-    """Return the name of each account of a dialect, and all that it has sent and paid."""
+    """Return each account of a dialect with all that it has sent and paid, the most first."""
     outgoing = and_(
         ENTRY.c.account_id == ACCOUNT.c.id,
         ENTRY.c.type == "DEBIT",
@@ -1483,19 +1536,8 @@ def read_outflows(connection: Connection, prefix: str) -> list[tuple[str, int]]:
         .where(belongs_to(prefix))
         .group_by(ACCOUNT.c.id)
     )
-    return [(row.name, (row.billions or 0) * 10**9 + (row.rest or 0)) for row in rows]
-
-
-def read_due_cashbacks(connection: Connection, clock: str, until: int) -> Sequence[Row[Any]]:
-    """Return what is to be credited by a clock to active accounts, oldest first."""
-    due = and_(CASHBACK.c.clock == clock, CASHBACK.c.due_at <= until)
-    waiting = and_(CASHBACK.c.credited_at.is_(None), ACCOUNT.c.status == "ACTIVE")
-    return connection.execute(
-        select(CASHBACK)
-        .join_from(CASHBACK, ACCOUNT)
-        .where(due, waiting)
-        .order_by(CASHBACK.c.due_at, CASHBACK.c.payment_id)
-    ).all()
+    totals = [(row.name, (row.billions or 0) * 10**9 + (row.rest or 0)) for row in rows]
+    return sorted(totals, key=lambda spent: (-spent[1], spent[0]))
 
 
 def read_cashback(connection: Connection, payment_id: str, clock: str) -> Cashback:
@@ -1509,9 +1551,8 @@ def read_cashback(connection: Connection, payment_id: str, clock: str) -> Cashba
 
 def read_counted_payment(connection: Connection, ordinal: int) -> str:
     """Return the transaction of a payment that is known by its number."""
-    counting = and_(ACCOUNT.c.name == "payments", ACCOUNT.c.kind == "SYSTEM")
-    entries = select(ENTRY.c.transaction_id).join_from(ENTRY, ACCOUNT).where(counting)
-    payment_id = connection.execute(entries.where(ENTRY.c.seq == ordinal)).scalar()
+    numbered = and_(ENTRY.c.account_id == PAYMENT_COUNTER, ENTRY.c.seq == ordinal)
+    payment_id = connection.execute(select(ENTRY.c.transaction_id).where(numbered)).scalar()
     if payment_id is None:
         raise PaymentNotFound(f"There is no payment {ordinal}")
     return str(payment_id)
@@ -1519,19 +1560,26 @@ def read_counted_payment(connection: Connection, ordinal: int) -> str:
 
 def read_movements(connection: Connection, account_id: str) -> Sequence[Row[Any]]:
     """Return an account's entries in their order, each with the number and cashback it has."""
-    counted = select(ENTRY.c.transaction_id, ENTRY.c.seq.label("ordinal"))
-    counting = and_(ACCOUNT.c.name == "payments", ACCOUNT.c.kind == "SYSTEM")
-    payment = counted.join_from(ENTRY, ACCOUNT).where(counting).subquery()
+    there = ENTRY.alias("there")
+    number = and_(there.c.transaction_id == TRANSACTION.c.id, there.c.account_id == PAYMENT_COUNTER)
     back = (CASHBACK.c.amount.label("back"), CASHBACK.c.due_at, CASHBACK.c.credited_at)
     return connection.execute(
         select(ENTRY, TRANSACTION.c.kind, TRANSACTION.c.ts, TRANSACTION.c.told_at)
-        .add_columns(payment.c.ordinal, *back)
+        .add_columns(there.c.seq.label("ordinal"), *back)
         .join_from(ENTRY, TRANSACTION)
-        .outerjoin(payment, payment.c.transaction_id == TRANSACTION.c.id)
+        .outerjoin(there, number)
         .outerjoin(CASHBACK, CASHBACK.c.payment_id == TRANSACTION.c.id)
         .where(ENTRY.c.account_id == account_id)
         .order_by(ENTRY.c.seq)
     ).all()
+
+
+# The system account whose entries number the payments of a dialect.
+PAYMENT_COUNTER = (
+    select(ACCOUNT.c.id)
+    .where(ACCOUNT.c.name == "payments", ACCOUNT.c.kind == "SYSTEM")
+    .scalar_subquery()
+)
 
 
 def read_transaction(connection: Connection, transaction_id: str) -> Row[Any]:
@@ -1750,14 +1798,21 @@ class LedgerRequest(Request):
         return self.document
 
 
-class LedgerRoute(APIRoute):
+class ExactRoute(APIRoute):
+    """A route that is nowhere but at its path."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, responses=PROBLEMS, **options)
+        # Python's $ also matches before a last newline, so "/accounts%0A" would be served.
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
+
+
+class LedgerRoute(ExactRoute):
     """A route that asks who is calling, then for the key, the body and the schema."""
 
     def __init__(self, *args: Any, key_rule: KeyRule, **options: Any) -> None:
         self.key_rule = key_rule
         super().__init__(*args, **options)
-        # Python's $ also matches before a last newline, so "/accounts%0A" would be served.
-        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return FastAPI's handler behind the checks that come before it."""
@@ -1904,6 +1959,13 @@ def require_not_blank(text: str) -> str:
     return text
 
 
+def require_plain_digits(given: Any) -> Any:
+    """Refuse in a query what Python takes for an integer, but nobody writes as one."""
+    if isinstance(given, str) and not re.fullmatch("-?[0-9]{1,40}", given):
+        raise PydanticCustomError("integer", "Input should be a valid integer")
+    return given
+
+
 UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 
 Amount = Annotated[int, Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units")]
@@ -1937,7 +1999,8 @@ class Page(BaseModel, Generic[T]):
     next_cursor: str | None
 
 
-Limit = Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX)]
+PlainInt = Annotated[int, BeforeValidator(require_plain_digits)]
+Limit = Annotated[PlainInt, Query(ge=1, le=PAGE_SIZE_MAX)]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
 
 
@@ -2010,7 +2073,7 @@ class Face:
         does: Callable[..., Any],
         *,
         key: KeyRule = "optional",
-        names: Callable[[dict[str, Any]], list[Ref]] | None = None,
+        names: Callable[[dict[str, Any]], Sequence[Ref]] | None = None,
         wording: Wordings = NO_WORDING,
         location: str = "",
         status: int = 200,
@@ -2024,7 +2087,8 @@ class Face:
 
         def declare(function: F) -> F:
             find_accounts = names or named_accounts(function)
-            find_time, find_key = told_time(function), key_in_body(function)
+            find_time = only_mark(function, TellsTime, from_milliseconds)
+            find_key = only_mark(function, CarriesKey, parse_key)
 
             async def endpoint(request: LedgerRequest, **arguments: Any) -> Response:
                 command = Command(
@@ -2057,13 +2121,13 @@ class Face:
         """Make a function of a reading connection a GET route; an unbounded one gets a thread."""
 
         def declare(function: F) -> F:
-            find_time = told_time(function)
+            find_time = only_mark(function, TellsTime, from_milliseconds)
 
             async def endpoint(request: LedgerRequest, **arguments: Any) -> Response:
                 ledger: Ledger = request.app.state.ledger
                 await credit_before(ledger, find_time(arguments))
                 if unbounded:
-                    content = await asyncio.to_thread(answer, ledger, arguments)
+                    content = await ledger.in_thread(answer, ledger, arguments)
                 else:
                     content = answer(ledger, arguments)
                 return Response(content, media_type="application/json")
@@ -2100,7 +2164,6 @@ class Face:
                 methods=[method],
                 response_model=signature.return_annotation,
                 tags=[self.name],
-                responses=PROBLEMS,
                 openapi_extra={"parameters": [header]} if options["key_rule"] != "none" else None,
                 **options,
             )
@@ -2136,18 +2199,24 @@ async def credit_before(ledger: Ledger, told_at: int | None) -> None:
         await credit_due(ledger, "CALLER", told_at)
 
 
-def key_in_body(function: Callable[..., Any]) -> Callable[[dict[str, Any]], str | None]:
-    """Return a function from a route's arguments to the key that they carry, if any."""
-    places = marked(function, CarriesKey)
-    if not places:
-        return lambda arguments: None
-    [(_, find)] = places
+def only_mark(
+    function: Callable[..., Any], mark: type[T], convert: Callable[[Any], R]
+) -> Callable[[dict[str, Any]], R | None]:
+    """Return a function from a route's arguments to the one that has a mark, if it was given."""
+    places = marked(function, mark)
 
-    def carried(arguments: dict[str, Any]) -> str | None:
-        given = find(arguments)
-        return None if given is None else parse_key(given)
+    def find(arguments: dict[str, Any]) -> R | None:
+        for _, place in places:
+            if (given := place(arguments)) is not None:
+                return convert(given)
+        return None
 
-    return carried
+    return find
+
+
+def from_milliseconds(milliseconds: int) -> int:
+    """Return a time of a caller's clock as it is stored."""
+    return milliseconds * 1_000
 
 
 def one_key(in_header: str | None, in_body: str | None) -> str | None:
@@ -2161,20 +2230,6 @@ def named_accounts(function: Callable[..., Any]) -> Callable[[dict[str, Any]], l
     """Return a function from a route's arguments to the accounts that they name."""
     places = marked(function, NamesAccount)
     return lambda arguments: [mark.ref(find(arguments)) for mark, find in places]
-
-
-def told_time(function: Callable[..., Any]) -> Callable[[dict[str, Any]], int | None]:
-    """Return a function from a route's arguments to the caller's time in microseconds."""
-    places = marked(function, TellsTime)
-    if not places:
-        return lambda arguments: None
-    [(_, find)] = places
-
-    def told(arguments: dict[str, Any]) -> int | None:
-        milliseconds = find(arguments)
-        return None if milliseconds is None else milliseconds * 1_000
-
-    return told
 
 
 def marked(function: Callable[..., Any], mark: type[T]) -> list[tuple[T, Callable[..., Any]]]:
@@ -2273,7 +2328,7 @@ def json_pointer(location: Sequence[str | int]) -> str:
 # The ledger in its own words: integers of minor units, ids, times in UTC.
 
 canonical = Face("ledger", prefix="")
-canonical.routes.append(APIRoute("/health", get_health, tags=["ledger"], responses=PROBLEMS))
+canonical.routes.append(ExactRoute("/health", get_health, tags=["ledger"]))
 
 
 class AccountPublic(Public):
@@ -2358,7 +2413,7 @@ def get_accounts(
     limit: Limit = PAGE_SIZE_DEFAULT,
     cursor: Cursor = None,
     owner_name: Printable | None = None,
-    name: Printable | None = None,
+    name: Annotated[str, StringConstraints(max_length=220)] | None = None,
 ) -> Page[AccountPublic]:
     """List the customers' accounts, oldest first."""
     listing = Listing("accounts", owner_name, name)
@@ -2474,10 +2529,11 @@ bank = Face(
         AccountNotFound: Wording(404, "Account not found"),
     },
 )
-bank.routes.append(APIRoute("/bank/health", get_health, tags=["bank"], responses=PROBLEMS))
+bank.routes.append(ExactRoute("/bank/health", get_health, tags=["bank"]))
 
 Milliseconds = Annotated[int, Field(strict=True, ge=0, le=2**53), TellsTime()]
-QueryMilliseconds = Annotated[int, Query(ge=0, le=2**53), TellsTime()]
+QueryMilliseconds = Annotated[PlainInt, Query(ge=0, le=2**53), TellsTime()]
+MaybeMilliseconds = Annotated[PlainInt | None, Query(ge=0, le=2**53), TellsTime()]
 BankName = Annotated[Name, BANK_NAMES]
 BankAmount = Annotated[int, Field(strict=True, ge=1, le=BALANCE_MAX)]
 
@@ -2514,7 +2570,7 @@ class BankAccounts(Public):
 def get_bank_accounts(connection: Connection) -> BankAccounts:
     """List the names of all accounts."""
     rows = read_accounts_of_dialect(connection, BANK_NAMES.prefix)
-    return BankAccounts(accounts=sorted(BANK_NAMES.own_name(row) for row in rows))
+    return BankAccounts(accounts=[BANK_NAMES.own_name(row) for row in rows])
 
 
 class BankAccountBalance(Public):
@@ -2524,11 +2580,9 @@ class BankAccountBalance(Public):
     balance: int
 
 
-@bank.read("/accounts/{name}/balance")
+@bank.read("/accounts/{name:path}/balance")
 def get_bank_balance(
-    connection: Connection,
-    name: str,
-    timestamp: Annotated[int | None, Query(ge=0, le=2**53), TellsTime()] = None,
+    connection: Connection, name: str, timestamp: MaybeMilliseconds = None
 ) -> BankAccountBalance:
     """Show a balance, after what is due by then was credited."""
     account = read_named_account(connection, BANK_NAMES.named(name))
@@ -2575,10 +2629,8 @@ PAYMENT_FAILED = dict.fromkeys((AccountNotFound, InsufficientFunds), Wording(400
 @bank.command("/transfers", transfer, wording=TRANSFER_FAILED)
 def post_bank_transfer(book: Book, body: BankTransfer) -> BankBalance:
     """Move money, and show the balance of the source."""
-    source, target = (
-        BANK_NAMES.named(body.source_account_id),
-        BANK_NAMES.named(body.target_account_id),
-    )
+    source = BANK_NAMES.named(body.source_account_id)
+    target = BANK_NAMES.named(body.target_account_id)
     done = transfer(book, source_ref=source, dest_ref=target, amount=body.amount)
     return BankBalance.model_validate(done.source)
 
@@ -2631,12 +2683,14 @@ class BankTopSpenders(Public):
 
 @bank.read("/top-spenders", unbounded=True)
 def get_bank_top_spenders(
-    connection: Connection, timestamp: QueryMilliseconds, n: Annotated[int, Query(ge=1, le=200)]
+    connection: Connection,
+    timestamp: QueryMilliseconds,
+    n: Annotated[PlainInt, Query(ge=1, le=200)],
 ) -> BankTopSpenders:
     """List who has sent and paid the most, and then by name."""
-    outflows = read_outflows(connection, BANK_NAMES.prefix)
-    ranked = sorted((-total, name.removeprefix(BANK_NAMES.prefix)) for name, total in outflows)
-    return BankTopSpenders(top_spenders=[f"{name}({-total})" for total, name in ranked[:n]])
+    ranked = read_outflows(connection, BANK_NAMES.prefix)[:n]
+    names = [f"{name.removeprefix(BANK_NAMES.prefix)}({total})" for name, total in ranked]
+    return BankTopSpenders(top_spenders=names)
 
 
 class BankOperation(Public):
@@ -2657,7 +2711,7 @@ class BankOperations(Public):
     transactions: list[BankOperation]
 
 
-@bank.read("/accounts/{name}/transactions", unbounded=True)
+@bank.read("/accounts/{name:path}/transactions", unbounded=True)
 def get_bank_transactions(
     connection: Connection, name: str, timestamp: QueryMilliseconds
 ) -> BankOperations:
@@ -2730,26 +2784,14 @@ def atm_seeds(settings: Settings, demo: bool) -> list[Command]:
     balances = dict(ATM_DEMO) if demo else {}
     if settings.preload_accounts is not None:
         balances = parse_preload(settings.preload_accounts)
-    return [atm_seed(number, rounded(amount)) for number, amount in balances.items()]
+    return [atm_seed(number, amount) for number, amount in balances.items()]
 
 
-def atm_seed(number: str, balance: int) -> Command:
+def atm_seed(number: str, amount: str) -> Command:
     """Return the command that opens an account with a balance, unless there is one."""
-
-    def run(book: Book) -> Answer:
-        name = ATM_NUMBERS.prefix + number
-        open_funded_account(book, owner_name=number, name=name, balance=balance)
-        return Answer(201, "")
-
-    return Command(
-        caller="system",
-        operation="seed",
-        key=None,
-        arguments=json.dumps({"account_number": number, "balance": balance}),
-        accounts=[ATM_NUMBERS.ref(number)],
-        word=WORDS[open_funded_account],
-        run=run,
-    )
+    named, balance = ATM_NUMBERS.named(number), rounded_minor_units(amount, ATM_EXPONENT)
+    opening = {"owner_name": number, "name": named.name, "balance": balance}
+    return internal(open_funded_account, [named], **opening)
 
 
 def parse_preload(document: str) -> dict[str, str]:
@@ -2761,14 +2803,6 @@ def parse_preload(document: str) -> dict[str, str]:
         raise StartRefused(f"PRELOAD_ACCOUNTS must be a JSON object such as {example}") from None
 
 
-def rounded(amount: str) -> int:
-    """Return decimal text as minor units, with further places rounded half up."""
-    places = Decimal(1).scaleb(-ATM_EXPONENT)
-    exact = Decimal(amount).quantize(places, ROUND_HALF_UP, PRECISE)
-    return minor_units(str(exact), ATM_EXPONENT)
-
-
-PRECISE = Context(prec=40)
 Balance = Annotated[str, StringConstraints(pattern="^[0-9]{1,13}([.][0-9]{1,20})?$")]
 Number = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern="^[!-~]+$")]
 PRELOAD = TypeAdapter(dict[Number, Balance])
@@ -2843,24 +2877,24 @@ class AtmBalance(Public):
     balance: Dollars
 
 
-@atm.read("/accounts/{number}/balance")
+@atm.read("/accounts/{number:path}/balance")
 def get_atm_balance(connection: Connection, number: AtmNumber) -> AtmBalance:
     """Show a balance."""
     account = read_named_account(connection, ATM_NUMBERS.named(number))
     return AtmBalance(account_number=number, balance=account.balance)
 
 
-@atm.command("/accounts/{number}/deposit", deposit)
+@atm.command("/accounts/{number:path}/deposit", deposit)
 def post_atm_deposit(book: Book, number: AtmNumber, body: AtmMovement) -> AtmBalance:
     """Take cash in."""
-    account = deposit(book, ATM_NUMBERS.ref(number), amount=body.amount)
+    account = deposit(book, ATM_NUMBERS.named(number), amount=body.amount)
     return AtmBalance(account_number=number, balance=account.balance)
 
 
-@atm.command("/accounts/{number}/withdraw", withdraw)
+@atm.command("/accounts/{number:path}/withdraw", withdraw)
 def post_atm_withdrawal(book: Book, number: AtmNumber, body: AtmMovement) -> AtmBalance:
     """Give cash out."""
-    account = withdraw(book, ATM_NUMBERS.ref(number), amount=body.amount)
+    account = withdraw(book, ATM_NUMBERS.named(number), amount=body.amount)
     return AtmBalance(account_number=number, balance=account.balance)
 
 
@@ -2868,21 +2902,21 @@ def post_atm_withdrawal(book: Book, number: AtmNumber, body: AtmMovement) -> Atm
 # Wallets of three closed-loop assets, which the treasury issues; amounts have four places.
 
 WALLET_ASSETS = {1: "GOLD", 2: "DMND", 3: "PTS"}
-WALLET_EXPONENT = 4
-WALLET_PREFIX = "wallets:"
+WALLET_EXPONENT = ASSETS["GOLD"].exponent
 WALLET_DEMO = {"user_alice": ("100", "50", "500"), "user_bob": ("80", "30", "200")}
 
 
-def wallet_ref(user: str, asset_type_id: int) -> Named:
-    """Return what the ledger calls a user's wallet."""
+def wallet_names(asset_type_id: int) -> NamesAccount:
+    """Return how the ledger names the wallets of an asset."""
     if asset_type_id not in WALLET_ASSETS:
-        raise AssetNotFound(f"There is no such asset; there are {WALLET_ASSETS}")
-    return Named(WALLET_PREFIX + user, WALLET_ASSETS[asset_type_id])
+        known = ", ".join(f"{number} {code}" for number, code in WALLET_ASSETS.items())
+        raise AssetNotFound(f"There is no such asset; there are {known}")
+    return NamesAccount("wallets:", WALLET_ASSETS[asset_type_id])
 
 
-def all_wallets(user: str) -> list[Ref]:
+def all_wallets(user: str) -> list[Named]:
     """Return what the ledger calls all of a user's wallets."""
-    return [wallet_ref(user, asset_type_id) for asset_type_id in WALLET_ASSETS]
+    return [wallet_names(asset_type_id).named(user) for asset_type_id in WALLET_ASSETS]
 
 
 def wallet_seeds(settings: Settings, demo: bool) -> list[Command]:
@@ -2893,21 +2927,9 @@ def wallet_seeds(settings: Settings, demo: bool) -> list[Command]:
 def wallet_seed(user: str, amounts: Sequence[str]) -> Command:
     """Return the command that opens a user's wallets with bonuses, unless there are any."""
     units = [minor_units(amount, WALLET_EXPONENT) for amount in amounts]
-    bonuses = dict(zip(WALLET_ASSETS.values(), units, strict=True))
-
-    def run(book: Book) -> Answer:
-        open_funded_wallets(book, owner_name=user, name=WALLET_PREFIX + user, bonuses=bonuses)
-        return Answer(201, "")
-
-    return Command(
-        caller="system",
-        operation="seed",
-        key=None,
-        arguments=json.dumps({"external_user_id": user, "bonuses": bonuses}),
-        accounts=all_wallets(user),
-        word=WORDS[open_funded_wallets],
-        run=run,
-    )
+    named, bonuses = all_wallets(user), dict(zip(WALLET_ASSETS.values(), units, strict=True))
+    opening = {"owner_name": user, "name": named[0].name, "bonuses": bonuses}
+    return internal(open_funded_wallets, named, **opening)
 
 
 wallets = Face(
@@ -2952,10 +2974,10 @@ class WalletBalance(Public):
     asset_type_id: int
 
 
-@wallets.read("/users/{user}/balance")
-def get_wallet_balance(connection: Connection, user: str, asset_type_id: int) -> WalletBalance:
+@wallets.read("/users/{user:path}/balance")
+def get_wallet_balance(connection: Connection, user: str, asset_type_id: PlainInt) -> WalletBalance:
     """Show what a user has of an asset."""
-    wallet = read_named_account(connection, wallet_ref(user, asset_type_id))
+    wallet = read_named_account(connection, wallet_names(asset_type_id).named(user))
     shown = {"balance": wallet.balance, "account_id": wallet.id, "asset_type_id": asset_type_id}
     return WalletBalance.model_validate(shown)
 
@@ -2972,7 +2994,7 @@ class WalletUser(Public):
     external_user_id: str
 
 
-def wallets_to_open(arguments: dict[str, Any]) -> list[Ref]:
+def wallets_to_open(arguments: dict[str, Any]) -> Sequence[Ref]:
     """Return the wallets that a new user will have."""
     return all_wallets(arguments["body"].external_user_id)
 
@@ -2981,7 +3003,7 @@ def wallets_to_open(arguments: dict[str, Any]) -> list[Ref]:
 def post_wallet_user(book: Book, body: WalletUserCreate) -> WalletUser:
     """Open a user's three wallets, all empty."""
     user = body.external_user_id
-    open_wallets(book, owner_name=user, name=WALLET_PREFIX + user)
+    open_wallets(book, owner_name=user, name=all_wallets(user)[0].name)
     return WalletUser(external_user_id=user)
 
 
@@ -2999,35 +3021,33 @@ class WalletMoved(Public):
     transaction_id: str
     new_balance: Credits
 
-    @classmethod
-    def of(cls, moved: Moved) -> "WalletMoved":
-        """Show a movement."""
-        return cls(transaction_id=moved.transaction_id, new_balance=moved.wallet.balance)
 
-
-def wallet_moved(arguments: dict[str, Any]) -> list[Ref]:
+def wallet_moved(arguments: dict[str, Any]) -> Sequence[Ref]:
     """Return the wallet that a movement names, if there is such an asset."""
     asset_type_id = arguments["body"].asset_type_id
     known = asset_type_id in WALLET_ASSETS
-    return [wallet_ref(arguments["user"], asset_type_id)] if known else []
+    return [wallet_names(asset_type_id).named(arguments["user"])] if known else []
 
 
-@wallets.command("/users/{user}/top-up", top_up, names=wallet_moved)
+@wallets.command("/users/{user:path}/top-up", top_up, names=wallet_moved)
 def post_top_up(book: Book, user: str, body: WalletMovement) -> WalletMoved:
     """Add credits that were bought."""
-    return WalletMoved.of(top_up(book, wallet_ref(user, body.asset_type_id), amount=body.amount))
+    wallet = wallet_names(body.asset_type_id).named(user)
+    return WalletMoved.model_validate(top_up(book, wallet, amount=body.amount))
 
 
-@wallets.command("/users/{user}/bonus", bonus, names=wallet_moved)
+@wallets.command("/users/{user:path}/bonus", bonus, names=wallet_moved)
 def post_bonus(book: Book, user: str, body: WalletMovement) -> WalletMoved:
     """Add credits that are a present."""
-    return WalletMoved.of(bonus(book, wallet_ref(user, body.asset_type_id), amount=body.amount))
+    wallet = wallet_names(body.asset_type_id).named(user)
+    return WalletMoved.model_validate(bonus(book, wallet, amount=body.amount))
 
 
-@wallets.command("/users/{user}/spend", spend, names=wallet_moved)
+@wallets.command("/users/{user:path}/spend", spend, names=wallet_moved)
 def post_spend(book: Book, user: str, body: WalletMovement) -> WalletMoved:
     """Take credits for a service."""
-    return WalletMoved.of(spend(book, wallet_ref(user, body.asset_type_id), amount=body.amount))
+    wallet = wallet_names(body.asset_type_id).named(user)
+    return WalletMoved.model_validate(spend(book, wallet, amount=body.amount))
 
 
 # ------------------------------------------------------------------------- Application
@@ -3064,8 +3084,9 @@ def seed(
 ) -> None:
     """Open the accounts that the faces begin with; those that are there stay as they are."""
     commands = [replace(c, caller=caller) for face in faces for c in face.seeds(settings, demo)]
-    if commands:
-        patiently(lambda: ledger.commit(commands))
+    for answer in patiently(lambda: ledger.commit(commands)) if commands else ():
+        if answer.status >= 400 and json.loads(answer.body)["code"] != AccountExists.code:
+            raise StartRefused(f"the first accounts cannot be opened: {answer.body}")
 
 
 async def credit_for_ever(ledger: Ledger) -> None:
@@ -3091,6 +3112,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     crediting = asyncio.create_task(credit_for_ever(app.state.ledger))
     yield
     crediting.cancel()
+    with suppress(asyncio.CancelledError):
+        await crediting
     app.state.ledger.database.close()
 
 

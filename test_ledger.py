@@ -28,6 +28,7 @@ from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -1424,7 +1425,17 @@ def test_checks_come_in_their_order(bank: BankInside) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/account", "/accounts/", "//accounts", "/transfers/x", "/x%2f", "/accounts%0A"]
+    "path",
+    [
+        "/",
+        "/account",
+        "/accounts/",
+        "//accounts",
+        "/transfers/x",
+        "/x%2f",
+        "/accounts%0A",
+        "/health%0A",
+    ],
 )
 def test_an_unknown_path_is_not_found(bank: BankInside, path: str) -> None:
     assert code(bank.send("GET", f"http://localhost{path}")) == (404, "not_found")
@@ -1868,8 +1879,7 @@ def test_a_cashback_is_credited_once_by_however_many(bank: BankInside) -> None:
     async def race() -> None:
         await asyncio.gather(*(ledger.credit_due(bank.ledger, "SERVER", later) for _ in range(10)))
 
-    with bank.ledger.read() as connection:
-        late = ledger.cashback_command(ledger.read_due_cashbacks(connection, "SERVER", later)[0])
+    late = ledger.cashback_command(bank.ledger.due_cashbacks("SERVER", later, (-1, ""))[0])
     bank.runner.run(race())
     assert bank.balances() == {"alice": 1_000 - 5 * 100 + 5 * 2}
     # Another server saw the same cashback due, and comes too late.
@@ -2040,6 +2050,52 @@ def test_the_kata_lists_a_history(every_face: BankInside) -> None:
     assert (code(missing)[0], missing.json()["detail"]) == (404, "Account not found")
 
 
+def test_the_kata_takes_the_last_millisecond_there_is(every_face: BankInside) -> None:
+    bank = every_face
+    kata(bank, "alice", balance=100)
+    told(bank, 2**53, "/payments", account_id="alice", amount=100)
+    lines = bank.get("/bank/accounts/alice/transactions", timestamp=2**53).json()["transactions"]
+    assert [line["timestamp"] for line in lines] == [1, 1, 2**53, 2**53 + MS_PER_DAY]
+
+
+@pytest.mark.parametrize("name", ["a/b", "/", "a|b", "bank:a", "%2F", "李", "x/balance", "a b"])
+def test_any_name_can_be_read_again(every_face: BankInside, name: str) -> None:
+    bank, quoted = every_face, quote(name, safe="")
+    kata(bank, name, balance=7)
+    shown = bank.get(f"/bank/accounts/{quoted}/balance").json()
+    assert shown == {"account_id": name, "balance": 7}
+    bank.post(USERS, external_user_id=name)
+    assert bank.get(f"{USERS}/{quoted}/balance", asset_type_id=1).json()["balance"] == "0.0000"
+
+
+@pytest.mark.parametrize("number", ["1.0", " 1", "1_0", "+1", "x", "", "1e1"])
+def test_a_number_in_a_query_is_written_in_digits(every_face: BankInside, number: str) -> None:
+    kata(every_face, "alice")
+    for path, parameters in (
+        ("/bank/accounts/alice/balance", {"timestamp": number}),
+        ("/bank/top-spenders", {"timestamp": 1, "n": number}),
+        (f"{USERS}/user_bob/balance", {"asset_type_id": number}),
+        ("/accounts", {"limit": number}),
+    ):
+        assert code(every_face.get(path, **parameters)) == (422, "invalid_request")
+
+
+def test_a_refused_opening_leaves_nothing(every_face: BankInside, tmp_path: Path) -> None:
+    bank = every_face
+    [(cash,)] = bank.rows("SELECT balance FROM account WHERE name = 'cash' AND asset = 'USD'")
+    kata(bank, "rich", balance=ledger.BALANCE_MAX + cash)
+    settings = ledger.Settings(f"sqlite:///{bank.database}", '{"555": "10.00"}')
+    with pytest.raises(ledger.StartRefused, match="balance_limit"):
+        ledger.create_app(settings)
+    assert bank.rows("SELECT * FROM account WHERE name = 'atm:555'") == []
+
+
+def test_an_opening_is_recorded_under_its_first_account(every_face: BankInside) -> None:
+    every_face.post(USERS, external_user_id="carol")
+    event = "(SELECT account_id FROM audit_event ORDER BY id DESC LIMIT 1)"
+    assert every_face.rows(f"SELECT asset FROM account WHERE id = {event}") == [("GOLD",)]
+
+
 def test_cashback_of_the_kata_comes_before_the_operation_that_reaches_it(
     every_face: BankInside,
 ) -> None:
@@ -2075,16 +2131,13 @@ def test_cashback_is_exact_at_every_size(every_face: BankInside, amount: int) ->
 def test_the_clock_of_the_kata_is_its_own(every_face: BankInside) -> None:
     bank = every_face
     kata(bank, "alice", balance=100)
-    told(bank, 2**53, "/payments", account_id="alice", amount=100)
+    # By the server's clock this payment was made in 1970; by the caller's it was just made.
+    told(bank, 1, "/payments", account_id="alice", amount=100)
     pass_time(bank, 10 * DAY)
-    assert kata_balance(bank, "alice", timestamp=2**53) == 0
-    [name] = [
-        a for a in bank.get("/accounts", limit=200).json()["items"] if a["name"] == "bank:alice"
-    ]
-    kinds = [
-        entry["kind"] for entry in bank.get(f"/accounts/{name['id']}/statement").json()["items"]
-    ]
-    assert kinds == ["PAYMENT", "DEPOSIT"]
+    assert kata_balance(bank, "alice", timestamp=MS_PER_DAY) == 0
+    [account] = bank.get("/accounts", name="bank:alice").json()["items"]
+    entries = bank.get(f"/accounts/{account['id']}/statement").json()["items"]
+    assert [entry["kind"] for entry in entries] == ["PAYMENT", "DEPOSIT"]
     [(payment_id,)] = bank.rows("SELECT payment_id FROM scheduled_cashback")
     assert code(bank.get(f"/payments/{payment_id}")) == (404, "payment_not_found")
     assert bank.get(f"/transactions/{payment_id}").json()["kind"] == "PAYMENT"
