@@ -1079,6 +1079,11 @@ class Ledger:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._readers, function, *arguments)
 
+    def close(self) -> None:
+        """End the threads and close the database, after the last answer."""
+        self._readers.shutdown()
+        self.database.close()
+
     def due_cashbacks(self, clock: str, until: int, after: tuple[int, str]) -> Sequence[Row[Any]]:
         """Return the next cashbacks to be credited to active accounts, oldest first."""
         with self.read() as connection:
@@ -3114,7 +3119,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     crediting.cancel()
     with suppress(asyncio.CancelledError):
         await crediting
-    app.state.ledger.database.close()
+    app.state.ledger.close()
 
 
 def __getattr__(name: str) -> FastAPI:
@@ -3221,8 +3226,9 @@ def run_seed(settings: Settings, options: argparse.Namespace) -> int:
     """Open the demo accounts and wallets that are missing."""
     database = Database(settings.database_url)
     database.open(make=True)
-    seed(Ledger(database), settings, FACES, caller="cli", demo=True)
-    database.close()
+    ledger = Ledger(database)
+    seed(ledger, settings, FACES, caller="cli", demo=True)
+    ledger.close()
     print(f"the demo accounts and wallets are in {database.path}")
     return 0
 

@@ -171,7 +171,7 @@ def opened(
         bank = BankInside(app, runner, database, **wire)
         yield bank
         runner.run(bank.client.aclose())
-    app.state.ledger.database.close()
+    app.state.ledger.close()
 
 
 @pytest.fixture
@@ -2263,7 +2263,7 @@ def test_the_preloaded_accounts_are_made_once(
         with app.state.ledger.read() as connection:
             assert ledger.get_atm_welcome(connection).model_dump()["sample_accounts"] == balances
             assert not [found for found in ledger.check(connection) if found.wrong]
-        app.state.ledger.database.close()
+        app.state.ledger.close()
 
 
 def test_a_missing_account_is_made_and_an_old_one_kept(tmp_path: Path) -> None:
@@ -2275,7 +2275,7 @@ def test_a_missing_account_is_made_and_an_old_one_kept(tmp_path: Path) -> None:
         app = ledger.create_app(ledger.Settings(f"sqlite:///{tmp_path}/ledger.db", preload))
         with app.state.ledger.read() as connection:
             assert ledger.get_atm_welcome(connection).model_dump()["sample_accounts"] == expected
-        app.state.ledger.database.close()
+        app.state.ledger.close()
 
 
 @pytest.mark.parametrize(
