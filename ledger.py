@@ -3079,8 +3079,8 @@ def create_app(settings: Settings, faces: Sequence[Face] = FACES) -> FastAPI:
     with ledger.read() as connection:
         is_new = connection.execute(select(AUDIT.c.id).limit(1)).first() is None
     seed(ledger, settings, faces, caller="system", demo=is_new)
-    for face in faces:
-        app.router.routes.extend(face.routes)
+    # In front of the documentation's routes, because every request tries them in their order.
+    app.router.routes[:0] = [route for face in faces for route in face.routes]
     return app
 
 
