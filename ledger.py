@@ -3,7 +3,7 @@
     python ledger.py            serve on http://127.0.0.1:8000, on the file ./ledger.db
     python ledger.py check      verify every invariant against the stored rows
     python ledger.py backup F   copy the ledger into the new file F while the server runs
-    python ledger.py seed       open the demo accounts and wallets
+    python ledger.py seed       open the demo accounts and wallets that are missing
     uvicorn ledger:app          serve the same application
 
 Glossary, with an example of each:
@@ -17,7 +17,7 @@ Glossary, with an example of each:
     entry            one immutable, numbered line of one account            DEBIT 500, leaves 550
     transaction      one event: entries whose credits equal their debits    a transfer
     post             the one operation that turns legs into entries         Book.post
-    word             a rule of bookkeeping that ends in a post              deposit, transfer
+    word             a rule of bookkeeping over at most one post            deposit, transfer
     command          a word, its arguments and the caller who asked         POST /transfers
     batch            the commands that are written and committed together   1 to some hundreds
     answer           what a command's caller gets: status and body          200 {"balance": 550}
@@ -31,8 +31,8 @@ Sign convention: CREDIT raises a balance and DEBIT lowers it, for every account.
 amount is signed (+ is CREDIT, - is DEBIT); a stored entry has a positive amount and a type.
 So a deposit of 500 is DEBIT cash 500, CREDIT alice 500, and all balances sum to zero.
 
-Invariants. The code keeps them all; the database keeps 2, 3, 4, 5, 7 and the uniqueness in
-6 once more, by constraints and triggers; `check` verifies what stored rows can show.
+Invariants. The code keeps them all; the database keeps 3, 4, 5 and the uniqueness in 6 once
+more, and 2 and 7 wherever an account's row is written; `check` verifies what rows can show.
 
     1. The entries of every transaction sum to zero, and so does the whole ledger.
     2. A balance equals the sum of its entries; every entry carries the balance after it.
@@ -149,7 +149,7 @@ Position = TypeVar("Position", int, str)
 
 
 # ---------------------------------------------------------------------------- Settings
-# What the operator may choose. Read once, when the application is created.
+# What the operator may choose, read once at the start.
 
 
 class StartRefused(Exception):
@@ -179,7 +179,8 @@ def port_number(digits: str) -> int:
 
 
 # ------------------------------------------------------------------------------- Money
-# Money is an integer of minor units everywhere; only two conversions know decimal text.
+# Money is an integer of minor units everywhere; decimal text is known here, and at the edge
+# of a face.
 
 AMOUNT_MAX = 10**15
 BALANCE_MAX = 2**63 - 1
@@ -209,7 +210,7 @@ ASSETS = {
 
 
 def decimal_text(minor_units: int, exponent: int) -> str:
-    """Return an amount with all of its decimal places: (-1050, 2) is "-10.50"."""
+    """Return an amount of an asset that has decimal places: (-1050, 2) is "-10.50"."""
     whole, fraction = divmod(abs(minor_units), 10**exponent)
     return f"{'-' if minor_units < 0 else ''}{whole}.{fraction:0{exponent}}"
 
@@ -510,7 +511,7 @@ TRIGGERS = [
            AND 'ACTIVE' NOT IN (OLD.status, NEW.status)""",
         "a closed account never comes back, and only an active one moves money",
     ),
-    ("account_identity", "BEFORE UPDATE OF id, asset, kind ON account", "1", "it is for ever"),
+    ("account_identity", "BEFORE UPDATE OF id, asset, kind ON account", "1", "these are for ever"),
     ("account_kept", "BEFORE DELETE ON account", "1", "accounts are never deleted"),
     (
         "cashback_once",
@@ -519,7 +520,7 @@ TRIGGERS = [
            NEW.due_at) <> (OLD.payment_id, OLD.account_id, OLD.amount, OLD.clock, OLD.due_at)""",
         "a cashback is credited once, as it was scheduled",
     ),
-    ("cashback_kept", "BEFORE DELETE ON scheduled_cashback", "1", "it is for ever"),
+    ("cashback_kept", "BEFORE DELETE ON scheduled_cashback", "1", "a promise is for ever"),
 ] + [
     (f"{table}_{name}", f'BEFORE {change} ON "{table}"', "1", f"a row of {table} is for ever")
     for table in ("asset", "entry", "transaction", "audit_event", "idempotency_key")
@@ -561,7 +562,7 @@ def id_source(after: str | None = None) -> Callable[[int], str]:
 
 # ---------------------------------------------------------------------------- Database
 # How the database is opened, and how a read and a write begin and end. Nothing else may
-# begin, commit or roll back.
+# begin, commit or roll back on the ledger's file.
 
 
 class Database:
@@ -575,11 +576,14 @@ class Database:
 
     def open(self, *, make: bool) -> None:
         """Accept a ledger of this version; where there is none yet, make one if `make` is set."""
+        if not make and not self.path.exists():
+            # To look into it would make it.
+            raise StartRefused(f"there is no ledger at {self.path}")
         try:
             # Looking first through a connection that only reads leaves a stranger's file alone.
             with self.begin(self.reader) as connection:
                 if not holds_ledger(connection) and not make:
-                    raise StartRefused(f"there is no ledger at {self.path}")
+                    raise StartRefused(f"{self.path} is empty")
             if make:
                 patiently(self._complete)
         except LedgerError as error:
@@ -619,7 +623,9 @@ READERS_MAX = 4
 BUSY_SECONDS_MAX = 5.0
 BUSY_RETRY_SECONDS = 0.001
 
-# The event loop may not wait inside SQLite, so the writer asks for the lock only once.
+# The event loop may wait for the disk, but not for another program's lock, so the writer asks
+# for it only once. All page caches together stay under 16 MB, and 32 MB of committed pages
+# gather in the log before they are moved into the file.
 WRITER_PRAGMAS = (
     "busy_timeout = 0",
     "journal_mode = WAL",
@@ -931,6 +937,7 @@ SYSTEM_ACCOUNTS = {
     for name in (("treasury",) if asset.closed_loop else ("cash", "merchants", "cashback"))
 } | {("payments", "USD")}
 ACCOUNT_COLUMNS = [field.name for field in fields(LoadedAccount)]
+CHANGING_COLUMNS = ("status", "balance", "last_seq")
 
 
 def require_balanced(legs: Sequence[Leg]) -> None:
@@ -1058,7 +1065,7 @@ class Ledger:
             return [outcome for command in commands for outcome in self.settle([command])]
 
     def commit(self, commands: Sequence[Command]) -> Sequence[Answer]:
-        """Do all commands in one write and return their answers; raise, with nothing done."""
+        """Do all commands in one write and return their answers, or raise with nothing done."""
         with self._lock, self.database.begin(self.database.writer) as connection:
             accounts = self._statements.load_accounts(connection, commands)
             known = self._statements.load_answers(connection, commands)
@@ -1190,9 +1197,7 @@ class Statements:
         def compiled(statement: ClauseElement) -> str:
             return str(statement.compile(dialect=engine.dialect))
 
-        balance: dict[str, Any] = {
-            name: bindparam(name) for name in ("status", "balance", "last_seq")
-        }
+        changes: dict[str, Any] = {name: bindparam(name) for name in CHANGING_COLUMNS}
         this_one = ACCOUNT.c.id == bindparam("account_id")
         self._load_accounts = compiled(accounts_of_a_batch())
         self._load_answers = compiled(select(KEY).where(KEY.c.id.in_(json_list("keys"))))
@@ -1202,7 +1207,7 @@ class Statements:
         self._credit_cashback = compiled(credited.values(credited_at=bindparam("now")))
         self._load_due = compiled(due_cashbacks())
         self._insert = {table: compiled(insert(table)) for table in BATCH_TABLES}
-        self._update_account = compiled(update(ACCOUNT).where(this_one).values(balance))
+        self._update_account = compiled(update(ACCOUNT).where(this_one).values(changes))
 
     def load_accounts(
         self, connection: Connection, commands: Sequence[Command]
@@ -1250,9 +1255,9 @@ class Statements:
             if rows := book.rows[table]:
                 connection.exec_driver_sql(self._insert[table], rows)
         if book.changed:
-            columns = ("status", "balance", "last_seq")
             rows = [
-                {"account_id": account.id} | {name: getattr(account, name) for name in columns}
+                {name: getattr(account, name) for name in CHANGING_COLUMNS}
+                | {"account_id": account.id}
                 for account in book.changed.values()
             ]
             connection.exec_driver_sql(self._update_account, rows)
@@ -1272,7 +1277,8 @@ def json_list(name: str) -> Select[Any]:
 def due_cashbacks() -> Select[Any]:
     """Select what is due by a clock to active accounts, in its order, from a place on."""
     due = and_(CASHBACK.c.clock == bindparam("clock"), CASHBACK.c.due_at <= bindparam("until"))
-    # As literals, because the text of the statement is run with its own parameters alone.
+    # As literals, because the text of the statement is run with its own parameters alone; for
+    # the same reason the offset is there, which SQLite's LIMIT would else bring as a parameter.
     waiting = and_(
         CASHBACK.c.credited_at.is_(None), ACCOUNT.c.status == sa.literal_column("'ACTIVE'")
     )
@@ -1298,7 +1304,7 @@ def accounts_of_a_batch() -> Select[Any]:
 
 
 # --------------------------------------------------------------------------- The words
-# What can happen to money, each as bookkeeping over one post. A word knows no URL, no
+# What can happen to money, each as bookkeeping over at most one post. A word knows no URL, no
 # dialect and no caller.
 
 
@@ -1389,7 +1395,7 @@ def transfer(
 
 
 class Payment(NamedTuple):
-    """A posted payment, the account after it, what will come back, and its number in `payee`."""
+    """A posted payment, the account after it, what will come back, and its number at the payee."""
 
     payment_id: str
     account: LoadedAccount
@@ -1490,7 +1496,8 @@ def move_credits(kind: str, book: Book, ref: Ref, amount: int) -> Moved:
 
 
 # ----------------------------------------------------------------------------- Reading
-# What is asked of committed rows, and the check of every invariant. Nothing here writes.
+# What is asked of committed rows, and the check of the invariants. Nothing here writes to the
+# ledger.
 
 PAGE_SIZE_DEFAULT = 50
 PAGE_SIZE_MAX = 200
@@ -1642,6 +1649,7 @@ def check(connection: Connection) -> Iterator[Finding]:
     yield check_transactions(connection)
     yield check_accounts(connection)
     yield check_audit(connection)
+    yield check_system_accounts(connection)
     yield check_schema(connection)
 
 
@@ -1716,24 +1724,32 @@ def check_schema(connection: Connection) -> Finding:
     """Verify tables, constraints and triggers: they are what keeps written rows as they are."""
     query = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"
     found = {tuple(row) for row in connection.exec_driver_sql(query)}
-    with create_engine("sqlite://").begin() as fresh:
-        create_schema(fresh)
-        expected = {tuple(row) for row in fresh.exec_driver_sql(query)}
+    fresh = create_engine("sqlite://")
+    with fresh.begin() as new:
+        create_schema(new)
+        expected = {tuple(row) for row in new.exec_driver_sql(query)}
+    fresh.dispose()
     differing = sorted(name for name, _ in found ^ expected)
     wrong = f"{differing[0]} is not as it was made" if differing else None
     return Finding("tables, constraints and triggers are as they were made", len(expected), wrong)
 
 
 def check_audit(connection: Connection) -> Finding:
-    """Verify that every transaction has its audit event, and every system account its place."""
+    """Verify that every transaction has its audit event."""
     recorded = select(AUDIT.c.transaction_id).where(AUDIT.c.transaction_id.is_not(None))
     lost = select(TRANSACTION.c.id).where(TRANSACTION.c.id.not_in(recorded)).limit(1)
     unrecorded = connection.execute(lost).scalar()
-    strange = held_system_accounts(connection) - SYSTEM_ACCOUNTS
     wrong = f"transaction {unrecorded} has no audit event" if unrecorded else None
-    wrong = f"{strange.pop()} is no system account" if strange else wrong
     count = connection.execute(select(func.count()).select_from(AUDIT)).scalar_one()
     return Finding("every transaction is in the audit log", count, wrong)
+
+
+def check_system_accounts(connection: Connection) -> Finding:
+    """Verify that none but the known accounts stand outside the rules of customers."""
+    held = held_system_accounts(connection)
+    strange = sorted(held - SYSTEM_ACCOUNTS)
+    wrong = f"{strange[0]} is no system account" if strange else None
+    return Finding("system accounts are the known ones", len(held), wrong)
 
 
 def signed(entry_type: str, amount: int) -> int:
@@ -1889,7 +1905,8 @@ def parse_json(body: bytes) -> Any:
         text = body.decode()
         document = JSON.decode(text)
         if "\\u" in text:
-            json.dumps(document, ensure_ascii=False).encode()
+            # An escape can write half of a surrogate pair, which is no character at all.
+            json.dumps(document, ensure_ascii=False, default=str).encode()
     except UnicodeError:
         raise MalformedJson("The body must be UTF-8, without lone surrogates") from None
     except RecursionError:
@@ -1947,7 +1964,7 @@ class CarriesKey:
 
 
 class TellsTime:
-    """Marks an argument that is the caller's own time, in milliseconds since 1970."""
+    """Marks an argument that is the caller's own time, in milliseconds."""
 
 
 def require_printable(text: str) -> str:
@@ -2052,8 +2069,8 @@ class Face:
     """A set of routes that speak one dialect, each made from one typed function.
 
     `wording` says how the dialect words some errors, and `exponent` with how many decimal
-    places it shows amounts there. A face with a clock of its callers credits what is due by it
-    before each request. `seeds` makes the commands that give a new ledger its first accounts.
+    places it shows amounts there. A route that is told the caller's time first credits what is
+    due by it. `seeds` makes the commands that give a new ledger its first accounts.
     """
 
     def __init__(
@@ -2309,6 +2326,7 @@ def refusal_of(request: Request, error: Exception) -> LedgerError:
         case FrameworkError(status_code=405):
             return MethodNotAllowed(f"{request.method} is not possible here")
         case FrameworkError():
+            # All else that the framework raises is about a Content-Type that it cannot parse.
             return UnsupportedMediaType("The Content-Type must be application/json")
     return InternalError("The server made a mistake, and logged it")
 
@@ -3141,7 +3159,7 @@ def serve(settings: Settings, options: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C, and finish what was accepted."""
     if not is_loopback("127.0.0.1" if options.host == "localhost" else options.host):
         raise StartRefused(
-            "without keys the ledger serves this machine alone: use --host 127.0.0.1"
+            "without API keys the ledger serves this machine alone: use --host 127.0.0.1"
         )
     port = port_number(os.environ.get("PORT") or "8000") if options.port is None else options.port
     listener = listen(options.host, port)
@@ -3223,21 +3241,19 @@ def copy_into(database: Database, target: Path) -> None:
 
 
 def run_seed(settings: Settings, options: argparse.Namespace) -> int:
-    """Open the demo accounts and wallets that are missing."""
+    """Open the first accounts and wallets that are missing: the demo or PRELOAD_ACCOUNTS."""
     database = Database(settings.database_url)
     database.open(make=True)
     ledger = Ledger(database)
     seed(ledger, settings, FACES, caller="cli", demo=True)
     ledger.close()
-    print(f"the demo accounts and wallets are in {database.path}")
+    print(f"the first accounts and wallets are in {database.path}")
     return 0
 
 
 def existing(settings: Settings) -> Database:
     """Open a ledger that is there; a command never makes one by mistake."""
     database = Database(settings.database_url)
-    if not database.path.exists():
-        raise StartRefused(f"there is no ledger at {database.path}")
     database.open(make=False)
     return database
 
@@ -3247,7 +3263,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ledger.py", description="A double-entry ledger.")
     commands = parser.add_subparsers(title="commands")
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--database-url", metavar="URL", help="default: sqlite:///ledger.db")
+    shared.add_argument(
+        "--database-url",
+        metavar="URL",
+        help="default: $LEDGER_DATABASE_URL, $DATABASE_URL or sqlite:///ledger.db",
+    )
 
     def command(name: str, run: Callable[..., int]) -> argparse.ArgumentParser:
         made = commands.add_parser(name, parents=[shared], help=run.__doc__)
