@@ -31,8 +31,8 @@ Sign convention: CREDIT raises a balance and DEBIT lowers it, for every account.
 amount is signed (+ is CREDIT, - is DEBIT); a stored entry has a positive amount and a type.
 So a deposit of 500 is DEBIT cash 500, CREDIT alice 500, and all balances sum to zero.
 
-Invariants. The code keeps them all; the database keeps 3, 4, 5 and the uniqueness in 6 once
-more, and 2 and 7 wherever an account's row is written; `check` verifies what rows can show.
+Invariants. The code keeps them all; the database keeps 3, 4, 5, 7 and the uniqueness in 6
+once more, and 2 wherever an account's row is written; `check` verifies what rows can show.
 
     1. The entries of every transaction sum to zero, and so does the whole ledger.
     2. A balance equals the sum of its entries; every entry carries the balance after it.
@@ -489,6 +489,12 @@ TRIGGERS = [
            + CASE NEW.seq WHEN 1 THEN 0 ELSE (SELECT balance FROM entry
              WHERE account_id = NEW.account_id AND seq = NEW.seq - 1) END""",
         "an entry must follow its predecessor in seq and balance",
+    ),
+    (
+        "entry_active",
+        "BEFORE INSERT ON entry",
+        "(SELECT status FROM account WHERE id = NEW.account_id) <> 'ACTIVE'",
+        "only an active account moves money",
     ),
     (
         "account_follows",

@@ -393,6 +393,16 @@ def test_the_database_keeps_closed_accounts_closed(bank: BankInside) -> None:
         bank.tamper("UPDATE account SET status = 'ACTIVE' WHERE kind = 'CUSTOMER'")
 
 
+def test_the_database_keeps_frozen_accounts_still(bank: BankInside) -> None:
+    bank.given(alice=100)
+    bank.tamper("UPDATE account SET status = 'FROZEN' WHERE kind = 'CUSTOMER'")
+    with pytest.raises(sqlite3.IntegrityError, match="only an active account moves money"):
+        bank.tamper(
+            "INSERT INTO entry SELECT account_id, 2, 'x', transaction_id, type, 1, 101 "
+            f"FROM entry WHERE account_id = '{bank.ids['alice']}'"
+        )
+
+
 def test_ids_rise_even_when_the_clock_goes_back() -> None:
     new_id = ledger.id_source()
     ids = [new_id(now) for now in (10**15, 10**15, 10**15 + 1, 5, 10**15 + 10**6)]
@@ -2554,7 +2564,7 @@ def test_the_check_counts_what_it_saw(bank: BankInside, capsys: pytest.CaptureFi
         ["ok", "18"],
         ["ok", "4"],
         ["ok", "16"],
-        ["ok", "29"],
+        ["ok", "30"],
     ]
     bank.tamper("DROP TRIGGER entry_kept", "DELETE FROM entry WHERE balance = 100")
     assert ledger.main(["check", "--database-url", url]) == 1
