@@ -2931,6 +2931,9 @@ def post_atm_withdrawal(book: Book, number: AtmNumber, body: AtmMovement) -> Atm
 # Wallets of three closed-loop assets, which the treasury issues; amounts have four places.
 
 WALLET_ASSETS = {1: "GOLD", 2: "DMND", 3: "PTS"}
+WALLET_NAMES = {
+    asset_type_id: NamesAccount("wallets:", code) for asset_type_id, code in WALLET_ASSETS.items()
+}
 WALLET_EXPONENT = ASSETS["GOLD"].exponent
 WALLET_DEMO = {"user_alice": ("100", "50", "500"), "user_bob": ("80", "30", "200")}
 
@@ -2940,7 +2943,7 @@ def wallet_names(asset_type_id: int) -> NamesAccount:
     if asset_type_id not in WALLET_ASSETS:
         known = ", ".join(f"{number} {code}" for number, code in WALLET_ASSETS.items())
         raise AssetNotFound(f"There is no such asset; there are {known}")
-    return NamesAccount("wallets:", WALLET_ASSETS[asset_type_id])
+    return WALLET_NAMES[asset_type_id]
 
 
 def all_wallets(user: str) -> list[Named]:
