@@ -1,7 +1,7 @@
 """A complete double-entry ledger in one file: tables, rules, HTTP API and command line.
 
     python ledger.py            serve on http://127.0.0.1:8000, on the file ./ledger.db
-    python ledger.py check      verify every invariant against the stored rows
+    python ledger.py check      verify the invariants against all stored rows
     python ledger.py backup F   copy the ledger into the new file F while the server runs
     python ledger.py seed       open the demo accounts and wallets that are missing
     uvicorn ledger:app          serve the same application
@@ -1650,7 +1650,7 @@ class Finding(NamedTuple):
 
 
 def check(connection: Connection) -> Iterator[Finding]:
-    """Verify every invariant that stored rows can show, each over all rows."""
+    """Verify the invariants that stored rows can show, each over all rows."""
     yield check_storage(connection)
     yield check_transactions(connection)
     yield check_accounts(connection)
@@ -2980,7 +2980,7 @@ def parse_credits(given: Any) -> int:
     """Return a JSON string or number as minor units; whatever is not exact is refused."""
     try:
         if isinstance(given, int | Decimal) and not isinstance(given, bool):
-            # Only then is it short: 1e999999 would be written out with a million digits.
+            # Without the bound, 1e999999 would be written out with a million digits.
             number = Decimal(given)
             given = format(number, "f") if abs(number.adjusted()) < 20 else ""
         return minor_units(given, WALLET_EXPONENT)
