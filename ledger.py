@@ -4,6 +4,7 @@
     python ledger.py check      verify the invariants against all stored rows
     python ledger.py backup F   copy the ledger into the new file F while the server runs
     python ledger.py seed       open the demo accounts and wallets that are missing
+    python ledger.py key add --name N --role R    make an API key (and: key list, key revoke N)
     uvicorn ledger:app          serve the same application
 
 Glossary, with an example of each:
@@ -51,6 +52,7 @@ import argparse
 import asyncio
 import gc
 import hashlib
+import hmac
 import inspect
 import ipaddress
 import json
@@ -63,7 +65,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -75,12 +77,13 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
-from itertools import groupby
-from operator import itemgetter
+from heapq import merge
+from itertools import groupby, islice
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
     Annotated,
@@ -88,10 +91,13 @@ from typing import (
     Generic,
     Literal,
     NamedTuple,
+    NewType,
+    TextIO,
     TypeVar,
     get_args,
 )
 
+import jwt
 import sqlalchemy as sa
 import sqlmodel
 import uvicorn
@@ -139,6 +145,7 @@ from sqlalchemy.sql import ClauseElement, ColumnElement, Select
 from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException as FrameworkError
 from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 log = logging.getLogger("ledger")
 
@@ -162,13 +169,24 @@ class Settings:
 
     database_url: str = "sqlite:///ledger.db"
     preload_accounts: str | None = None
+    admin_key: str | None = field(default=None, repr=False)
+    jwt_secret: str | None = field(default=None, repr=False)
 
     @classmethod
     def read(cls, environment: Mapping[str, str], *, database_url: str | None = None) -> "Settings":
         """Return the settings; an empty value counts as none."""
         url = database_url or environment.get("LEDGER_DATABASE_URL")
         url = url or environment.get("DATABASE_URL") or cls.database_url
-        return cls(url, environment.get("PRELOAD_ACCOUNTS") or None)
+        names = ("PRELOAD_ACCOUNTS", "LEDGER_ADMIN_KEY", "LEDGER_JWT_SECRET")
+        settings = cls(url, *(environment.get(name) or None for name in names))
+        if not re.fullmatch("[!-~]*", settings.admin_key or ""):
+            raise StartRefused("LEDGER_ADMIN_KEY must be visible ASCII characters, without blanks")
+        if 0 < len(os.fsencode(settings.jwt_secret or "")) < JWT_SECRET_BYTES_MIN:
+            raise StartRefused(f"LEDGER_JWT_SECRET must have {JWT_SECRET_BYTES_MIN} bytes or more")
+        return settings
+
+
+JWT_SECRET_BYTES_MIN = 32
 
 
 def port_number(digits: str) -> int:
@@ -274,7 +292,8 @@ class LedgerError(Exception):
         """Return the error as a dialect words it, its amounts with that many decimal places."""
         if exponent is not None:
             for name, value in self.members.items():
-                self.members[name] = decimal_text(value, exponent)
+                if isinstance(value, int):
+                    self.members[name] = decimal_text(value, exponent)
         self.status, self.args = wording.status, (wording.detail.format(**self.members),)
         return self
 
@@ -296,6 +315,7 @@ class IdempotencyKeyMissing(LedgerError, status=400): ...
 class IdempotencyKeyInvalid(LedgerError, status=400): ...
 class SameAccount(LedgerError, status=400): ...
 class InvalidCursor(LedgerError, status=400): ...
+class Unauthorized(LedgerError, status=401): ...
 class Forbidden(LedgerError, status=403): ...
 class NotFound(LedgerError, status=404): ...
 class AccountNotFound(LedgerError, status=404): ...
@@ -307,9 +327,12 @@ class AccountExists(LedgerError, status=409): ...
 class InsufficientFunds(LedgerError, status=409): ...
 class AccountFrozen(LedgerError, status=409): ...
 class AccountClosed(LedgerError, status=409): ...
+class AccountNotEmpty(LedgerError, status=409): ...
+class InvalidStateTransition(LedgerError, status=409): ...
 class AssetMismatch(LedgerError, status=409): ...
 class AssetClosedLoop(LedgerError, status=409): ...
 class BalanceLimit(LedgerError, status=409): ...
+class CashbackPending(LedgerError, status=409): ...
 class CashbackCredited(LedgerError, status=409): ...  # Only the ledger itself asks for it.
 class IdempotencyKeyReused(LedgerError, status=409): ...
 class BodyTooLarge(LedgerError, status=413): ...
@@ -422,6 +445,7 @@ class ScheduledCashback(SQLModel, table=True):
     __tablename__ = "scheduled_cashback"
     __table_args__ = (
         Index("cashback_due", "clock", "due_at", sqlite_where=sa.text("credited_at IS NULL")),
+        Index("cashback_to_come", "account_id", sqlite_where=sa.text("credited_at IS NULL")),
         CheckConstraint("clock IN ('SERVER', 'CALLER')"),
         CheckConstraint("amount >= 0"),
         CLUSTERED,
@@ -450,10 +474,18 @@ class IdempotencyKey(SQLModel, table=True):
 
 
 class AuditEvent(SQLModel, table=True):
-    """Who did what, written in the same commit as the change itself."""
+    """Who did what, written in the same commit as the change itself.
+
+    An account's events are found through its entries. An index on the account of every event
+    would cost each transfer a page; the two indexes here grow at their end, or rarely.
+    """
 
     __tablename__ = "audit_event"
-    __table_args__ = (CLUSTERED,)
+    __table_args__ = (
+        Index("audit_transaction", "transaction_id"),
+        Index("audit_account", "account_id", "id", sqlite_where=sa.text("transaction_id IS NULL")),
+        CLUSTERED,
+    )
 
     id: str = text_column(primary_key=True)
     ts: int = integer_column()
@@ -462,6 +494,23 @@ class AuditEvent(SQLModel, table=True):
     account_id: str | None = text_column(default=None)
     transaction_id: str | None = text_column(default=None)
     details: str = text_column()
+
+
+class ApiKey(SQLModel, table=True):
+    """A key that somebody may call with: its hash, and the prefix that is no secret."""
+
+    __tablename__ = "api_key"
+    __table_args__ = (
+        CheckConstraint("role IN ('auditor', 'service', 'admin')"),
+        STRICT,
+    )
+
+    name: str = text_column(primary_key=True)
+    prefix: str = text_column(unique=True)
+    hash: str = text_column()
+    role: str = text_column()
+    created_at: int = integer_column()
+    revoked_at: int | None = integer_column(default=None)
 
 
 class SchemaVersion(SQLModel, table=True):
@@ -473,11 +522,11 @@ class SchemaVersion(SQLModel, table=True):
     version: int = integer_column(primary_key=True)
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TABLES = SQLModel.metadata.tables
 ASSET, ACCOUNT, TRANSACTION = TABLES["asset"], TABLES["account"], TABLES["transaction"]
 ENTRY, CASHBACK = TABLES["entry"], TABLES["scheduled_cashback"]
-KEY, AUDIT = TABLES["idempotency_key"], TABLES["audit_event"]
+KEY, AUDIT, API_KEY = TABLES["idempotency_key"], TABLES["audit_event"], TABLES["api_key"]
 
 # Invariants 2, 3, 5 and 7 in the database's own words: (name, event, condition, message).
 TRIGGERS = [
@@ -527,6 +576,14 @@ TRIGGERS = [
         "a cashback is credited once, as it was scheduled",
     ),
     ("cashback_kept", "BEFORE DELETE ON scheduled_cashback", "1", "a promise is for ever"),
+    (
+        "api_key_revoked",
+        "BEFORE UPDATE ON api_key",
+        """OLD.revoked_at IS NOT NULL OR (NEW.name, NEW.prefix, NEW.hash, NEW.role, NEW.created_at)
+           <> (OLD.name, OLD.prefix, OLD.hash, OLD.role, OLD.created_at)""",
+        "a key is revoked once, and else stays as it was made",
+    ),
+    ("api_key_kept", "BEFORE DELETE ON api_key", "1", "the name of a key is for ever"),
 ] + [
     (f"{table}_{name}", f'BEFORE {change} ON "{table}"', "1", f"a row of {table} is for ever")
     for table in ("asset", "entry", "transaction", "audit_event", "idempotency_key")
@@ -588,10 +645,12 @@ class Database:
         try:
             # Looking first through a connection that only reads leaves a stranger's file alone.
             with self.begin(self.reader) as connection:
-                if not holds_ledger(connection) and not make:
-                    raise StartRefused(f"{self.path} is empty")
+                version = stored_version(connection)
             if make:
                 patiently(self._complete)
+            elif version < SCHEMA_VERSION:
+                missing = f"has schema version {version}: start the server once" if version else ""
+                raise StartRefused(f"{self.path} {missing or 'is empty'}")
         except LedgerError as error:
             raise StartRefused(f"cannot open {self.path}: {error.__cause__ or error}") from error
         self.identity = file_identity(self.path)
@@ -620,7 +679,10 @@ class Database:
 
     def _complete(self) -> None:
         with self.begin(self.writer) as connection:
-            if not holds_ledger(connection):
+            version = stored_version(connection)
+            if version:
+                upgrade(connection, version)
+            else:
                 create_schema(connection)
             add_missing_rows(connection)
 
@@ -649,6 +711,7 @@ def sqlite_engine(url: str, begin: str, *, pool_size: int, pragmas: Sequence[str
     engine = create_engine(
         url,
         paramstyle="named",
+        hide_parameters=True,
         pool_size=pool_size,
         max_overflow=0,
         connect_args={"check_same_thread": False},
@@ -710,27 +773,56 @@ def patiently(action: Callable[[], R]) -> R:
         time.sleep(BUSY_RETRY_SECONDS)
 
 
-def holds_ledger(connection: Connection) -> bool:
-    """Tell a ledger of this version from a new file, and raise StartRefused for all else."""
+def stored_version(connection: Connection) -> int:
+    """Return a ledger's schema version, or 0 for a new file; raise StartRefused for all else."""
     tables = set(connection.exec_driver_sql("SELECT name FROM sqlite_schema").scalars())
-    if tables and not tables.issuperset(TABLES):
+    if not tables:
+        return 0
+    if not tables.issuperset(TABLES.keys() - NEWER_TABLES):
         raise StartRefused("the database holds something other than a ledger")
-    if tables:
-        version = connection.execute(select(TABLES["schema_version"])).scalar()
-        if version != SCHEMA_VERSION:
-            raise StartRefused(f"schema version {version} is not {SCHEMA_VERSION}, the known one")
-    return bool(tables)
+    version = connection.execute(select(TABLES["schema_version"])).scalar()
+    if version is None or not 1 <= version <= SCHEMA_VERSION:
+        raise StartRefused(f"schema version {version} is not {SCHEMA_VERSION}, the known one")
+    return int(version)
 
 
 def create_schema(connection: Connection) -> None:
     """Make the tables and the triggers of a new ledger."""
     SQLModel.metadata.create_all(connection)
-    for name, moment, condition, message in TRIGGERS:
+    create_triggers(connection, TRIGGERS)
+    connection.execute(insert(TABLES["schema_version"]).values(version=SCHEMA_VERSION))
+
+
+def create_triggers(connection: Connection, triggers: Iterable[Sequence[str]]) -> None:
+    """Make triggers, which refuse what they are told to."""
+    for name, moment, condition, message in triggers:
         connection.exec_driver_sql(
             f"CREATE TRIGGER {name} {moment} WHEN {condition} "
             f"BEGIN SELECT RAISE(ABORT, '{message}'); END"
         )
-    connection.execute(insert(TABLES["schema_version"]).values(version=SCHEMA_VERSION))
+
+
+def upgrade(connection: Connection, version: int) -> None:
+    """Bring an older ledger up to this version, step by step."""
+    for number in range(version, SCHEMA_VERSION):
+        UPGRADES[number](connection)
+        connection.execute(update(TABLES["schema_version"]).values(version=number + 1))
+        log.warning("the ledger was brought up to schema version %d", number + 1)
+
+
+def add_keys(connection: Connection) -> None:
+    """Add the keys of callers, and what finds an account's audit events and cashbacks to come."""
+    API_KEY.create(connection)
+    create_triggers(connection, [t for t in TRIGGERS if t[0].startswith("api_key_")])
+    new = ("audit_transaction", "audit_account", "cashback_to_come")
+    for index in AUDIT.indexes | CASHBACK.indexes:
+        if index.name in new:
+            index.create(connection)
+
+
+# The step that leads on from each version, and the tables that the first one did not have.
+UPGRADES = {1: add_keys}
+NEWER_TABLES = {"api_key"}
 
 
 def add_missing_rows(connection: Connection) -> None:
@@ -794,6 +886,9 @@ class Unbalanced(Exception):
     """The legs of a word do not sum to zero: a defect of the program, never of a request."""
 
 
+NONE_TO_COME: Mapping[str, int] = {}
+
+
 class Book:
     """The open batch: the accounts that it has loaded, and the rows that it will write."""
 
@@ -803,12 +898,16 @@ class Book:
         now: int,
         new_id: Callable[[int], str],
         cashbacks: Sequence[Row[Any]] = (),
+        cashbacks_to_come: Mapping[str, int] = NONE_TO_COME,
     ) -> None:
         self.now = now
         self.told_at: int | None = None
         self.rows: defaultdict[Table, list[dict[str, Any]]] = defaultdict(list)
         self.changed: dict[str, LoadedAccount] = {}
+        self.thawed: list[str] = []
         self.credited: list[str] = []
+        self.cashbacks_to_come = Counter(cashbacks_to_come)
+        """For each account that a command closes, how many cashbacks are not credited yet."""
         self.first_opened_id: str | None = None
         self.last_transaction_id: str | None = None
         self._new_id = new_id
@@ -850,6 +949,7 @@ class Book:
         clock, paid_at = ("SERVER", self.now) if self.told_at is None else ("CALLER", self.told_at)
         cashback = Cashback(payment_id, account.id, amount, clock, paid_at + CASHBACK_DELAY)
         self.rows[CASHBACK].append(cashback._asdict())
+        self.cashbacks_to_come[account.id] += 1
         return cashback
 
     def cashback(self, payment_id: str) -> Row[Any]:
@@ -860,8 +960,25 @@ class Book:
 
     def mark_credited(self, payment_id: str) -> None:
         """Let a cashback never be credited again."""
-        del self._cashbacks[payment_id]
+        credited = self._cashbacks.pop(payment_id)
+        self.cashbacks_to_come[credited.account_id] -= 1
         self.credited.append(payment_id)
+
+    def change_status(self, account: LoadedAccount, status: str) -> LoadedAccount:
+        """Take an account to another state.
+
+        Raises InvalidStateTransition, AccountNotEmpty or CashbackPending.
+        """
+        if status not in STATUS_STEPS[account.status]:
+            raise InvalidStateTransition(f"No account goes from {account.status} to {status}")
+        if status == "CLOSED":
+            require_nothing_left(account, self.cashbacks_to_come[account.id])
+        # Every check stands above this line; below it nothing may fail.
+        account.status = status
+        self.changed[account.id] = account
+        if status == "ACTIVE":
+            self.thawed.append(account.id)
+        return account
 
     def post(self, kind: str, legs: Sequence[Leg], memo: str | None) -> str:
         """Turn legs into entries, move the balances, and return the transaction's id.
@@ -931,6 +1048,12 @@ class Cashback(NamedTuple):
         return "SCHEDULED" if self.credited_at is None else "CREDITED"
 
 
+# From each state, where an account may go.
+STATUS_STEPS = {
+    "ACTIVE": {"FROZEN", "CLOSED"},
+    "FROZEN": {"ACTIVE", "CLOSED"},
+    "CLOSED": set[str](),
+}
 CASHBACK_PERCENT = 2
 CASHBACK_DELAY = 24 * 60 * 60 * 1_000_000
 """Microseconds from a payment to its cashback."""
@@ -972,6 +1095,17 @@ def require_active(account: LoadedAccount) -> None:
         raise AccountClosed(f"Account {account.id} is closed")
 
 
+def require_nothing_left(account: LoadedAccount, cashbacks_to_come: int) -> None:
+    """Refuse to close an account that holds money, or that money is promised to."""
+    if account.balance:
+        raise AccountNotEmpty(
+            f"Account {account.id} holds {account.balance}: only an empty one can be closed",
+            balance=account.balance,
+        )
+    if cashbacks_to_come:
+        raise CashbackPending(f"Account {account.id} has cashback to come: close it later")
+
+
 def require_funds(leg: Leg) -> None:
     """Refuse a leg that would take a customer below zero, or any balance out of 64 bits."""
     account, amount = leg
@@ -1003,7 +1137,7 @@ class Command:
     """The parsed arguments as JSON: two requests that mean the same have the same."""
     accounts: Sequence[Ref]
     word: "Word"
-    run: Callable[[Book], Answer]
+    run: Callable[..., Answer]
     told_at: int | None = None
     """The caller's own time, where its dialect has one."""
     payment_id: str | None = None
@@ -1076,10 +1210,21 @@ class Ledger:
             accounts = self._statements.load_accounts(connection, commands)
             known = self._statements.load_answers(connection, commands)
             cashbacks = self._statements.load_cashbacks(connection, commands)
-            book = Book(accounts, self.clock(), self._new_id, cashbacks)
+            to_come = self._statements.count_cashbacks(connection, commands)
+            book = Book(accounts, self.clock(), self._new_id, cashbacks, to_come)
             answers = [perform(command, book, known) for command in commands]
             self._statements.save(connection, book)
         return answers
+
+    def administer(
+        self, action: str, details: Mapping[str, str], change: Callable[[Connection, int], None]
+    ) -> None:
+        """Do in one write what moves no money, with an audit event by the caller `cli`."""
+        with self._lock, self.database.begin(self.database.writer) as connection:
+            now = self.clock()
+            change(connection, now)
+            event = {"id": self._new_id(now), "ts": now, "caller": "cli", "action": action}
+            connection.execute(insert(AUDIT).values(event | {"details": json.dumps(details)}))
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -1209,11 +1354,18 @@ class Statements:
         self._load_answers = compiled(select(KEY).where(KEY.c.id.in_(json_list("keys"))))
         promised = CASHBACK.c.payment_id.in_(json_list("payment_ids"))
         self._load_cashbacks = compiled(select(CASHBACK).where(promised).with_for_update())
+        to_come = and_(
+            CASHBACK.c.credited_at.is_(None), CASHBACK.c.account_id.in_(json_list("ids"))
+        )
+        counted = select(CASHBACK.c.account_id, func.count().label("to_come")).where(to_come)
+        self._count_cashbacks = compiled(counted.group_by(CASHBACK.c.account_id))
         credited = update(CASHBACK).where(CASHBACK.c.payment_id == bindparam("payment"))
         self._credit_cashback = compiled(credited.values(credited_at=bindparam("now")))
         self._load_due = compiled(due_cashbacks())
         self._insert = {table: compiled(insert(table)) for table in BATCH_TABLES}
         self._update_account = compiled(update(ACCOUNT).where(this_one).values(changes))
+        active: Any = sa.literal_column("'ACTIVE'")
+        self._thaw = compiled(update(ACCOUNT).where(this_one).values(status=active))
 
     def load_accounts(
         self, connection: Connection, commands: Sequence[Command]
@@ -1240,6 +1392,16 @@ class Statements:
         parameters = {"payment_ids": json.dumps(payment_ids)}
         return connection.exec_driver_sql(self._load_cashbacks, parameters).all()
 
+    def count_cashbacks(
+        self, connection: Connection, commands: Sequence[Command]
+    ) -> Mapping[str, int]:
+        """Return how many cashbacks are to come to each account that the commands close."""
+        ids = [ref for c in commands if c.word.awaits_cashbacks for ref in c.accounts]
+        if not ids:
+            return NONE_TO_COME
+        rows = connection.exec_driver_sql(self._count_cashbacks, {"ids": json.dumps(ids)})
+        return {row.account_id: row.to_come for row in rows}
+
     def load_due(
         self, connection: Connection, clock: str, until: int, after: tuple[int, str]
     ) -> Sequence[Row[Any]]:
@@ -1257,6 +1419,10 @@ class Statements:
 
     def save(self, connection: Connection, book: Book) -> None:
         """Write what the book has gathered, in the order that the triggers and keys require."""
+        if book.thawed:
+            # The triggers take entries of active accounts alone.
+            thawed = [{"account_id": account_id} for account_id in book.thawed]
+            connection.exec_driver_sql(self._thaw, thawed)
         for table in BATCH_TABLES:
             if rows := book.rows[table]:
                 connection.exec_driver_sql(self._insert[table], rows)
@@ -1311,24 +1477,33 @@ def accounts_of_a_batch() -> Select[Any]:
 
 # --------------------------------------------------------------------------- The words
 # What can happen to money, each as bookkeeping over at most one post. A word knows no URL, no
-# dialect and no caller.
+# dialect and no caller; the type of its book says which roles may ask for it.
+
+ServiceBook = NewType("ServiceBook", Book)
+"""The books in the hands of a service, or of an admin."""
+AdminBook = NewType("AdminBook", ServiceBook)
+"""The books in the hands of an admin."""
 
 
 class Word(NamedTuple):
-    """What a word is called in the audit log, and the system account on its other side."""
+    """What a word is called in the audit log, and what a batch must load for it.
+
+    That is the system account on its other side, and whether cashbacks are to come.
+    """
 
     name: str
-    system_account: str | None
+    system_account: str | None = None
+    awaits_cashbacks: bool = False
 
 
 WORDS: dict[Callable[..., Any], Word] = {}
 
 
-def word(*, system_account: str | None = None) -> Callable[[F], F]:
-    """Make a function of a book a word, and declare the system account that it uses."""
+def word(*, system_account: str | None = None, awaits_cashbacks: bool = False) -> Callable[[F], F]:
+    """Make a function of a book a word, and declare what must be loaded for it."""
 
     def declare(function: F) -> F:
-        WORDS[function] = Word(function.__name__, system_account)
+        WORDS[function] = Word(function.__name__, system_account, awaits_cashbacks)
         return function
 
     return declare
@@ -1336,7 +1511,7 @@ def word(*, system_account: str | None = None) -> Callable[[F], F]:
 
 @word()
 def open_account(
-    book: Book, *, owner_name: str, asset: str = "USD", name: str | None = None
+    book: ServiceBook, *, owner_name: str, asset: str = "USD", name: str | None = None
 ) -> LoadedAccount:
     """Open an empty account for a customer."""
     if asset not in ASSETS:
@@ -1356,7 +1531,7 @@ def open_funded_account(book: Book, *, owner_name: str, name: str, balance: int)
 
 
 @word(system_account="cash")
-def deposit(book: Book, ref: Ref, *, amount: int, memo: str | None = None) -> LoadedAccount:
+def deposit(book: ServiceBook, ref: Ref, *, amount: int, memo: str | None = None) -> LoadedAccount:
     """Take money in: DEBIT cash, CREDIT the account."""
     account = book.account(ref)
     require_open_loop(account.asset)
@@ -1366,13 +1541,31 @@ def deposit(book: Book, ref: Ref, *, amount: int, memo: str | None = None) -> Lo
 
 
 @word(system_account="cash")
-def withdraw(book: Book, ref: Ref, *, amount: int, memo: str | None = None) -> LoadedAccount:
+def withdraw(book: AdminBook, ref: Ref, *, amount: int, memo: str | None = None) -> LoadedAccount:
     """Pay money out: DEBIT the account, CREDIT cash."""
     account = book.account(ref)
     require_open_loop(account.asset)
     cash = book.system_account("cash", account.asset)
     book.post("WITHDRAWAL", [Leg(account, -amount), Leg(cash, +amount)], memo)
     return account
+
+
+@word()
+def freeze(book: AdminBook, ref: Ref) -> LoadedAccount:
+    """Let an account move no money until it is thawed."""
+    return book.change_status(book.account(ref), "FROZEN")
+
+
+@word()
+def unfreeze(book: AdminBook, ref: Ref) -> LoadedAccount:
+    """Let a frozen account move money again."""
+    return book.change_status(book.account(ref), "ACTIVE")
+
+
+@word(awaits_cashbacks=True)
+def close(book: AdminBook, ref: Ref) -> LoadedAccount:
+    """End an account for ever; it must be empty, with nothing to come."""
+    return book.change_status(book.account(ref), "CLOSED")
 
 
 class Transfer(NamedTuple):
@@ -1389,7 +1582,7 @@ class Transfer(NamedTuple):
 
 @word()
 def transfer(
-    book: Book, *, source_ref: Ref, dest_ref: Ref, amount: int, memo: str | None = None
+    book: ServiceBook, *, source_ref: Ref, dest_ref: Ref, amount: int, memo: str | None = None
 ) -> Transfer:
     """Move money between two customers: DEBIT the source, CREDIT the destination."""
     if source_ref == dest_ref:
@@ -1410,13 +1603,13 @@ class Payment(NamedTuple):
 
 
 @word(system_account="merchants")
-def pay(book: Book, ref: Ref, *, amount: int, memo: str | None = None) -> Payment:
+def pay(book: ServiceBook, ref: Ref, *, amount: int, memo: str | None = None) -> Payment:
     """Pay a merchant, and promise a cashback: DEBIT the account, CREDIT merchants."""
     return pay_to("merchants", book, ref, amount=amount, memo=memo)
 
 
 @word(system_account="payments")
-def pay_counted(book: Book, ref: Ref, *, amount: int) -> Payment:
+def pay_counted(book: ServiceBook, ref: Ref, *, amount: int) -> Payment:
     """Pay as `pay` does, through the system account whose entries number such payments."""
     return pay_to("payments", book, ref, amount=amount, memo=None)
 
@@ -1448,7 +1641,7 @@ CLOSED_LOOP = [asset.code for asset in ASSETS.values() if asset.closed_loop]
 
 
 @word()
-def open_wallets(book: Book, *, owner_name: str, name: str) -> list[LoadedAccount]:
+def open_wallets(book: ServiceBook, *, owner_name: str, name: str) -> list[LoadedAccount]:
     """Open a customer's wallets, an empty one of each closed-loop asset."""
     opened = [book.new_account(owner_name, asset, name) for asset in CLOSED_LOOP]
     return [book.add(wallet) for wallet in opened]
@@ -1476,19 +1669,19 @@ class Moved(NamedTuple):
 
 
 @word(system_account="treasury")
-def top_up(book: Book, ref: Ref, *, amount: int) -> Moved:
+def top_up(book: ServiceBook, ref: Ref, *, amount: int) -> Moved:
     """Issue credits that were bought: DEBIT treasury, CREDIT the wallet."""
     return move_credits("TOP_UP", book, ref, amount)
 
 
 @word(system_account="treasury")
-def bonus(book: Book, ref: Ref, *, amount: int) -> Moved:
+def bonus(book: ServiceBook, ref: Ref, *, amount: int) -> Moved:
     """Issue credits that are a present: DEBIT treasury, CREDIT the wallet."""
     return move_credits("BONUS", book, ref, amount)
 
 
 @word(system_account="treasury")
-def spend(book: Book, ref: Ref, *, amount: int) -> Moved:
+def spend(book: ServiceBook, ref: Ref, *, amount: int) -> Moved:
     """Take credits back for a service: DEBIT the wallet, CREDIT treasury."""
     return move_credits("SPEND", book, ref, -amount)
 
@@ -1641,6 +1834,55 @@ ENTRIES = select(
 ).join_from(ENTRY, TRANSACTION)
 
 
+class AuditPlace(NamedTuple):
+    """How far a list of audit events was read: those of an account's entries, and the others."""
+
+    before_seq: int
+    before_id: str
+
+    @classmethod
+    def parse(cls, place: str) -> "AuditPlace":
+        """Return the place that a cursor holds, or raise InvalidCursor."""
+        seq, _, event_id = place.partition("_")
+        if not re.fullmatch("[0-9]{1,18}", seq):
+            raise InvalidCursor("Invalid cursor")
+        return cls(int(seq), event_id)
+
+    def behind(self, rows: Sequence[Row[Any]]) -> str:
+        """Return the place behind some more events, as a cursor holds it."""
+        seqs = [row.seq for row in rows if row.seq is not None]
+        ids = [row.id for row in rows if row.seq is None]
+        return f"{min([self.before_seq, *seqs])}_{min([self.before_id, *ids])}"
+
+
+# Before any event: ids are hexadecimal, so "g" is behind them all.
+AUDIT_START = f"{10**18 - 1}_g"
+
+
+def read_audit(
+    connection: Connection, account_id: str | None, *, before: AuditPlace, limit: int
+) -> Sequence[Row[Any]]:
+    """Return audit events before a place, newest first, each with a seq in its account or none.
+
+    The events of an account are those of its entries, and those without any entry.
+    """
+    events = select(AUDIT, sa.null().label("seq")).order_by(AUDIT.c.id.desc()).limit(limit)
+    earlier = events.where(AUDIT.c.id < before.before_id)
+    if account_id is None:
+        return connection.execute(earlier).all()
+    unmoved = and_(AUDIT.c.account_id == account_id, AUDIT.c.transaction_id.is_(None))
+    moved = (
+        select(AUDIT, ENTRY.c.seq)
+        .join(ENTRY, ENTRY.c.transaction_id == AUDIT.c.transaction_id)
+        .where(ENTRY.c.account_id == account_id, ENTRY.c.seq < before.before_seq)
+        .order_by(ENTRY.c.seq.desc())
+        .limit(limit)
+    )
+    both = [connection.execute(query).all() for query in (moved, earlier.where(unmoved))]
+    # Merged and not sorted: each list must stay in the order that its place is found by.
+    return list(islice(merge(*both, key=attrgetter("id"), reverse=True), limit))
+
+
 class Finding(NamedTuple):
     """What one check looked at, and the first row that is wrong, if there is one."""
 
@@ -1764,11 +2006,150 @@ def signed(entry_type: str, amount: int) -> int:
 
 
 # ----------------------------------------------------------------------------- Callers
-# Who is asking. In open mode everybody on this machine is the caller `local`.
+# Who is asking, and what they may do. In open mode, that is until there is a key, everybody on
+# this machine is the caller `local`.
+
+Role = Literal["auditor", "service", "admin"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+AuditConnection = NewType("AuditConnection", Connection)
+"""A view of what is committed, with the audit log in it."""
+
+# The first parameter of a route or of a word says who may call it.
+ROLES_BY_TYPE: dict[object, tuple[Role, ...]] = {
+    Connection: ("auditor", "service", "admin"),
+    AuditConnection: ("auditor", "admin"),
+    ServiceBook: ("service", "admin"),
+    AdminBook: ("admin",),
+}
 
 
-def caller_of(request: Request) -> str:
-    """Return the caller's name, or raise Forbidden for whoever is not on this machine."""
+def roles_of(function: Callable[..., Any]) -> tuple[Role, ...]:
+    """Return the roles that may call a route; one that says nothing cannot be made."""
+    first = next(iter(inspect.signature(function).parameters.values()))
+    return ROLES_BY_TYPE[first.annotation]
+
+
+class Caller(NamedTuple):
+    """Who is asking: `local`, `admin`, `key:<name>` or `jwt:<sub>`."""
+
+    name: str
+    role: Role
+
+
+LOCAL, ADMIN = Caller("local", "admin"), Caller("admin", "admin")
+
+
+class Callers:
+    """What tells callers apart: the operator's secrets, and the keys in the database."""
+
+    def __init__(self, ledger: "Ledger", settings: Settings) -> None:
+        self._ledger = ledger
+        self._admin_hash = settings.admin_key and key_hash(settings.admin_key.encode())
+        self._jwt_secret = settings.jwt_secret
+        self._keys: dict[str, Row[Any]] = {}
+        self._read_at = -KEYS_SECONDS_MAX
+
+    @property
+    def open_mode(self) -> bool:
+        """Tell whether no key was ever made, and no secret is set."""
+        return not (self.keys() or self._admin_hash or self._jwt_secret)
+
+    def keys(self) -> dict[str, Row[Any]]:
+        """Return all keys by their prefix, revoked ones too, as they were a moment ago."""
+        now = time.monotonic()
+        if now - self._read_at > KEYS_SECONDS_MAX:
+            with self._ledger.read() as connection:
+                self._keys = {row.prefix: row for row in connection.execute(select(API_KEY))}
+            self._read_at = now
+        return self._keys
+
+    def caller_of(self, request: Request) -> Caller:
+        """Return who sends a request, or raise Forbidden or Unauthorized."""
+        if self.open_mode:
+            require_local(request)
+            return LOCAL
+        credential = credential_of(request)
+        row = self.keys().get(credential[:KEY_PREFIX_LENGTH].decode("latin-1"))
+        # For the line in the log: of a key that is refused too, but of no unknown text.
+        request.scope["key_prefix"] = row and row.prefix
+        caller = self._of_key(credential, row) or self._of_token(credential)
+        if caller is None:
+            raise Unauthorized("The credentials are not valid")
+        return caller
+
+    def _of_key(self, credential: bytes, row: Row[Any] | None) -> Caller | None:
+        given = key_hash(credential)
+        if self._admin_hash and hmac.compare_digest(given, self._admin_hash):
+            return ADMIN
+        valid = row and row.revoked_at is None and hmac.compare_digest(given, row.hash)
+        return Caller(f"key:{row.name}", row.role) if row and valid else None
+
+    def _of_token(self, credential: bytes) -> Caller | None:
+        if not self._jwt_secret:
+            return None
+        try:
+            claims = jwt.decode(credential, self._jwt_secret, ["HS256"], TOKEN_OPTIONS)
+        except (jwt.PyJWTError, ValueError, ArithmeticError, RecursionError):
+            # The last three are what the parser of a hostile token may run into.
+            return None
+        sub, role, exp = claims["sub"], claims["role"], claims["exp"]
+        ends = type(exp) in (int, float) and exp < TOKEN_EXP_MAX
+        return Caller(f"jwt:{sub}", role) if ends and role in ROLES and is_name(sub) else None
+
+
+KEYS_SECONDS_MAX = 0.5
+TOKEN_OPTIONS: Any = {"require": ["sub", "role", "exp"]}
+TOKEN_EXP_MAX = 253_402_300_800
+"""The end of the year 9999."""
+
+
+def credential_of(request: Request) -> bytes:
+    """Return the one key or token that a request brings, or raise Unauthorized."""
+    given = [value for name, value in request.headers.raw if name == b"x-api-key"]
+    for value in (value for name, value in request.headers.raw if name == b"authorization"):
+        scheme, _, credential = value.partition(b" ")
+        given.append(credential if scheme.lower() == b"bearer" else b"")
+    if len(given) != 1 or not given[0].strip():
+        raise Unauthorized("Send one key or token: X-API-Key, or Authorization: Bearer")
+    return given[0].strip()
+
+
+def is_name(given: object) -> bool:
+    """Tell whether something can name a caller: 1 to 200 printable characters."""
+    return isinstance(given, str) and 0 < len(given.strip()) <= 200 and given.isprintable()
+
+
+KEY_PREFIX_LENGTH = 11
+
+
+def new_api_key() -> tuple[str, str]:
+    """Return a new key and its prefix, the part that is no secret: "lk_1f0a9c3e"."""
+    prefix = f"lk_{secrets.token_hex(4)}"
+    return f"{prefix}_{secrets.token_urlsafe(32)}", prefix
+
+
+def key_hash(key: bytes) -> str:
+    """Return what is stored of a key; its 256 random bits need no slow hash."""
+    return hashlib.sha256(key).hexdigest()
+
+
+def insert_key(connection: Connection, now: int, row: Mapping[str, str]) -> None:
+    """Store a key, or raise StartRefused where its name was ever used."""
+    if connection.execute(select(API_KEY).where(API_KEY.c.name == row["name"])).first():
+        raise StartRefused(f"there is or was a key {row['name']!r}: choose another name")
+    connection.execute(insert(API_KEY).values({**row, "created_at": now}))
+
+
+def revoke_key(connection: Connection, now: int, name: str) -> None:
+    """End a key, or raise StartRefused where none of that name is valid."""
+    valid = and_(API_KEY.c.name == name, API_KEY.c.revoked_at.is_(None))
+    if not connection.execute(update(API_KEY).where(valid).values(revoked_at=now)).rowcount:
+        raise StartRefused(f"there is no key {name!r} that is still valid")
+
+
+def require_local(request: Request) -> None:
+    """Refuse whoever is not on this machine: another peer, a proxy, a page of another site."""
     forwarded = (b"forwarded", b"x-forwarded-")
     if any(name.startswith(forwarded) for name, _ in request.headers.raw):
         raise Forbidden("In open mode no proxy may stand in front of the ledger")
@@ -1777,7 +2158,9 @@ def caller_of(request: Request) -> str:
     hosts = request.headers.getlist("host")
     if len(hosts) != 1 or not is_local_host(hosts[0]):
         raise Forbidden("In open mode the Host must be this machine's own name")
-    return "local"
+    origins = request.headers.getlist("origin")
+    if not all(is_local_host(origin.partition("://")[2]) for origin in origins):
+        raise Forbidden("In open mode no page of another site is served")
 
 
 @lru_cache(maxsize=1_000)
@@ -1835,9 +2218,12 @@ class ExactRoute(APIRoute):
 
 
 class LedgerRoute(ExactRoute):
-    """A route that asks who is calling, then for the key, the body and the schema."""
+    """A route that asks who is calling, then for the role, the key, the body and the schema."""
 
-    def __init__(self, *args: Any, key_rule: KeyRule, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, roles: Sequence[Role], key_rule: KeyRule, **options: Any
+    ) -> None:
+        self.roles = roles
         self.key_rule = key_rule
         super().__init__(*args, **options)
 
@@ -1847,15 +2233,33 @@ class LedgerRoute(ExactRoute):
 
         async def let_in(request: Request) -> Response:
             admitted = LedgerRequest(request.scope, request.receive)
-            admitted.caller = caller_of(request)
+            admitted.caller = admit(request, self.roles)
             admitted.key = read_key(request, self.key_rule)
             if self.body_field:
                 require_json(request)
                 admitted.content = await read_body(request)
                 admitted.document = parse_json(admitted.content)
+            elif "GET" not in (self.methods or ()):
+                require_no_body(await read_body(request))
             return await handle(admitted)
 
         return let_in
+
+
+def admit(request: Request, roles: Sequence[Role]) -> str:
+    """Return the caller's name, or raise Unauthorized or Forbidden."""
+    caller = request.app.state.callers.caller_of(request)
+    # For the line in the log.
+    request.scope["caller"] = caller.name
+    if caller.role not in roles:
+        raise Forbidden(f"The role {caller.role} may not do this: it takes {' or '.join(roles)}")
+    return str(caller.name)
+
+
+def require_no_body(body: bytes) -> None:
+    """Refuse what would be ignored; an empty object says nothing either."""
+    if body and parse_json(body) != {}:
+        raise InvalidRequest("No body is expected here", errors=[])
 
 
 def read_key(request: Request, rule: KeyRule) -> str | None:
@@ -2047,23 +2451,26 @@ class Listing:
         if cursor is None:
             return start
         place = cursor.rpartition(".")[0]
-        number = isinstance(start, int)
-        if cursor != self._cursor(place) or (number and not re.fullmatch("[0-9]{1,18}", place)):
+        form = "[0-9]{1,18}" if isinstance(start, int) else "[0-9a-g_-]{1,60}"
+        if cursor != self._cursor(place) or not re.fullmatch(form, place):
             raise InvalidCursor("Invalid cursor")
         return type(start)(place)
 
-    def page(self, rows: Sequence[Row[Any]], *, limit: int, place: str) -> dict[str, Any]:
-        """Return `limit` rows, and a cursor to where the others begin, by the column `place`."""
-        items = rows[:limit]
-        more = len(rows) > limit
-        return {
-            "items": items,
-            "next_cursor": self._cursor(str(getattr(items[-1], place))) if more else None,
-        }
+    def page(
+        self, rows: Sequence[Row[Any]], *, limit: int, place: Callable[[Sequence[Row[Any]]], Any]
+    ) -> dict[str, Any]:
+        """Return `limit` rows, and a cursor to the place behind them if there are more."""
+        items, more = rows[:limit], len(rows) > limit
+        return {"items": items, "next_cursor": self._cursor(str(place(items))) if more else None}
 
     def _cursor(self, place: str) -> str:
         scope = json.dumps([*self._scope, place])
         return f"{place}.{hashlib.sha256(scope.encode()).hexdigest()[:16]}"
+
+
+def last(column: str) -> Callable[[Sequence[Row[Any]]], Any]:
+    """Return a function from rows to a column of the last one."""
+    return lambda rows: getattr(rows[-1], column)
 
 
 Wordings = Mapping[type[LedgerError], Wording]
@@ -2140,7 +2547,8 @@ class Face:
                     raise self._worded(error, wording) from None
                 return Answer(status, result.model_dump_json(), location.format(result) or None)
 
-            self._add("POST", path, function, endpoint, key_rule=key, status_code=status)
+            options = {"key_rule": key, "status_code": status}
+            self._add("POST", path, function, endpoint, **options)
             return function
 
         return declare
@@ -2184,6 +2592,7 @@ class Face:
         typed = [p.replace(kind=request.kind) for p in list(signature.parameters.values())[1:]]
         endpoint.__signature__ = inspect.Signature([request, *typed])
         endpoint.__name__, endpoint.__doc__ = function.__name__, function.__doc__
+        roles, takes_key = roles_of(function), options["key_rule"] != "none"
         header = KEY_HEADER | {"required": options["key_rule"] == "required"}
         self.routes.append(
             LedgerRoute(
@@ -2192,12 +2601,19 @@ class Face:
                 methods=[method],
                 response_model=signature.return_annotation,
                 tags=[self.name],
-                openapi_extra={"parameters": [header]} if options["key_rule"] != "none" else None,
+                roles=roles,
+                openapi_extra=CREDENTIALS | ({"parameters": [header]} if takes_key else {}),
+                description=f"{function.__doc__}\n\nRoles: {', '.join(roles)}.",
                 **options,
             )
         )
 
 
+CREDENTIALS: dict[str, Any] = {"security": [{"X-API-Key": []}, {"Bearer": []}]}
+SECURITY_SCHEMES = {
+    "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "Bearer": {"type": "http", "scheme": "bearer", "description": "A key, or a JWT"},
+}
 KEY_HEADER = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -2266,8 +2682,8 @@ def marked(function: Callable[..., Any], mark: type[T]) -> list[tuple[T, Callabl
     for name, parameter in inspect.signature(function).parameters.items():
         marks = [m for m in get_args(parameter.annotation) if isinstance(m, mark)]
         found += [(m, itemgetter(name)) for m in marks]
-        for member, field in getattr(parameter.annotation, "model_fields", {}).items():
-            marks = [m for m in field.metadata if isinstance(m, mark)]
+        for member, declared in getattr(parameter.annotation, "model_fields", {}).items():
+            marks = [m for m in declared.metadata if isinstance(m, mark)]
             found += [(m, partial(member_of, name, member)) for m in marks]
     return found
 
@@ -2307,6 +2723,8 @@ async def refuse(request: Request, error: Exception) -> Response:
     response = respond(refusal.answer())
     if "upgrade" in request.headers:
         response.headers["Connection"] = "close"
+    if refusal.status == 401:
+        response.headers["WWW-Authenticate"] = 'Bearer realm="ledger"'
     if refusal.status == 405:
         response.headers["Allow"] = ", ".join(sorted(allowed_methods(request)))
     if refusal.status == 503:
@@ -2394,7 +2812,7 @@ class TransferPublic(Public):
 
 
 @canonical.command("/transfers", transfer, key="required")
-def post_transfer(book: Book, body: TransferCreate) -> TransferPublic:
+def post_transfer(book: ServiceBook, body: TransferCreate) -> TransferPublic:
     """Move money between two customers' accounts, at once and as a whole."""
     refs = {"source_ref": body.source_account_id, "dest_ref": body.dest_account_id}
     done = transfer(book, **refs, amount=body.amount, memo=body.memo)
@@ -2409,14 +2827,14 @@ class CashCreate(RequestBody):
 
 
 @canonical.command("/accounts/{account_id}/deposit", deposit, key="required")
-def post_deposit(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
+def post_deposit(book: ServiceBook, account_id: AccountId, body: CashCreate) -> AccountPublic:
     """Take money in for an account."""
     account = deposit(book, account_id, amount=body.amount, memo=body.memo)
     return AccountPublic.model_validate(account)
 
 
 @canonical.command("/accounts/{account_id}/withdraw", withdraw, key="required")
-def post_withdrawal(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
+def post_withdrawal(book: AdminBook, account_id: AccountId, body: CashCreate) -> AccountPublic:
     """Pay money out of an account."""
     account = withdraw(book, account_id, amount=body.amount, memo=body.memo)
     return AccountPublic.model_validate(account)
@@ -2430,7 +2848,7 @@ class AccountCreate(RequestBody):
 
 
 @canonical.command("/accounts", open_account, status=201, location="/accounts/{0.id}")
-def post_account(book: Book, body: AccountCreate) -> AccountPublic:
+def post_account(book: ServiceBook, body: AccountCreate) -> AccountPublic:
     """Open an account for a customer."""
     account = open_account(book, owner_name=body.owner_name, asset=body.asset)
     return AccountPublic.model_validate(account)
@@ -2449,13 +2867,31 @@ def get_accounts(
     after = listing.position(cursor, "")
     wanted = {"owner_name": owner_name, "name": name}
     rows = read_customer_accounts(connection, after_id=after, limit=limit + 1, wanted=wanted)
-    return Page[AccountPublic].model_validate(listing.page(rows, limit=limit, place="id"))
+    return Page[AccountPublic].model_validate(listing.page(rows, limit=limit, place=last("id")))
 
 
 @canonical.read("/accounts/{account_id}")
 def get_account(connection: Connection, account_id: AccountId) -> AccountPublic:
     """Show an account."""
     return AccountPublic.model_validate(read_account(connection, account_id))
+
+
+@canonical.command("/accounts/{account_id}/freeze", freeze)
+def post_freeze(book: AdminBook, account_id: AccountId) -> AccountPublic:
+    """Let an account move no money, in or out, until it is thawed."""
+    return AccountPublic.model_validate(freeze(book, account_id))
+
+
+@canonical.command("/accounts/{account_id}/unfreeze", unfreeze)
+def post_unfreeze(book: AdminBook, account_id: AccountId) -> AccountPublic:
+    """Let a frozen account move money again."""
+    return AccountPublic.model_validate(unfreeze(book, account_id))
+
+
+@canonical.command("/accounts/{account_id}/close", close)
+def post_close(book: AdminBook, account_id: AccountId) -> AccountPublic:
+    """End an empty account for ever."""
+    return AccountPublic.model_validate(close(book, account_id))
 
 
 class EntryPublic(Public):
@@ -2484,7 +2920,7 @@ def get_statement(
     before = listing.position(cursor, BALANCE_MAX)
     read_account(connection, account_id)
     rows = read_statement(connection, account_id, before_seq=before, limit=limit + 1)
-    return Page[EntryPublic].model_validate(listing.page(rows, limit=limit, place="seq"))
+    return Page[EntryPublic].model_validate(listing.page(rows, limit=limit, place=last("seq")))
 
 
 class TransactionPublic(Public):
@@ -2530,7 +2966,7 @@ class PaymentPublic(Public):
 
 
 @canonical.command("/payments", pay, key="required")
-def post_payment(book: Book, body: PaymentCreate) -> PaymentPublic:
+def post_payment(book: ServiceBook, body: PaymentCreate) -> PaymentPublic:
     """Pay at once, and get 2 % back after 24 hours."""
     paid = pay(book, body.account_id, amount=body.amount, memo=body.memo)
     return PaymentPublic.model_validate(paid)
@@ -2543,6 +2979,33 @@ def get_payment(connection: Connection, payment_id: Uuid) -> PaymentPublic:
     account = read_account(connection, cashback.account_id)
     shown = {"payment_id": payment_id, "account": account, "cashback": cashback}
     return PaymentPublic.model_validate(shown)
+
+
+class AuditEventPublic(Public):
+    """Who did what and when; `details` are the arguments, as they were asked."""
+
+    id: str
+    ts: Timestamp
+    caller: str
+    action: str
+    account_id: str | None
+    transaction_id: str | None
+    details: Annotated[dict[str, Any], BeforeValidator(json.loads)]
+
+
+@canonical.read("/audit")
+def get_audit(
+    connection: AuditConnection,
+    limit: Limit = PAGE_SIZE_DEFAULT,
+    cursor: Cursor = None,
+    account_id: AccountId | None = None,
+) -> Page[AuditEventPublic]:
+    """List what was done, newest first; of one account, all that touched it."""
+    listing = Listing("audit", account_id)
+    before = AuditPlace.parse(listing.position(cursor, AUDIT_START))
+    rows = read_audit(connection, account_id, before=before, limit=limit + 1)
+    page = listing.page(rows, limit=limit, place=before.behind)
+    return Page[AuditEventPublic].model_validate(page)
 
 
 # ------------------------------------------------------------------- /bank, the banking kata
@@ -2582,7 +3045,7 @@ class BankAccountCreated(Public):
 
 
 @bank.command("/accounts", open_account, status=201)
-def post_bank_account(book: Book, body: BankAccountCreate) -> BankAccountCreated:
+def post_bank_account(book: ServiceBook, body: BankAccountCreate) -> BankAccountCreated:
     """Open an account under a name of the caller's own, unique for ever."""
     named = BANK_NAMES.named(body.account_id)
     open_account(book, owner_name=body.account_id, asset=named.asset, name=named.name)
@@ -2633,7 +3096,7 @@ class BankBalance(Public):
 
 
 @bank.command("/deposits", deposit)
-def post_bank_deposit(book: Book, body: BankMovement) -> BankBalance:
+def post_bank_deposit(book: ServiceBook, body: BankMovement) -> BankBalance:
     """Take money in for an account."""
     return BankBalance.model_validate(
         deposit(book, BANK_NAMES.named(body.account_id), amount=body.amount)
@@ -2656,7 +3119,7 @@ PAYMENT_FAILED = dict.fromkeys((AccountNotFound, InsufficientFunds), Wording(400
 
 
 @bank.command("/transfers", transfer, wording=TRANSFER_FAILED)
-def post_bank_transfer(book: Book, body: BankTransfer) -> BankBalance:
+def post_bank_transfer(book: ServiceBook, body: BankTransfer) -> BankBalance:
     """Move money, and show the balance of the source."""
     source = BANK_NAMES.named(body.source_account_id)
     target = BANK_NAMES.named(body.target_account_id)
@@ -2671,7 +3134,7 @@ class BankPayment(Public):
 
 
 @bank.command("/payments", pay_counted, wording=PAYMENT_FAILED)
-def post_bank_payment(book: Book, body: BankMovement) -> BankPayment:
+def post_bank_payment(book: ServiceBook, body: BankMovement) -> BankPayment:
     """Pay, and get 2 % back after 24 hours of the caller's clock."""
     paid = pay_counted(book, BANK_NAMES.named(body.account_id), amount=body.amount)
     return BankPayment(payment_id=f"payment{paid.ordinal}")
@@ -2914,14 +3377,14 @@ def get_atm_balance(connection: Connection, number: AtmNumber) -> AtmBalance:
 
 
 @atm.command("/accounts/{number:path}/deposit", deposit)
-def post_atm_deposit(book: Book, number: AtmNumber, body: AtmMovement) -> AtmBalance:
+def post_atm_deposit(book: ServiceBook, number: AtmNumber, body: AtmMovement) -> AtmBalance:
     """Take cash in."""
     account = deposit(book, ATM_NUMBERS.named(number), amount=body.amount)
     return AtmBalance(account_number=number, balance=account.balance)
 
 
 @atm.command("/accounts/{number:path}/withdraw", withdraw)
-def post_atm_withdrawal(book: Book, number: AtmNumber, body: AtmMovement) -> AtmBalance:
+def post_atm_withdrawal(book: AdminBook, number: AtmNumber, body: AtmMovement) -> AtmBalance:
     """Give cash out."""
     account = withdraw(book, ATM_NUMBERS.named(number), amount=body.amount)
     return AtmBalance(account_number=number, balance=account.balance)
@@ -3032,7 +3495,7 @@ def wallets_to_open(arguments: dict[str, Any]) -> Sequence[Ref]:
 
 
 @wallets.command("/users", open_wallets, names=wallets_to_open, status=201)
-def post_wallet_user(book: Book, body: WalletUserCreate) -> WalletUser:
+def post_wallet_user(book: ServiceBook, body: WalletUserCreate) -> WalletUser:
     """Open a user's three wallets, all empty."""
     user = body.external_user_id
     open_wallets(book, owner_name=user, name=all_wallets(user)[0].name)
@@ -3062,21 +3525,21 @@ def wallet_moved(arguments: dict[str, Any]) -> Sequence[Ref]:
 
 
 @wallets.command("/users/{user:path}/top-up", top_up, names=wallet_moved)
-def post_top_up(book: Book, user: str, body: WalletMovement) -> WalletMoved:
+def post_top_up(book: ServiceBook, user: str, body: WalletMovement) -> WalletMoved:
     """Add credits that were bought."""
     wallet = wallet_names(body.asset_type_id).named(user)
     return WalletMoved.model_validate(top_up(book, wallet, amount=body.amount))
 
 
 @wallets.command("/users/{user:path}/bonus", bonus, names=wallet_moved)
-def post_bonus(book: Book, user: str, body: WalletMovement) -> WalletMoved:
+def post_bonus(book: ServiceBook, user: str, body: WalletMovement) -> WalletMoved:
     """Add credits that are a present."""
     wallet = wallet_names(body.asset_type_id).named(user)
     return WalletMoved.model_validate(bonus(book, wallet, amount=body.amount))
 
 
 @wallets.command("/users/{user:path}/spend", spend, names=wallet_moved)
-def post_spend(book: Book, user: str, body: WalletMovement) -> WalletMoved:
+def post_spend(book: ServiceBook, user: str, body: WalletMovement) -> WalletMoved:
     """Take credits for a service."""
     wallet = wallet_names(body.asset_type_id).named(user)
     return WalletMoved.model_validate(spend(book, wallet, amount=body.amount))
@@ -3089,11 +3552,121 @@ def post_spend(book: Book, user: str, body: WalletMovement) -> WalletMoved:
 FACES = (canonical, wallets, bank, atm)
 
 
+class LedgerApp(FastAPI):
+    """The routes of all faces; whatever is answered has a line in the log and the same headers."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+            return
+        began, status, request_id = time.perf_counter(), 0, request_id_of(scope)
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] += (*SECURITY_HEADERS, (b"x-request-id", request_id.encode()))
+            await send(message)
+
+        try:
+            await super().__call__(scope, receive, send_with_headers)
+        except Exception:
+            # It was answered already, and concerns only us.
+            log.exception("the server made a mistake in request %s", request_id)
+        seconds = time.perf_counter() - began
+        self.state.log.lines.append(request_line(scope, status, seconds, request_id))
+
+    def openapi(self) -> dict[str, Any]:
+        """Describe the API, and how to show who is calling."""
+        document = super().openapi()
+        document["components"]["securitySchemes"] = SECURITY_SCHEMES
+        return document
+
+
+SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+
+
+def request_id_of(scope: Scope) -> str:
+    """Return the X-Request-ID that the caller chose, if it is a sane one, or a new one."""
+    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    sane = len(given) == 1 and re.fullmatch(rb"[\w.:-]{1,128}", given[0])
+    return given[0].decode() if sane else secrets.token_hex(16)
+
+
+def request_line(scope: Scope, status: int, seconds: float, request_id: str) -> dict[str, Any]:
+    """Return what is logged of a request; the route's template, because paths hold names."""
+    return {
+        "ts": time.time(),
+        "method": scope["method"],
+        "route": getattr(scope.get("route"), "path_format", None),
+        "status": status,
+        "ms": round(seconds * 1_000, 3),
+        "caller": scope.get("caller"),
+        "key": scope.get("key_prefix"),
+        "request_id": request_id,
+    }
+
+
+class Log(logging.Handler):
+    """One JSON object a line, for each request and for whatever else there is to say.
+
+    A thread of its own writes them, so that no request waits for whoever reads them; where
+    nobody does, the oldest are lost. Requests come here directly, because the logging module
+    takes longer over a line than the batch takes over a transfer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: deque[dict[str, Any]] = deque(maxlen=LOG_LINES_MAX)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take what the program says besides."""
+        said = {"ts": record.created, "level": record.levelname, "message": record.getMessage()}
+        if record.exc_info:
+            said["exception"] = logging.Formatter().formatException(record.exc_info)
+        self.lines.append(said)
+
+    @contextmanager
+    def written_to(self, stream: TextIO) -> Iterator[None]:
+        """Write to a stream until the block ends; other handlers of the log are left alone."""
+        ending = threading.Event()
+        writer = threading.Thread(
+            target=self._write, args=(stream, ending), name="log", daemon=True
+        )
+        writer.start()
+        if not logging.root.handlers:
+            logging.root.addHandler(self)
+        yield
+        logging.root.removeHandler(self)
+        ending.set()
+        writer.join(timeout=1)
+
+    def _write(self, stream: TextIO, ending: threading.Event) -> None:
+        ended = False
+        while not ended:
+            ended = ending.wait(LOG_SECONDS_MAX)
+            lines = [self.lines.popleft() for _ in range(len(self.lines))]
+            with suppress(OSError):
+                stream.write("".join(json_line(line) for line in lines))
+                stream.flush()
+
+
+def json_line(line: Mapping[str, Any]) -> str:
+    """Return a line of the log, its time as RFC 3339."""
+    moment = datetime.fromtimestamp(line["ts"], UTC).isoformat(timespec="microseconds")
+    return json.dumps({**line, "ts": moment}) + "\n"
+
+
+LOG_LINES_MAX = 20_000
+LOG_SECONDS_MAX = 0.1
+
+
 def create_app(settings: Settings, faces: Sequence[Face] = FACES) -> FastAPI:
     """Open the ledger and return its application; raise StartRefused if it cannot be opened."""
     database = Database(settings.database_url)
     database.open(make=True)
-    app = FastAPI(
+    app = LedgerApp(
         title="ledger.py",
         description="A double-entry ledger: durable, idempotent, never negative, always balanced.",
         redoc_url=None,
@@ -3103,10 +3676,12 @@ def create_app(settings: Settings, faces: Sequence[Face] = FACES) -> FastAPI:
             (LedgerError, RequestValidationError, FrameworkError, Exception), refuse
         ),
     )
+    app.state.log = Log()
     ledger = app.state.ledger = Ledger(database)
+    callers = app.state.callers = Callers(ledger, settings)
     with ledger.read() as connection:
         is_new = connection.execute(select(AUDIT.c.id).limit(1)).first() is None
-    seed(ledger, settings, faces, caller="system", demo=is_new)
+    seed(ledger, settings, faces, caller="system", demo=is_new and callers.open_mode)
     # In front of the documentation's routes, because every request tries them in their order.
     app.router.routes[:0] = [route for face in faces for route in face.routes]
     return app
@@ -3142,12 +3717,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     # Without these two lines, the collector costs a fifth of the rate.
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)
-    crediting = asyncio.create_task(credit_for_ever(app.state.ledger))
-    yield
-    crediting.cancel()
-    with suppress(asyncio.CancelledError):
-        await crediting
-    app.state.ledger.close()
+    with app.state.log.written_to(sys.stderr):
+        crediting = asyncio.create_task(credit_for_ever(app.state.ledger))
+        yield
+        crediting.cancel()
+        with suppress(asyncio.CancelledError):
+            await crediting
+        app.state.ledger.close()
 
 
 def __getattr__(name: str) -> FastAPI:
@@ -3168,9 +3744,7 @@ def __getattr__(name: str) -> FastAPI:
 def serve(settings: Settings, options: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C, and finish what was accepted."""
     if not is_loopback("127.0.0.1" if options.host == "localhost" else options.host):
-        raise StartRefused(
-            "without API keys the ledger serves this machine alone: use --host 127.0.0.1"
-        )
+        require_keys(settings)
     port = port_number(os.environ.get("PORT") or "8000") if options.port is None else options.port
     listener = listen(options.host, port)
     app = create_app(settings)
@@ -3179,10 +3753,11 @@ def serve(settings: Settings, options: argparse.Namespace) -> int:
     print(f"ledger.py serves on {address}")
     print(f"  docs      {address}/docs")
     print(f"  database  {app.state.ledger.database.path}")
-    print("  mode      open: every caller on this machine may do everything", flush=True)
+    print(f"  mode      {OPEN_MODE if app.state.callers.open_mode else KEY_MODE}", flush=True)
     config = uvicorn.Config(
         app,
         log_level="warning",
+        log_config=None,
         access_log=False,
         proxy_headers=False,
         server_header=False,
@@ -3194,6 +3769,27 @@ def serve(settings: Settings, options: argparse.Namespace) -> int:
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
     return 0
+
+
+OPEN_MODE = "open: every caller on this machine may do everything"
+KEY_MODE = "keys: every caller needs an API key or a token"
+
+
+def require_keys(settings: Settings) -> None:
+    """Refuse to serve other machines in open mode."""
+    database = Database(settings.database_url)
+    if database.path.exists():
+        database.open(make=True)
+        ledger = Ledger(database)
+        open_mode = Callers(ledger, settings).open_mode
+        ledger.close()
+    else:
+        open_mode = not (settings.admin_key or settings.jwt_secret)
+    if open_mode:
+        raise StartRefused(
+            "without API keys the ledger serves this machine alone: use --host 127.0.0.1, or make "
+            "a key first: python ledger.py key add --name NAME --role admin"
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -3261,6 +3857,54 @@ def run_seed(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
+def run_key_add(settings: Settings, options: argparse.Namespace) -> int:
+    """Make an API key, and print it this once: what is stored is its hash."""
+    if not is_name(options.name):
+        raise StartRefused("the name must be 1 to 200 printable characters")
+    database = Database(settings.database_url)
+    database.open(make=True)
+    key, prefix = new_api_key()
+    details = {"name": options.name, "role": options.role, "prefix": prefix}
+    row = details | {"hash": key_hash(key.encode())}
+    administer(database, "add_key", details, partial(insert_key, row=row))
+    print(key)
+    return 0
+
+
+def run_key_revoke(settings: Settings, options: argparse.Namespace) -> int:
+    """End an API key: running servers refuse it within a second."""
+    database, name = existing(settings), options.name
+    administer(database, "revoke_key", {"name": name}, partial(revoke_key, name=name))
+    print(f"revoked {name}")
+    return 0
+
+
+def run_key_list(settings: Settings, options: argparse.Namespace) -> int:
+    """Show the API keys, revoked ones too, by the prefixes that are no secret."""
+    database = existing(settings)
+    with database.begin(database.reader) as connection:
+        rows = connection.execute(select(API_KEY).order_by(API_KEY.c.created_at)).all()
+    database.close()
+    line = "{:11}  {:7}  {:27}  {:27}  {}"
+    print(line.format("prefix", "role", "created", "revoked", "name"))
+    for row in rows:
+        revoked = utc_text(row.revoked_at) if row.revoked_at else "-"
+        print(line.format(row.prefix, row.role, utc_text(row.created_at), revoked, row.name))
+    return 0
+
+
+def administer(
+    database: Database,
+    action: str,
+    details: Mapping[str, str],
+    change: Callable[[Connection, int], None],
+) -> None:
+    """Do what the operator asks for, with its audit event in the same commit."""
+    ledger = Ledger(database)
+    patiently(lambda: ledger.administer(action, details, change))
+    ledger.close()
+
+
 def existing(settings: Settings) -> Database:
     """Open a ledger that is there; a command never makes one by mistake."""
     database = Database(settings.database_url)
@@ -3272,26 +3916,33 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line's options; without a command, it serves."""
     parser = argparse.ArgumentParser(prog="ledger.py", description="A double-entry ledger.")
     commands = parser.add_subparsers(title="commands")
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
+    serving = command(commands, "serve", serve)
+    serving.add_argument("--host", default="127.0.0.1")
+    serving.add_argument("--port", type=port_number, help="default: $PORT, or 8000")
+    command(commands, "check", run_check)
+    command(commands, "seed", run_seed)
+    command(commands, "backup", run_backup).add_argument("file", type=Path, metavar="FILE")
+    key_help = "make, show and end the API keys of callers"
+    keys = commands.add_parser("key", help=key_help).add_subparsers(required=True)
+    adding = command(keys, "add", run_key_add)
+    adding.add_argument("--name", required=True)
+    adding.add_argument("--role", required=True, choices=ROLES)
+    command(keys, "list", run_key_list)
+    command(keys, "revoke", run_key_revoke).add_argument("name", metavar="NAME")
+    named = arguments and (not arguments[0].startswith("-") or arguments[0] in ("-h", "--help"))
+    return parser.parse_args(arguments if named else ["serve", *arguments])
+
+
+def command(commands: Any, name: str, run: Callable[..., int]) -> argparse.ArgumentParser:
+    """Add a command, and the option that all of them have."""
+    made: argparse.ArgumentParser = commands.add_parser(name, help=run.__doc__)
+    made.add_argument(
         "--database-url",
         metavar="URL",
         help="default: $LEDGER_DATABASE_URL, $DATABASE_URL or sqlite:///ledger.db",
     )
-
-    def command(name: str, run: Callable[..., int]) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, parents=[shared], help=run.__doc__)
-        made.set_defaults(run=run)
-        return made
-
-    serving = command("serve", serve)
-    serving.add_argument("--host", default="127.0.0.1")
-    serving.add_argument("--port", type=port_number, help="default: $PORT, or 8000")
-    command("check", run_check)
-    command("seed", run_seed)
-    command("backup", run_backup).add_argument("file", type=Path, metavar="FILE")
-    named = arguments and (not arguments[0].startswith("-") or arguments[0] in ("-h", "--help"))
-    return parser.parse_args(arguments if named else ["serve", *arguments])
+    made.set_defaults(run=run)
+    return made
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -495,7 +495,7 @@ def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_schema_version_is_refused(bank: BankInside) -> None:
     bank.tamper("UPDATE schema_version SET version = 99")
-    assert refused_start(bank.database) == "schema version 99 is not 1, the known one"
+    assert refused_start(bank.database) == "schema version 99 is not 2, the known one"
 
 
 def test_a_replaced_file_is_noticed_before_anything_is_lost(bank: BankInside) -> None:
@@ -648,7 +648,7 @@ def test_a_balance_cannot_leave_64_bits(bank: BankInside) -> None:
     bank.given(alice=0, bob=0)
     most = ledger.AMOUNT_MAX
 
-    def deposit(book: ledger.Book) -> ledger.Answer:
+    def deposit(book: ledger.ServiceBook) -> ledger.Answer:
         account = ledger.deposit(book, bank.ids["alice"], amount=most, memo=None)
         return ledger.Answer(200, str(account.balance))
 
@@ -793,7 +793,7 @@ def test_stored_keys_of_different_callers_cannot_collide() -> None:
     def stored(caller: str, key: str) -> str | None:
         nothing = ledger.Answer(200, "")
         return ledger.Command(
-            caller, "POST /x", key, "", (), ledger.Word("x", None), lambda book: nothing
+            caller, "POST /x", key, "", (), ledger.Word("x"), lambda book: nothing
         ).stored_key
 
     assert stored("jwt:a", "b|POST /x|c") != stored("jwt:a|POST /x|b", "c")
