@@ -1851,12 +1851,14 @@ class AuditPlace(NamedTuple):
     def behind(self, rows: Sequence[Row[Any]]) -> str:
         """Return the place behind some more events, as a cursor holds it."""
         seqs = [row.seq for row in rows if row.seq is not None]
-        ids = [row.id for row in rows if row.seq is None]
-        return f"{min([self.before_seq, *seqs])}_{min([self.before_id, *ids])}"
+        return f"{min([self.before_seq, *seqs])}_{min([self.before_id, *(row.id for row in rows)])}"
 
 
-# Before any event: ids are hexadecimal, so "g" is behind them all.
-AUDIT_START = f"{10**18 - 1}_g"
+def audit_start(connection: Connection, account_id: str | None) -> str:
+    """Return the place before all events that there are now, as a cursor holds it."""
+    last_seq = select(ACCOUNT.c.last_seq).where(ACCOUNT.c.id == account_id)
+    # Ids are hexadecimal, so "g" is behind them all.
+    return f"{(connection.execute(last_seq).scalar() or 0) + 1}_g"
 
 
 def read_audit(
@@ -2055,10 +2057,10 @@ class Callers:
         """Tell whether no key was ever made, and no secret is set."""
         return not (self.keys() or self._admin_hash or self._jwt_secret)
 
-    def keys(self) -> dict[str, Row[Any]]:
-        """Return all keys by their prefix, revoked ones too, as they were a moment ago."""
+    def keys(self, *, fresh: bool = False) -> dict[str, Row[Any]]:
+        """Return all keys by their prefix, revoked ones too, as they are or were a moment ago."""
         now = time.monotonic()
-        if now - self._read_at > KEYS_SECONDS_MAX:
+        if fresh or now - self._read_at > KEYS_SECONDS_MAX:
             with self._ledger.read() as connection:
                 self._keys = {row.prefix: row for row in connection.execute(select(API_KEY))}
             self._read_at = now
@@ -2070,7 +2072,10 @@ class Callers:
             require_local(request)
             return LOCAL
         credential = credential_of(request)
-        row = self.keys().get(credential[:KEY_PREFIX_LENGTH].decode("latin-1"))
+        prefix = credential[:KEY_PREFIX_LENGTH].decode("latin-1")
+        # A key that is not known may have been made a moment ago.
+        fresh = prefix.startswith(KEY_PREFIX) and prefix not in self.keys()
+        row = self.keys(fresh=fresh).get(prefix)
         # For the line in the log: of a key that is refused too, but of no unknown text.
         request.scope["key_prefix"] = row and row.prefix
         caller = self._of_key(credential, row) or self._of_token(credential)
@@ -2120,12 +2125,12 @@ def is_name(given: object) -> bool:
     return isinstance(given, str) and 0 < len(given.strip()) <= 200 and given.isprintable()
 
 
-KEY_PREFIX_LENGTH = 11
+KEY_PREFIX, KEY_PREFIX_LENGTH = "lk_", 11
 
 
 def new_api_key() -> tuple[str, str]:
     """Return a new key and its prefix, the part that is no secret: "lk_1f0a9c3e"."""
-    prefix = f"lk_{secrets.token_hex(4)}"
+    prefix = f"{KEY_PREFIX}{secrets.token_hex(4)}"
     return f"{prefix}_{secrets.token_urlsafe(32)}", prefix
 
 
@@ -3002,7 +3007,8 @@ def get_audit(
 ) -> Page[AuditEventPublic]:
     """List what was done, newest first; of one account, all that touched it."""
     listing = Listing("audit", account_id)
-    before = AuditPlace.parse(listing.position(cursor, AUDIT_START))
+    start = audit_start(connection, account_id)
+    before = AuditPlace.parse(listing.position(cursor, start))
     rows = read_audit(connection, account_id, before=before, limit=limit + 1)
     page = listing.page(rows, limit=limit, place=before.behind)
     return Page[AuditEventPublic].model_validate(page)
@@ -3622,9 +3628,9 @@ class Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take what the program says besides."""
-        said = {"ts": record.created, "level": record.levelname, "message": record.getMessage()}
-        if record.exc_info:
-            said["exception"] = logging.Formatter().formatException(record.exc_info)
+        # The formatter adds the traceback, if there is one; text that is no UTF-8 is escaped.
+        message = self.format(record).encode(errors="backslashreplace").decode()
+        said = {"ts": record.created, "level": record.levelname, "message": message}
         self.lines.append(said)
 
     @contextmanager
@@ -3648,14 +3654,13 @@ class Log(logging.Handler):
             ended = ending.wait(LOG_SECONDS_MAX)
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
             with suppress(OSError):
-                stream.write("".join(json_line(line) for line in lines))
+                stream.write(b"".join(json_line(line) for line in lines).decode())
                 stream.flush()
 
 
-def json_line(line: Mapping[str, Any]) -> str:
+def json_line(line: Mapping[str, Any]) -> bytes:
     """Return a line of the log, its time as RFC 3339."""
-    moment = datetime.fromtimestamp(line["ts"], UTC).isoformat(timespec="microseconds")
-    return json.dumps({**line, "ts": moment}) + "\n"
+    return to_json({**line, "ts": datetime.fromtimestamp(line["ts"], UTC)}) + b"\n"
 
 
 LOG_LINES_MAX = 20_000
@@ -3670,6 +3675,7 @@ def create_app(settings: Settings, faces: Sequence[Face] = FACES) -> FastAPI:
         title="ledger.py",
         description="A double-entry ledger: durable, idempotent, never negative, always balanced.",
         redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
         exception_handlers=dict.fromkeys(

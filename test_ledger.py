@@ -7,6 +7,9 @@ as 25 deaths; without it there are 3.
 """
 
 import asyncio
+import base64
+import hmac
+import io
 import json
 import os
 import random
@@ -24,24 +27,29 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, redirect_stdout, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import httpx
+import jwt
 import pytest
 from fastapi import FastAPI
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from starlette.routing import Route
 
 import ledger
 
 PROGRAM = Path(ledger.__file__)
+FIRST_VERSION = (PROGRAM.parent / ".ci/ledger-version-1.sql").read_text(encoding="utf-8")
 CYCLES = int(os.environ.get("LEDGER_TEST_CYCLES", "3"))
 NOTHING: Mapping[str, int] = {}
+NO_SECRETS: Mapping[str, str] = {}
 NOBODY = "00000000-0000-7000-8000-000000000000"
 
 
@@ -76,6 +84,16 @@ class Bank:
         """Read something."""
         return self.send("GET", path, params=parameters)
 
+    def by(self, credential: str | bytes, header: str = "X-API-Key") -> "Bank":
+        """Return the same ledger as a caller with a credential sees it."""
+
+        def send(*request: Any, headers: Any = (), **options: Any) -> httpx.Response:
+            return self.send(*request, headers={**dict(headers), header: credential}, **options)
+
+        other = Bank(send, self.database)
+        other.ids = self.ids
+        return other
+
     def deposit(self, name: str, amount: int, **options: Any) -> httpx.Response:
         """Take money in, under a new key unless one is given."""
         path = f"/accounts/{self.ids[name]}/deposit"
@@ -90,6 +108,10 @@ class Bank:
         """Move money, under a new key unless one is given."""
         ends = {"source_account_id": self.ids[source], "dest_account_id": self.ids[dest]}
         return self.post("/transfers", **ends, amount=amount, **{"key": new_key(), **options})
+
+    def turn(self, name: str, step: str) -> httpx.Response:
+        """Freeze, unfreeze or close an account."""
+        return self.send("POST", f"/accounts/{self.ids[name]}/{step}")
 
     def statement(self, name: str, **parameters: Any) -> list[dict[str, Any]]:
         """Return one page of entries, newest first."""
@@ -163,10 +185,13 @@ class BankInside(Bank):
 
 @contextmanager
 def opened(
-    database: Path, faces: Sequence[ledger.Face] = (ledger.canonical,), **wire: Any
+    database: Path,
+    faces: Sequence[ledger.Face] = (ledger.canonical,),
+    secrets: Mapping[str, str] = NO_SECRETS,
+    **wire: Any,
 ) -> Iterator[BankInside]:
     """Run the application on a database file in this process; without dialects it is empty."""
-    app = ledger.create_app(ledger.Settings(f"sqlite:///{database}"), faces)
+    app = ledger.create_app(ledger.Settings(f"sqlite:///{database}", **secrets), faces)
     with asyncio.Runner() as runner:
         bank = BankInside(app, runner, database, **wire)
         yield bank
@@ -179,6 +204,19 @@ def bank(tmp_path: Path) -> Iterator[BankInside]:
     """A new and empty ledger."""
     with opened(tmp_path / "ledger.db") as bank:
         yield bank
+
+
+def key_command(database: Path, *arguments: str) -> str:
+    """Run `python ledger.py key ...` in this process, and return what it prints."""
+    with redirect_stdout(io.StringIO()) as said:
+        status = ledger.main(["key", *arguments, "--database-url", f"sqlite:///{database}"])
+    assert status == 0
+    return said.getvalue().strip()
+
+
+def new_api_key(database: Path, name: str, role: str) -> str:
+    """Make an API key, as the operator does."""
+    return key_command(database, "add", "--name", name, "--role", role)
 
 
 # ------------------------------------------------------------------------ A day at the bank
@@ -353,6 +391,9 @@ def test_every_error_has_a_code_of_its_own() -> None:
         ("UPDATE account SET balance = balance + 1", "last entry"),
         ("UPDATE account SET last_seq = 9", "last entry"),
         ("UPDATE account SET balance = 0, last_seq = 0", "last entry"),
+        ("UPDATE api_key SET role = 'service'", "as it was made"),
+        ("UPDATE api_key SET revoked_at = NULL WHERE name = 'old'", "revoked once"),
+        ("DELETE FROM api_key", "for ever"),
         ("UPDATE asset SET exponent = 3", "for ever"),
         ("DELETE FROM asset", "for ever"),
         ("UPDATE account SET status = 'ASLEEP'", "CHECK"),
@@ -371,6 +412,9 @@ def test_every_error_has_a_code_of_its_own() -> None:
 )  # fmt: skip
 def test_the_database_itself_refuses(bank: BankInside, statement: str, message: str) -> None:
     bank.given(alice=100)
+    for name in ("old", "new"):
+        new_api_key(bank.database, name, "admin")
+    key_command(bank.database, "revoke", "old")
     with pytest.raises(sqlite3.IntegrityError, match=message):
         bank.tamper("PRAGMA recursive_triggers = ON", statement)
     assert bank.wrong() == []
@@ -496,6 +540,30 @@ def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_schema_version_is_refused(bank: BankInside) -> None:
     bank.tamper("UPDATE schema_version SET version = 99")
     assert refused_start(bank.database) == "schema version 99 is not 2, the known one"
+
+
+def test_a_ledger_of_the_first_version_is_brought_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    database = tmp_path / "ledger.db"
+    with closing(sqlite3.connect(database)) as connection:
+        connection.executescript(FIRST_VERSION)
+    assert ledger.main(["check", "--database-url", f"sqlite:///{database}"]) == 1
+    assert "has schema version 1: start the server once" in capsys.readouterr().err
+    with opened(database, ledger.FACES) as bank:
+        assert "the ledger was brought up to schema version 2" in caplog.text
+        assert bank.wrong() == []
+        assert bank.balances() == {"Alice": 750, "Bob": 300}
+        [alice] = bank.get("/accounts", owner_name="Alice").json()["items"]
+        page = bank.get("/audit", account_id=alice["id"]).json()["items"]
+        assert [event["action"] for event in page] == ["transfer", "deposit", "open_account"]
+        path = f"/accounts/{alice['id']}/deposit"
+        again = bank.post(path, key="pay-day", amount=1050, memo="wages")
+        assert again.headers["Idempotent-Replayed"] == "true"
+        assert code(bank.send("POST", f"/accounts/{alice['id']}/close"))[1] == "account_not_empty"
+    with opened(database, ledger.FACES) as bank:
+        assert bank.balances() == {"Alice": 750, "Bob": 300}
+    assert caplog.text.count("was brought up") == 1
 
 
 def test_a_replaced_file_is_noticed_before_anything_is_lost(bank: BankInside) -> None:
@@ -919,6 +987,96 @@ def test_an_account_that_is_not_active_moves_no_money(bank: BankInside, status: 
     assert bank.balances() == {"alice": 100, "bob": 0}
 
 
+STATES = {"ACTIVE": (), "FROZEN": ("freeze",), "CLOSED": ("close",)}
+STEPS = {"freeze": "FROZEN", "unfreeze": "ACTIVE", "close": "CLOSED"}
+ALLOWED = {("ACTIVE", "freeze"), ("ACTIVE", "close"), ("FROZEN", "unfreeze"), ("FROZEN", "close")}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("state", STATES)
+def test_an_account_goes_from_state_to_state(bank: BankInside, state: str, step: str) -> None:
+    bank.given(alice=0)
+    for way in STATES[state]:
+        assert bank.turn("alice", way).json()["status"] == state
+    turned = bank.turn("alice", step)
+    if (state, step) in ALLOWED:
+        assert (turned.status_code, turned.json()["status"]) == (200, STEPS[step])
+    else:
+        assert code(turned) == (409, "invalid_state_transition")
+        assert turned.json()["detail"] == f"No account goes from {state} to {STEPS[step]}"
+    assert bank.wrong() == []
+
+
+def test_only_an_empty_account_can_be_closed(bank: BankInside) -> None:
+    bank.given(alice=100)
+    refused = bank.turn("alice", "close")
+    assert code(refused) == (409, "account_not_empty")
+    assert refused.json()["balance"] == 100
+    bank.turn("alice", "freeze")
+    assert code(bank.turn("alice", "close")) == (409, "account_not_empty")
+    bank.turn("alice", "unfreeze")
+    bank.withdraw("alice", 100)
+    assert bank.turn("alice", "close").json()["status"] == "CLOSED"
+    assert code(bank.deposit("alice", 1)) == (409, "account_closed")
+
+
+def test_an_account_with_cashback_to_come_cannot_be_closed(bank: BankInside) -> None:
+    bank.given(alice=200, bob=0)
+    for key in ("k1", "k2"):
+        bank.post("/payments", key=key, account_id=bank.ids["alice"], amount=100)
+    assert code(bank.turn("alice", "close")) == (409, "cashback_pending")
+    assert bank.turn("bob", "close").json()["status"] == "CLOSED"
+    pass_time(bank, DAY)
+    assert bank.withdraw("alice", 4).status_code == 200
+    assert bank.turn("alice", "close").json()["status"] == "CLOSED"
+
+
+def test_a_payment_and_a_close_in_one_batch_respect_each_other(bank: BankInside) -> None:
+    bank.given(alice=100)
+    close = f"/accounts/{bank.ids['alice']}/close"
+    payment = {"account_id": bank.ids["alice"], "amount": 100}
+    paid, refused = bank.together(("/payments", "k", payment), (close, None, {}))
+    assert paid.status_code == 200
+    assert code(refused) == (409, "cashback_pending")
+
+
+def test_of_two_parallel_changes_of_state_one_wins(bank: BankInside) -> None:
+    bank.given(alice=0)
+    freeze = f"/accounts/{bank.ids['alice']}/freeze"
+    answers = bank.together((freeze, None, {}), (freeze, None, {}))
+    assert [answer.status_code for answer in answers] == [200, 409]
+    assert code(answers[1]) == (409, "invalid_state_transition")
+
+
+def test_a_batch_may_thaw_an_account_and_move_its_money(bank: BankInside) -> None:
+    bank.given(alice=5)
+    bank.turn("alice", "freeze")
+    path = f"/accounts/{bank.ids['alice']}"
+    answers = bank.together(
+        (f"{path}/deposit", "k1", {"amount": 1}),
+        (f"{path}/unfreeze", None, {}),
+        (f"{path}/deposit", "k2", {"amount": 2}),
+        (f"{path}/freeze", None, {}),
+        (f"{path}/withdraw", "k3", {"amount": 3}),
+    )
+    assert [answer.status_code for answer in answers] == [409, 200, 200, 200, 409]
+    moments = bank.rows("SELECT ts FROM audit_event ORDER BY id DESC LIMIT 3")
+    assert len(set(moments)) == 1
+    assert bank.get(path).json()["status"] == "FROZEN"
+    assert bank.balances() == {"alice": 7}
+    assert bank.wrong() == []
+
+
+def test_a_change_of_state_takes_no_body_and_a_key(bank: BankInside) -> None:
+    bank.given(alice=0)
+    path = f"/accounts/{bank.ids['alice']}/freeze"
+    assert code(bank.post(path, reason="fraud")) == (422, "invalid_request")
+    assert code(bank.send("POST", path, content=b"now!")) == (400, "malformed_json")
+    first, again = (bank.post(path, key="k") for _ in range(2))
+    assert (again.content, again.headers["Idempotent-Replayed"]) == (first.content, "true")
+    assert first.json()["status"] == "FROZEN"
+
+
 def test_a_transfer_to_itself_is_refused_before_anything_is_looked_up(bank: BankInside) -> None:
     bank.ids = {"nobody": NOBODY}
     refused = bank.transfer("nobody", "nobody", 1)
@@ -935,6 +1093,8 @@ def test_nobody_can_name_a_system_account(bank: BankInside) -> None:
         bank.withdraw("cash", 1),
         bank.transfer("alice", "cash", 1),
         bank.transfer("cash", "alice", 1),
+        bank.turn("cash", "freeze"),
+        bank.turn("cash", "close"),
     ):
         assert code(answer) == (404, "account_not_found")
     assert bank.get(f"/accounts/{cash}").json()["balance"] == -100
@@ -1121,6 +1281,64 @@ def test_the_check_adds_up_what_would_not_fit_into_64_bits(bank: BankInside) -> 
     assert any(f"sums to {{'USD': {most}}}" in found for found in bank.wrong())
 
 
+def test_the_audit_log_is_read_newest_first(bank: BankInside) -> None:
+    bank.given(alice=100)
+    bank.transfer("alice", "alice", 1)
+    bank.deposit("alice", 5, key="k", memo="wages")
+    bank.deposit("alice", 5, key="k", memo="wages")
+    bank.withdraw("alice", 1_000)
+    events = bank.get("/audit").json()["items"]
+    assert [(event["caller"], event["action"]) for event in events] == [
+        ("local", "deposit"),
+        ("local", "deposit"),
+        ("local", "open_account"),
+    ]
+    newest = bank.statement("alice")[0]
+    assert events[0]["transaction_id"] == newest["transaction_id"]
+    assert (events[0]["account_id"], events[0]["ts"]) == (bank.ids["alice"], newest["ts"])
+    assert events[0]["details"]["body"] == {"amount": 5, "memo": "wages"}
+    assert set(events[2]) == {
+        "id", "ts", "caller", "action", "account_id", "transaction_id", "details"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 200])
+def test_the_audit_log_of_an_account_has_all_that_touched_it(bank: BankInside, limit: int) -> None:
+    bank.given(alice=100, bob=0, carol=50)
+    bank.transfer("alice", "bob", 10)
+    bank.turn("bob", "freeze")
+    bank.transfer("alice", "carol", 10)
+    bank.turn("bob", "unfreeze")
+    bank.transfer("bob", "carol", 1)
+    bank.post("/payments", key="k", account_id=bank.ids["bob"], amount=9)
+    pass_time(bank, DAY)
+    alone = [
+        [
+            event["action"]
+            for page in pages(bank, "/audit", limit=limit, account_id=bank.ids[name])
+            for event in page
+        ]
+        for name in ("alice", "bob")
+    ]
+    assert alone == [
+        ["transfer", "transfer", "deposit", "open_account"],
+        ["credit_cashback", "pay", "transfer", "unfreeze", "freeze", "transfer", "open_account"],
+    ]
+    everything = [event for page in pages(bank, "/audit", limit=limit) for event in page]
+    assert len(everything) == len(bank.rows("SELECT id FROM audit_event")) == 12
+
+
+def test_the_audit_log_is_stable_while_events_arrive(bank: BankInside) -> None:
+    bank.given(alice=100, bob=0)
+    listed: list[str] = []
+    for page in pages(bank, "/audit", limit=1, account_id=bank.ids["alice"]):
+        listed += [event["id"] for event in page]
+        bank.deposit("alice", 1)
+        bank.turn("alice", "freeze")
+        bank.turn("alice", "unfreeze")
+    assert len(listed) == len(set(listed)) == 2
+
+
 # -------------------------------------------------------------------------------- Callers
 
 
@@ -1171,6 +1389,312 @@ def test_open_mode_refuses_two_hosts(bank: BankInside) -> None:
 @pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "x-forwarded-proto"])
 def test_open_mode_refuses_a_proxy(bank: BankInside, header: str) -> None:
     assert code(bank.send("GET", "/accounts", headers={header: "x"})) == (403, "forbidden")
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost.evil.example"])
+def test_open_mode_refuses_a_page_of_another_site(bank: BankInside, origin: str) -> None:
+    bank.given(alice=0)
+    path = f"/accounts/{bank.ids['alice']}/freeze"
+    assert code(bank.send("POST", path, headers={"Origin": origin})) == (403, "forbidden")
+    own = {"Origin": "http://127.0.0.1:8000"}
+    assert bank.send("POST", path, headers=own).status_code == 200
+
+
+SECRET = "an HS256 secret of at least 32 bytes"  # noqa: S105
+ADMIN_KEY = "the-operators-own-key"
+LATER = 4_000_000_000
+
+
+def token(**claims: Any) -> str:
+    """Return a token that is good, but for what is claimed."""
+    good = {"sub": "app", "role": "admin", "exp": LATER}
+    return jwt.encode({**good, **claims}, SECRET, "HS256")
+
+
+def signed_by_hand(payload: str, header: str = '{"alg": "HS256"}', secret: str = SECRET) -> str:
+    """Return a token whose parts no library would write."""
+    parts = [base64.urlsafe_b64encode(part.encode()).rstrip(b"=") for part in (header, payload)]
+    signature = hmac.digest(secret.encode(), b".".join(parts), "sha256")
+    parts.append(base64.urlsafe_b64encode(signature).rstrip(b"="))
+    return b".".join(parts).decode()
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[BankInside]:
+    """A ledger with an admin key and a secret for tokens."""
+    secrets = {"admin_key": ADMIN_KEY, "jwt_secret": SECRET}
+    with opened(tmp_path / "ledger.db", ledger.FACES, secrets, client=("10.0.0.1", 1)) as bank:
+        yield bank
+
+
+def callers(bank: Bank) -> list[str]:
+    """Return who did what, in its order."""
+    return [caller for (caller,) in bank.rows("SELECT caller FROM audit_event ORDER BY id")]
+
+
+def test_a_key_is_shown_once_and_stored_as_a_hash(closed: BankInside) -> None:
+    key = new_api_key(closed.database, "till 1", "service")
+    assert re.fullmatch("lk_[0-9a-f]{8}_[A-Za-z0-9_-]{43}", key)
+    closed.by(key).given(alice=0)
+    assert callers(closed) == ["cli", "key:till 1"]
+    listed = key_command(closed.database, "list").splitlines()
+    assert listed[1].split()[:2] == [key[:11], "service"]
+    assert listed[1].endswith("till 1")
+    stored = [*closed.rows("SELECT * FROM api_key"), *closed.rows("SELECT * FROM audit_event")]
+    assert key[11:] not in f"{stored}{listed}"
+
+
+@pytest.mark.parametrize(
+    ("header", "form"),
+    [
+        ("X-API-Key", "{}"),
+        ("x-api-key", " {} "),
+        ("Authorization", "Bearer {}"),
+        ("authorization", "bearer  {}"),
+    ],
+)
+def test_a_key_may_come_in_either_header(closed: BankInside, header: str, form: str) -> None:
+    for credential in (ADMIN_KEY, new_api_key(closed.database, "a", "auditor")):
+        assert closed.by(form.format(credential), header).get("/accounts").status_code == 200
+    answer = closed.by(f"Bearer {token()}", "Authorization").get("/accounts")
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [("X-API-Key", "")],
+        [("X-API-Key", "lk_")],
+        [("X-API-Key", ADMIN_KEY + "x")],
+        [("X-API-Key", ADMIN_KEY[:-1])],
+        [("X-API-Key", b"\xff\x00\xe9")],
+        [("X-API-Key", "k" * 60_000)],
+        [("X-API-Key", ADMIN_KEY), ("X-API-Key", ADMIN_KEY)],
+        [("X-API-Key", ADMIN_KEY), ("Authorization", "Bearer x")],
+        [("Authorization", ADMIN_KEY)],
+        [("Authorization", "Bearer")],
+        [("Authorization", f"Basic {ADMIN_KEY}")],
+        [("Authorization", b"Bearer \xe9.\xe9.\xe9")],
+        [("Authorization", "Bearer a.b.c")],
+    ],
+    ids=str,
+)
+def test_bad_credentials_are_refused(closed: BankInside, headers: Any) -> None:
+    refused = closed.send("GET", "/accounts", headers=headers)
+    assert code(refused) == (401, "unauthorized")
+    assert refused.headers["WWW-Authenticate"] == 'Bearer realm="ledger"'
+
+
+def test_almost_a_key_is_no_key(closed: BankInside) -> None:
+    key, other = (new_api_key(closed.database, name, "admin") for name in ("a", "b"))
+    for wrong in (key[:-1], key + "x", key[:11], key[:11] + other[11:], key.upper()):
+        assert code(closed.by(wrong).get("/accounts")) == (401, "unauthorized")
+    assert closed.by(key).get("/accounts").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        jwt.encode({"sub": "a", "role": "admin", "exp": LATER}, None, "none"),
+        jwt.encode({"sub": "a", "role": "admin", "exp": LATER}, SECRET * 2, "HS512"),
+        jwt.encode({"sub": "a", "role": "admin", "exp": LATER}, SECRET[::-1], "HS256"),
+        jwt.encode({"sub": "a", "role": "admin"}, SECRET, "HS256"),
+        jwt.encode({"sub": "a", "exp": LATER}, SECRET, "HS256"),
+        jwt.encode({"role": "admin", "exp": LATER}, SECRET, "HS256"),
+        token(exp=1),
+        token(exp="4000000000"),
+        token(exp=None),
+        token(exp=True),
+        token(exp=10**400),
+        token(nbf=LATER),
+        token(iat=LATER),
+        token(aud="another system"),
+        token(role="root"),
+        token(role=["admin"]),
+        token(role=None),
+        token(sub=""),
+        token(sub=" "),
+        token(sub=7),
+        token(sub="a\nb"),
+        token(sub="\0"),
+        token(sub="a" * 201),
+        signed_by_hand('{"sub": "a", "role": "admin", "exp": 1e400}'),
+        signed_by_hand('{"sub": "a", "role": "admin", "exp": NaN}'),
+        signed_by_hand('{"sub": "a", "role": "admin", "exp": ' + "9" * 5_000 + "}"),
+        signed_by_hand('{"sub": "\\ud800", "role": "admin", "exp": 4000000000}'),
+        signed_by_hand('{"x": ' + "[" * 20_000 + "]" * 20_000 + "}"),
+        signed_by_hand("[]"),
+        signed_by_hand("null"),
+        signed_by_hand("{"),
+        signed_by_hand("{}", header='{"alg": ["HS256"]}'),
+        signed_by_hand("{}", header="[" * 20_000),
+        signed_by_hand("{}", header='{"alg": "none"}'),
+        signed_by_hand("{}", header='{"alg": "RS256"}'),
+        signed_by_hand("{}", header='{"alg": "HS256", "crit": ["x"]}'),
+        token()[:-1],
+        token() + ".x",
+        "." * 60_000,
+    ],
+    ids=lambda hostile: hostile[:60],
+)  # fmt: skip
+def test_a_hostile_token_is_refused(closed: BankInside, hostile: str) -> None:
+    assert code(closed.by(f"Bearer {hostile}", "Authorization").get("/accounts"))[0] == 401
+
+
+def test_a_token_says_who_calls_and_as_what(closed: BankInside) -> None:
+    clerk = closed.by(token(sub="clerk", role="service", exp=LATER + 0.5))
+    clerk.given(alice=1)
+    assert callers(closed) == ["jwt:clerk", "jwt:clerk"]
+    assert code(clerk.withdraw("alice", 1)) == (403, "forbidden")
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"LEDGER_JWT_SECRET": "x" * 31}, "LEDGER_JWT_SECRET must have 32 bytes or more"),
+        ({"LEDGER_ADMIN_KEY": "with a blank"}, "LEDGER_ADMIN_KEY must be visible ASCII"),
+        ({"LEDGER_ADMIN_KEY": "schl\u00fcssel"}, "LEDGER_ADMIN_KEY must be visible ASCII"),
+    ],
+)
+def test_a_secret_that_is_none_stops_the_start(environment: dict[str, str], reason: str) -> None:
+    with pytest.raises(ledger.StartRefused, match=reason):
+        ledger.Settings.read(environment)
+
+
+def test_settings_do_not_show_their_secrets() -> None:
+    environment = {"LEDGER_JWT_SECRET": "\u00e9" * 16, "LEDGER_ADMIN_KEY": ADMIN_KEY}
+    shown = ledger.Settings.read(environment)
+    assert shown.jwt_secret == "\u00e9" * 16
+    assert ADMIN_KEY not in repr(shown)
+    assert "\u00e9" not in repr(shown)
+
+
+@pytest.mark.parametrize("arguments", [("add", "--name", "a", "--role", "admin"), ("revoke", "a")])
+def test_the_name_of_a_key_is_used_once(
+    bank: BankInside, arguments: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    new_api_key(bank.database, "a", "admin")
+    key_command(bank.database, "revoke", "a")
+    url = f"sqlite:///{bank.database}"
+    assert ledger.main(["key", *arguments, "--database-url", url]) == 1
+    assert capsys.readouterr().err.startswith("ledger: there is ")
+    assert callers(bank) == ["cli", "cli"]
+
+
+def test_a_key_can_be_made_before_the_first_start(tmp_path: Path) -> None:
+    key = new_api_key(tmp_path / "ledger.db", "first", "admin")
+    with opened(tmp_path / "ledger.db", ledger.FACES) as bank:
+        assert code(bank.get("/accounts")) == (401, "unauthorized")
+        assert bank.by(key).get("/atm/").json()["sample_accounts"] == {}
+
+
+def test_open_mode_ends_for_ever_with_the_first_key(bank: BankInside) -> None:
+    new_api_key(bank.database, "a", "admin")
+    key_command(bank.database, "revoke", "a")
+    wait_until(lambda: bank.get("/accounts").status_code == 401, seconds=1)
+    with opened(bank.database) as again:
+        assert code(again.get("/accounts")) == (401, "unauthorized")
+
+
+def test_a_running_server_takes_and_refuses_keys_within_a_second(tmp_path: Path) -> None:
+    with serving(tmp_path / "ledger.db") as server:
+        bank = server.bank
+        assert bank.get("/accounts").status_code == 200
+        key = new_api_key(bank.database, "a", "admin")
+        wait_until(lambda: bank.get("/accounts").status_code == 401, seconds=1)
+        wait_until(lambda: bank.by(key).get("/accounts").status_code == 200, seconds=1)
+        key_command(bank.database, "revoke", "a")
+        wait_until(lambda: bank.by(key).get("/accounts").status_code == 401, seconds=1)
+
+
+def test_other_machines_are_served_with_keys_alone(tmp_path: Path) -> None:
+    settings = ledger.Settings(f"sqlite:///{tmp_path}/ledger.db")
+    for made in (False, True):
+        with pytest.raises(ledger.StartRefused, match="serves this machine alone"):
+            ledger.require_keys(settings)
+        assert (tmp_path / "ledger.db").exists() == made
+        ledger.Database(settings.database_url).open(make=True)
+    ledger.require_keys(replace(settings, admin_key=ADMIN_KEY))
+    ledger.require_keys(replace(settings, jwt_secret=SECRET))
+    new_api_key(tmp_path / "ledger.db", "a", "auditor")
+    ledger.require_keys(settings)
+
+
+def test_a_key_for_idempotency_belongs_to_its_caller(closed: BankInside) -> None:
+    admin = closed.by(ADMIN_KEY).given(alice=0)
+    first = admin.deposit("alice", 5, key="k")
+    for name in ("a", "b"):
+        other = closed.by(new_api_key(closed.database, name, "service"))
+        other.ids = admin.ids
+        answer = other.deposit("alice", 7, key="k")
+        assert answer.status_code == 200
+        assert "Idempotent-Replayed" not in answer.headers
+    assert admin.deposit("alice", 5, key="k").content == first.content
+    assert admin.balances() == {"alice": 5 + 7 + 7}
+
+
+# Which roles may call each route; everything else is open to everybody.
+READ, WORK, RULE, AUDIT = "auditor service admin", "service admin", "admin", "auditor admin"
+ACCOUNT = f"/accounts/{NOBODY}"
+MATRIX = {
+    ("POST", "/accounts"): WORK,
+    ("GET", "/accounts"): READ,
+    ("GET", "/accounts/{account_id}"): READ,
+    ("POST", "/accounts/{account_id}/deposit"): WORK,
+    ("POST", "/accounts/{account_id}/withdraw"): RULE,
+    ("POST", "/transfers"): WORK,
+    ("GET", "/accounts/{account_id}/statement"): READ,
+    ("GET", "/transactions/{transaction_id}"): READ,
+    ("POST", "/payments"): WORK,
+    ("GET", "/payments/{payment_id}"): READ,
+    ("POST", "/accounts/{account_id}/freeze"): RULE,
+    ("POST", "/accounts/{account_id}/unfreeze"): RULE,
+    ("POST", "/accounts/{account_id}/close"): RULE,
+    ("GET", "/audit"): AUDIT,
+    ("POST", "/bank/accounts"): WORK,
+    ("GET", "/bank/accounts"): READ,
+    ("GET", "/bank/accounts/{name}/balance"): READ,
+    ("POST", "/bank/deposits"): WORK,
+    ("POST", "/bank/transfers"): WORK,
+    ("POST", "/bank/payments"): WORK,
+    ("GET", "/bank/payments/{payment_id}"): READ,
+    ("GET", "/bank/top-spenders"): READ,
+    ("GET", "/bank/accounts/{name}/transactions"): READ,
+    ("GET", "/atm/"): READ,
+    ("GET", "/atm/health"): READ,
+    ("GET", "/atm/accounts/{number}/balance"): READ,
+    ("POST", "/atm/accounts/{number}/deposit"): WORK,
+    ("POST", "/atm/accounts/{number}/withdraw"): RULE,
+    ("GET", "/api/v1/wallets/users/{user}/balance"): READ,
+    ("POST", "/api/v1/wallets/users"): WORK,
+    ("POST", "/api/v1/wallets/users/{user}/top-up"): WORK,
+    ("POST", "/api/v1/wallets/users/{user}/bonus"): WORK,
+    ("POST", "/api/v1/wallets/users/{user}/spend"): WORK,
+}
+OPEN = {("GET", "/health"), ("GET", "/bank/health"), ("GET", "/docs"), ("GET", "/openapi.json")}
+
+
+def test_every_route_is_for_its_roles_and_for_nobody_else(closed: BankInside) -> None:
+    routes = {
+        (method, route.path_format)
+        for route in closed.app.routes
+        if isinstance(route, Route)
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+    assert routes == set(MATRIX) | OPEN
+    for (method, template), allowed in MATRIX.items():
+        path = re.sub("{[a-z_]+}", NOBODY, template)
+        # Nothing else about these requests is right, and a caller without the right never hears.
+        nonsense = {"content": b"{}", "headers": {"Content-Type": "text/plain"}}
+        assert code(closed.send(method, path, **nonsense)) == (401, "unauthorized")
+        for role in ledger.ROLES:
+            by = closed.by(token(role=role))
+            answer = by.send(method, path, **nonsense)
+            expected = role in allowed.split()
+            assert (answer.status_code not in (401, 403)) == expected, (role, method, template)
+    for method, path in OPEN:
+        assert closed.send(method, path).status_code == 200
 
 
 # ---------------------------------------------------------------------------------- Faces
@@ -1485,6 +2009,10 @@ def test_the_api_describes_itself(bank: BankInside) -> None:
         "GET /transactions/{transaction_id}",
         "POST /payments",
         "GET /payments/{payment_id}",
+        "POST /accounts/{account_id}/freeze",
+        "POST /accounts/{account_id}/unfreeze",
+        "POST /accounts/{account_id}/close",
+        "GET /audit",
         "GET /health",
     }
     transfer = paths["/transfers"]["post"]
@@ -1492,6 +2020,9 @@ def test_the_api_describes_itself(bank: BankInside) -> None:
     assert transfer["parameters"][0]["required"] is True
     assert "422" not in transfer["responses"]
     assert "application/problem+json" in transfer["responses"]["4XX"]["content"]
+    assert transfer["security"] == [{"X-API-Key": []}, {"Bearer": []}]
+    assert "Roles: service, admin." in transfer["description"]
+    assert "security" not in paths["/health"]["get"]
     assert bank.get("/docs").status_code == 200
 
 
@@ -1507,6 +2038,7 @@ class AnyStory(RuleBasedStateMachine):
         self.scene = opened(Path(self.folder.name) / "ledger.db")
         self.bank = self.scene.__enter__()
         self.model: dict[str, int] = {}
+        self.frozen: set[str] = set()
         self.sent: list[tuple[Callable[[], httpx.Response], bytes]] = []
 
     people = st.integers(min_value=0, max_value=3)
@@ -1534,16 +2066,25 @@ class AnyStory(RuleBasedStateMachine):
     @rule(number=people, amount=amounts)
     def deposit(self, number: int, amount: int) -> None:
         name = self.person(number)
-        self.tell(True, self.bank.deposit, name, amount)
-        self.model[name] += amount
+        allowed = name not in self.frozen
+        self.tell(allowed, self.bank.deposit, name, amount)
+        self.model[name] += amount if allowed else 0
 
     @precondition(lambda self: self.model)
     @rule(number=people, amount=amounts)
     def withdraw(self, number: int, amount: int) -> None:
         name = self.person(number)
-        allowed = amount <= self.model[name]
+        allowed = amount <= self.model[name] and name not in self.frozen
         self.tell(allowed, self.bank.withdraw, name, amount)
         self.model[name] -= amount if allowed else 0
+
+    @precondition(lambda self: self.model)
+    @rule(number=people, step=st.sampled_from(["freeze", "unfreeze"]))
+    def turn(self, number: int, step: str) -> None:
+        name = self.person(number)
+        allowed = (step == "freeze") == (name not in self.frozen)
+        assert self.bank.turn(name, step).status_code == (200 if allowed else 409)
+        self.frozen ^= {name} if allowed else set()
 
     @precondition(lambda self: len(self.model) > 1)
     @rule(numbers=st.tuples(people, people), amount=amounts)
@@ -1552,7 +2093,7 @@ class AnyStory(RuleBasedStateMachine):
         if source == dest:
             assert code(self.bank.transfer(source, dest, amount)) == (400, "same_account")
             return
-        allowed = amount <= self.model[source]
+        allowed = amount <= self.model[source] and not self.frozen & {source, dest}
         self.tell(allowed, self.bank.transfer, source, dest, amount)
         self.model[source] -= amount if allowed else 0
         self.model[dest] += amount if allowed else 0
@@ -1593,14 +2134,22 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serving(database: Path, *options: str) -> Iterator[Server]:
-    """Run `python ledger.py` on a free port until the scene ends."""
+def serving(database: Path, *options: str, **environment: str) -> Iterator[Server]:
+    """Run `python ledger.py` on a free port until the scene ends; its log is beside its file."""
     command = [sys.executable, str(PROGRAM), "--port", "0", *options]
     url = ["--database-url", f"sqlite:///{database}"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen([*command, *url], stdout=pipe, stderr=pipe, text=True) as process:
+    log = database.with_name("log")
+    with (
+        log.open("a") as stderr,
+        subprocess.Popen(
+            [*command, *url],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
         assert process.stdout
-        assert process.stderr
         try:
             said = [process.stdout.readline().rstrip() for _ in range(4)]
             limits = httpx.Limits(max_connections=None)
@@ -1608,8 +2157,7 @@ def serving(database: Path, *options: str) -> Iterator[Server]:
                 yield Server(process, Bank(client.request, database), said)
         finally:
             process.terminate()
-        log = process.stderr.read()
-        assert "Traceback" not in log, log
+    assert "Traceback" not in log.read_text(), log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -1900,10 +2448,10 @@ def test_a_cashback_is_credited_once_by_however_many(bank: BankInside) -> None:
 def test_a_cashback_waits_while_the_account_is_frozen(bank: BankInside) -> None:
     bank.given(alice=100)
     bank.post("/payments", key="k", account_id=bank.ids["alice"], amount=100)
-    bank.tamper("UPDATE account SET status = 'FROZEN' WHERE owner_name = 'alice'")
+    bank.turn("alice", "freeze")
     pass_time(bank, DAY)
     assert bank.balances() == {"alice": 0}
-    bank.tamper("UPDATE account SET status = 'ACTIVE' WHERE owner_name = 'alice'")
+    bank.turn("alice", "unfreeze")
     pass_time(bank, 0)
     assert bank.balances() == {"alice": 2}
 
@@ -2452,6 +3000,7 @@ def test_every_word_of_every_face_is_a_balanced_transaction(every_face: BankInsi
     bank = every_face
     bank.given(alice=1_000, bob=0).withdraw("alice", 1)
     bank.transfer("alice", "bob", 1)
+    bank.withdraw("bob", 1)
     bank.post("/payments", key="k", account_id=bank.ids["alice"], amount=100)
     pass_time(bank, DAY)
     kata(bank, "alice", balance=1_000)
@@ -2459,6 +3008,8 @@ def test_every_word_of_every_face_is_a_balanced_transaction(every_face: BankInsi
     bank.post(USERS, external_user_id="carol")
     for word in ("top-up", "bonus", "spend"):
         bank.post(f"{USERS}/carol/{word}", amount=1, asset_type_id=1)
+    for step in ("freeze", "unfreeze", "close"):
+        bank.turn("bob", step)
     done = {action for (action,) in bank.rows("SELECT DISTINCT action FROM audit_event")}
     assert done == {word.name for word in ledger.WORDS.values()}
     sums = bank.rows(
@@ -2510,6 +3061,142 @@ def test_seed_makes_the_demo_accounts_once(
     assert callers == [("cli",), ("local",)]
 
 
+# ---------------------------------------------------------------------------- Application
+
+
+def test_every_answer_is_for_its_caller_alone(bank: BankInside) -> None:
+    bank.given(alice=1)
+    paths = ("/accounts", "/health", "/docs", "/openapi.json", "/nowhere", "/accounts/x")
+    for answer in (*(bank.get(path) for path in paths), bank.withdraw("alice", 9)):
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-ID"])
+
+
+@pytest.mark.parametrize(
+    ("given", "sane"),
+    [
+        ("5f3a:web-1.x_y", True),
+        ("a" * 128, True),
+        ("a" * 129, False),
+        ("", False),
+        ("a b", False),
+        ('"', False),
+        (b"\xe9", False),
+        ("a\tb", False),
+    ],
+)
+def test_a_request_keeps_its_sane_id(bank: BankInside, given: Any, sane: bool) -> None:
+    answer = bank.send("GET", "/health", headers={"X-Request-ID": given})
+    assert (answer.headers["X-Request-ID"] == given) == sane
+    assert bank.app.state.log.lines[-1]["request_id"] == answer.headers["X-Request-ID"]
+
+
+def test_each_request_has_one_line_in_the_log(closed: BankInside) -> None:
+    key = new_api_key(closed.database, "till", "service")
+    closed.by(key).given(alice=5)
+    closed.get("/accounts/alice")
+    key_command(closed.database, "revoke", "till")
+    wait_until(lambda: closed.by(key).get("/audit").status_code == 401, seconds=1)
+    closed.get("/nowhere")
+    lines = closed.app.state.log.lines
+    assert set(lines[0]) == {
+        "ts", "method", "route", "status", "ms", "caller", "key", "request_id"
+    }  # fmt: skip
+    shown = [
+        (line["method"], line["route"], line["status"], line["caller"], line["key"])
+        for line in lines
+        if line["status"] != 403
+    ]
+    assert shown == [
+        ("POST", "/accounts", 201, "key:till", key[:11]),
+        ("POST", "/accounts/{account_id}/deposit", 200, "key:till", key[:11]),
+        ("GET", "/accounts/{account_id}", 401, None, None),
+        ("GET", "/audit", 401, None, key[:11]),
+        ("GET", None, 404, None, None),
+    ]
+
+
+def test_a_mistake_of_the_server_is_logged_and_told_in_one_line(
+    bank: BankInside, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ledger, "read_account", lambda *arguments: 1 / 0)
+    refused = bank.get(f"/accounts/{NOBODY}")
+    assert code(refused) == (500, "internal_error")
+    assert refused.headers["X-Content-Type-Options"] == "nosniff"
+    assert f"the server made a mistake in request {refused.headers['X-Request-ID']}" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    assert bank.app.state.log.lines[-1]["status"] == 500
+
+
+def test_the_log_is_written_as_lines_of_json(tmp_path: Path) -> None:
+    with serving(tmp_path / "ledger.db") as server:
+        server.bank.given(alice=5)
+        id_ = server.bank.get("/accounts").headers["X-Request-ID"]
+        wait_until(lambda: id_ in (tmp_path / "log").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line["route"] for line in lines] == [
+        "/accounts",
+        "/accounts/{account_id}/deposit",
+        "/accounts",
+    ]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", lines[0]["ts"])
+
+
+def test_a_log_that_nobody_reads_stops_nobody() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 4_096)
+    os.set_blocking(writing, True)
+    log = ledger.Log()
+    with open(writing, "w") as stuck, log.written_to(stuck):
+        for number in range(ledger.LOG_LINES_MAX * 2):
+            log.lines.append({"ts": 0.0, "number": number})
+        assert len(log.lines) <= ledger.LOG_LINES_MAX
+        os.close(reading)
+
+
+def test_no_secret_is_ever_told(tmp_path: Path) -> None:
+    database, name = tmp_path / "ledger.db", "Alice-the-marked-name"
+    secrets = {"LEDGER_ADMIN_KEY": ADMIN_KEY, "LEDGER_JWT_SECRET": SECRET}
+    with serving(database, **secrets) as server:
+        key, app = new_api_key(database, "marked", "admin"), token(sub="app")
+        told = ""
+        for credential in (key, ADMIN_KEY, app, SECRET, key + "x", ADMIN_KEY[:-1], app[:-1]):
+            for header, form in (("X-API-Key", "{}"), ("Authorization", "Bearer {}")):
+                told += every_request(server.bank.by(form.format(credential), header), name)
+        told += f"{server.bank.rows('SELECT * FROM audit_event')}" + "".join(server.said)
+        told += key_command(database, "list") + str(ledger.Settings.read(secrets))
+        id_ = server.bank.get("/health").headers["X-Request-ID"]
+        wait_until(lambda: id_ in (tmp_path / "log").read_text())
+    log = (tmp_path / "log").read_text()
+    assert log.count("\n") > 400
+    for secret in (key[12:], ADMIN_KEY, SECRET, app.split(".")[2], ledger.key_hash(key.encode())):
+        assert secret not in told + log
+    for private in (name, "77777"):
+        assert private in told
+        assert private not in log
+
+
+def every_request(bank: Bank, name: str) -> str:
+    """Send something to each route, and return all that is answered."""
+    told = ""
+    body = {"owner_name": name, "account_id": name, "external_user_id": name, "amount": 77777}
+    opened = bank.post("/accounts", owner_name=name)
+    bank.ids[name] = opened.json().get("id", NOBODY)
+    told += bank.deposit(name, 77777).text
+    for method, template in MATRIX:
+        path = re.sub("{[a-z_]+}", bank.ids[name], template)
+        for content in (body, {"amount": 77777, "owner_name": name}, [name], {}):
+            headers = {"Idempotency-Key": new_key(), "X-Request-ID": "x y"}
+            sent = {} if method == "GET" else {"json": content}
+            answer = bank.send(method, path, headers=headers, params={"cursor": name}, **sent)
+            told += f"{answer.headers}{answer.text}"
+    return told + opened.text
+
+
 # --------------------------------------------------------------------------- Command line
 
 
@@ -2559,12 +3246,12 @@ def test_the_check_counts_what_it_saw(bank: BankInside, capsys: pytest.CaptureFi
     url = f"sqlite:///{bank.database}"
     assert ledger.main(["check", "--database-url", url]) == 0
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
-        ["ok", "8"],
+        ["ok", "9"],
         ["ok", "2"],
         ["ok", "18"],
         ["ok", "4"],
         ["ok", "16"],
-        ["ok", "30"],
+        ["ok", "36"],
     ]
     bank.tamper("DROP TRIGGER entry_kept", "DELETE FROM entry WHERE balance = 100")
     assert ledger.main(["check", "--database-url", url]) == 1
