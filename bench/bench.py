@@ -170,6 +170,27 @@ def measure_top_ups(plan: Plan, table: Table, ledger: Server) -> None:
     table.add_target("top-ups / transfers", ratio, ">= 1.00", ratio >= 1)
 
 
+def measure_keys(plan: Plan, table: Table, folder: Path) -> None:
+    """Compare transfers of callers with an API key to those in open mode."""
+    tell("API keys")
+    with ExitStack() as stack:
+        kinds = ("ceiling", "ledger", "keyed")
+        servers = [stack.enter_context(serving(k, folder, f"keys-{k}")) for k in kinds]
+        ceiling, ledger, keyed = servers
+        for server in (ledger, keyed):
+            fund(server)
+        shutil.copy(ledger.accounts_file, ceiling.accounts_file)
+        cases = [(server, "spread") for server in servers]
+        interleave(cases, 8, 1, 1)
+        top, local, by_key = interleave(cases, 32, plan.rounds, plan.seconds)
+    table.add_load("(c) in open mode, in turn with keys", 32, local, top)
+    table.add_load("(c) with an API key", 32, by_key, top)
+    of_open = by_key.rate_per_second / local.rate_per_second
+    of_ceiling = by_key.rate_per_second / top.rate_per_second
+    table.add_target("API key / open mode", of_open, ">= 0.95", of_open >= 0.95)
+    table.add_target("API key / (a)", of_ceiling, ">= 0.38", of_ceiling >= 0.38)
+
+
 def measure_growth(plan: Plan, table: Table, folder: Path) -> None:
     """Compare the ledger with a long history to a copy made when the history was short."""
     with serving("ledger", folder, "long") as long:
@@ -256,7 +277,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, leave)
     table = Table()
     with tempfile.TemporaryDirectory(prefix="ledger-bench-") as name:
-        for measure in (measure_rates, measure_growth, measure_statements):
+        for measure in (measure_rates, measure_keys, measure_growth, measure_statements):
             measure(plan, table, Path(name))
     print(table.text())
     return 0

@@ -39,6 +39,7 @@ class Server:
     port: int
     pid: int
     accounts_file: Path
+    api_key: str = ""
 
 
 def tell(message: str) -> None:
@@ -55,7 +56,7 @@ def free_port() -> int:
 
 def command_for(kind: str, port: int, url: str) -> list[str]:
     """Return the command that starts one kind of server."""
-    if kind == "ledger":
+    if kind in ("ledger", "keyed"):
         return [sys.executable, "ledger.py", "serve", "--port", str(port), "--database-url", url]
     options = ["--loop", "uvloop", "--http", "httptools", "--no-access-log"]
     app = [f"{kind}:app", "--app-dir", str(BENCH), "--port", str(port)]
@@ -73,10 +74,20 @@ def wait_until_open(port: int, process: subprocess.Popen[bytes], log: Path) -> N
     raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
 
 
+def make_key(url: str) -> str:
+    """Make an API key, which ends open mode."""
+    command = [sys.executable, "ledger.py", "key", "add", "--name", "bench", "--role", "admin"]
+    made = subprocess.run(
+        [*command, "--database-url", url], cwd=BENCH.parent, check=True, capture_output=True
+    )
+    return made.stdout.decode().strip()
+
+
 @contextmanager
 def serving(kind: str, folder: Path, database: str) -> Iterator[Server]:
-    """Run a server as a process until the block ends."""
+    """Run a server as a process until the block ends; a keyed ledger is not in open mode."""
     port, log, url = free_port(), folder / f"{database}.log", f"sqlite:///{folder / database}.db"
+    api_key = make_key(url) if kind == "keyed" else ""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command_for(kind, port, url),
@@ -87,7 +98,7 @@ def serving(kind: str, folder: Path, database: str) -> Iterator[Server]:
         )
     try:
         wait_until_open(port, process, log)
-        yield Server(port, process.pid, folder / f"{database}.accounts")
+        yield Server(port, process.pid, folder / f"{database}.accounts", api_key)
     finally:
         stop(process)
 
@@ -102,9 +113,17 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def call(link: http.client.HTTPConnection, method: str, path: str, body: object = None) -> Any:
+def call(
+    link: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    body: object = None,
+    api_key: str = "",
+) -> Any:
     """Return the JSON answer to one request and refuse every failure."""
     headers = {"Content-Type": "application/json", "Idempotency-Key": str(uuid4())}
+    if api_key:
+        headers["X-API-Key"] = api_key
     link.request(method, path, json.dumps(body) if body else None, headers)
     response = link.getresponse()
     answer = response.read()
@@ -123,8 +142,10 @@ def open_accounts(server: Server, count: int) -> list[str]:
     ids = []
     with closing(connect(server)) as link:
         for number in range(count):
-            account = call(link, "POST", "/accounts", {"owner_name": f"o{number}", "asset": "USD"})
-            call(link, "POST", f"/accounts/{account['id']}/deposit", {"amount": FUNDS})
+            owner = {"owner_name": f"o{number}", "asset": "USD"}
+            account = call(link, "POST", "/accounts", owner, server.api_key)
+            path = f"/accounts/{account['id']}/deposit"
+            call(link, "POST", path, {"amount": FUNDS}, server.api_key)
             ids.append(account["id"])
     return ids
 
@@ -151,7 +172,8 @@ def wrk_command(server: Server, mode: str, connections: int, seconds: int) -> li
     options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s"]
     url = f"http://127.0.0.1:{server.port}"
     script = str(BENCH / "load.lua")
-    return [wrk, *options, "-s", script, url, "--", str(server.accounts_file), mode]
+    api_key = [server.api_key] if server.api_key else []
+    return [wrk, *options, "-s", script, url, "--", str(server.accounts_file), mode, *api_key]
 
 
 def parse_load(returncode: int, output: str) -> Load:

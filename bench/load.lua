@@ -1,5 +1,5 @@
 -- This script makes the load for wrk. Usage:
---   wrk [options] -s load.lua http://127.0.0.1:PORT -- ACCOUNTS_FILE MODE
+--   wrk [options] -s load.lua http://127.0.0.1:PORT -- ACCOUNTS_FILE MODE [API_KEY]
 -- ACCOUNTS_FILE has one account id per line. MODE is one of these:
 --   spread     transfers between two random accounts
 --   hot        transfers that all touch the first account, in turn as source and destination
@@ -84,8 +84,9 @@ function init(args)
   mode = args[2]
   request = assert(makers[mode], "unknown mode")
   host = wrk.host .. ":" .. wrk.port
+  local api_key = args[3] and ("\r\nX-API-Key: " .. args[3]) or ""
   local length = #SOURCE + 36 + #DEST + 36 + #TAIL
-  transfer_head = "POST /transfers HTTP/1.1\r\nHost: " .. host
+  transfer_head = "POST /transfers HTTP/1.1\r\nHost: " .. host .. api_key
     .. "\r\nContent-Type: application/json\r\nContent-Length: " .. length
     .. "\r\nIdempotency-Key: "
   topup_tail = "/top-up HTTP/1.1\r\nHost: " .. host
