@@ -45,7 +45,8 @@ once more, and 2 wherever an account's row is written; `check` verifies what row
     8. Nothing is acknowledged before it is committed to disk.
 
 Sections: Settings, Money, Errors, Tables, Database, The rule, The batch, The words, Reading,
-Callers, Faces, The canonical API, /bank, /atm, /api/v1/wallets, Application, Command line.
+Callers, Faces, The canonical API, /bank, /atm, /api/v1/wallets, The log, Application, Command
+line.
 """
 
 import argparse
@@ -98,12 +99,14 @@ from typing import (
 )
 
 import jwt
+import psycopg
 import sqlalchemy as sa
 import sqlmodel
 import uvicorn
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -118,6 +121,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, to_json
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     CheckConstraint,
     Connection,
@@ -138,7 +142,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.sql import ClauseElement, ColumnElement, Select
@@ -181,12 +185,24 @@ class Settings:
         settings = cls(url, *(environment.get(name) or None for name in names))
         if not re.fullmatch("[!-~]*", settings.admin_key or ""):
             raise StartRefused("LEDGER_ADMIN_KEY must be visible ASCII characters, without blanks")
-        if 0 < len(os.fsencode(settings.jwt_secret or "")) < JWT_SECRET_BYTES_MIN:
-            raise StartRefused(f"LEDGER_JWT_SECRET must have {JWT_SECRET_BYTES_MIN} bytes or more")
+        require_secret(settings.jwt_secret)
         return settings
 
 
 JWT_SECRET_BYTES_MIN = 32
+
+
+def require_secret(secret: str | None) -> None:
+    """Refuse a secret for tokens that is too short, or of a kind that would verify none."""
+    if secret and len(os.fsencode(secret)) < JWT_SECRET_BYTES_MIN:
+        raise StartRefused(f"LEDGER_JWT_SECRET must have {JWT_SECRET_BYTES_MIN} bytes or more")
+    try:
+        jwt.encode({}, os.fsencode(secret or "-" * JWT_SECRET_BYTES_MIN), TOKEN_ALGORITHM)
+    except jwt.PyJWTError as error:
+        raise StartRefused(f"LEDGER_JWT_SECRET cannot be used: {error}") from None
+
+
+TOKEN_ALGORITHM = "HS256"  # noqa: S105, a name and no secret
 
 
 def port_number(digits: str) -> int:
@@ -279,10 +295,10 @@ class LedgerError(Exception):
     status: int
     code: str
 
-    def __init_subclass__(cls, *, status: int) -> None:
-        """Take the status as declared, and the code from the class's name."""
+    def __init_subclass__(cls, *, status: int, code: str = "") -> None:
+        """Take the status as declared, and the code too, or else from the class's name."""
         cls.status = status
-        cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        cls.code = code or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
     def __init__(self, detail: str, **members: Any) -> None:
         super().__init__(detail)
@@ -340,7 +356,9 @@ class UnsupportedMediaType(LedgerError, status=415): ...
 class InvalidRequest(LedgerError, status=422): ...
 class InternalError(LedgerError, status=500): ...
 class DatabaseBusy(LedgerError, status=503): ...
+class DatabaseConflict(DatabaseBusy, status=503, code="database_busy"): ...  # It is tried again.
 class DatabaseUnavailable(LedgerError, status=503): ...
+class DatabaseRefused(DatabaseUnavailable, status=503, code="database_unavailable"): ...
 class StorageFull(LedgerError, status=507): ...
 # fmt: on
 
@@ -350,13 +368,19 @@ class StorageFull(LedgerError, status=507): ...
 # other. Ids are text; times are integer microseconds since 1970 in UTC.
 
 Integer64 = BigInteger().with_variant(Integer(), "sqlite")
+PlainText = Text().with_variant(Text(collation="C"), "postgresql")
 STRICT = {"sqlite_strict": True}
 CLUSTERED = STRICT | {"sqlite_with_rowid": False}
 
 
 def text_column(**options: Any) -> Any:
     """Declare a text column that every engine takes as it is."""
-    return sqlmodel.Field(sa_type=Text, **options)
+    return sqlmodel.Field(sa_type=PlainText, **options)
+
+
+def partial_index(name: str, *columns: str, where: str) -> Index:
+    """Declare an index of the rows that a condition holds for."""
+    return Index(name, *columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
 
 
 def integer_column(**options: Any) -> Any:
@@ -444,8 +468,8 @@ class ScheduledCashback(SQLModel, table=True):
 
     __tablename__ = "scheduled_cashback"
     __table_args__ = (
-        Index("cashback_due", "clock", "due_at", sqlite_where=sa.text("credited_at IS NULL")),
-        Index("cashback_to_come", "account_id", sqlite_where=sa.text("credited_at IS NULL")),
+        partial_index("cashback_due", "clock", "due_at", where="credited_at IS NULL"),
+        partial_index("cashback_to_come", "account_id", where="credited_at IS NULL"),
         CheckConstraint("clock IN ('SERVER', 'CALLER')"),
         CheckConstraint("amount >= 0"),
         CLUSTERED,
@@ -483,7 +507,7 @@ class AuditEvent(SQLModel, table=True):
     __tablename__ = "audit_event"
     __table_args__ = (
         Index("audit_transaction", "transaction_id"),
-        Index("audit_account", "account_id", "id", sqlite_where=sa.text("transaction_id IS NULL")),
+        partial_index("audit_account", "account_id", "id", where="transaction_id IS NULL"),
         CLUSTERED,
     )
 
@@ -528,64 +552,83 @@ ASSET, ACCOUNT, TRANSACTION = TABLES["asset"], TABLES["account"], TABLES["transa
 ENTRY, CASHBACK = TABLES["entry"], TABLES["scheduled_cashback"]
 KEY, AUDIT, API_KEY = TABLES["idempotency_key"], TABLES["audit_event"], TABLES["api_key"]
 
-# Invariants 2, 3, 5 and 7 in the database's own words: (name, event, condition, message).
+
+class Trigger(NamedTuple):
+    """A rule that the database keeps: it refuses a change while the condition holds."""
+
+    name: str
+    moment: str
+    condition: str
+    message: str
+
+
+# Invariants 2, 3, 5 and 7 in words that both engines know.
 TRIGGERS = [
-    (
+    Trigger(
         "entry_follows",
         "BEFORE INSERT ON entry",
-        # IS NOT, because a missing predecessor makes the right-hand side NULL.
-        """NEW.balance IS NOT CASE NEW.type WHEN 'CREDIT' THEN NEW.amount ELSE -NEW.amount END
+        # IS NOT TRUE, because a missing predecessor makes the right-hand side NULL.
+        """(NEW.balance = CASE NEW.type WHEN 'CREDIT' THEN NEW.amount ELSE -NEW.amount END
            + CASE NEW.seq WHEN 1 THEN 0 ELSE (SELECT balance FROM entry
-             WHERE account_id = NEW.account_id AND seq = NEW.seq - 1) END""",
+             WHERE account_id = NEW.account_id AND seq = NEW.seq - 1) END) IS NOT TRUE""",
         "an entry must follow its predecessor in seq and balance",
     ),
-    (
+    Trigger(
         "entry_active",
         "BEFORE INSERT ON entry",
         "(SELECT status FROM account WHERE id = NEW.account_id) <> 'ACTIVE'",
         "only an active account moves money",
     ),
-    (
+    Trigger(
         "account_follows",
         "BEFORE UPDATE OF balance, last_seq ON account",
         """(NEW.last_seq, NEW.balance) <> (OLD.last_seq, OLD.balance)
-           AND (NEW.last_seq, NEW.balance) IS NOT
-           (SELECT seq, balance FROM entry WHERE account_id = NEW.id ORDER BY seq DESC LIMIT 1)""",
+           AND ((NEW.last_seq, NEW.balance) = (SELECT seq, balance FROM entry
+             WHERE account_id = NEW.id ORDER BY seq DESC LIMIT 1)) IS NOT TRUE""",
         "an account must stand where its last entry leaves it",
     ),
-    (
+    Trigger(
         "account_empty",
         "BEFORE INSERT ON account",
         "(NEW.last_seq, NEW.balance) <> (0, 0)",
         "an account opens empty",
     ),
-    (
+    Trigger(
         "account_state",
         "BEFORE UPDATE ON account",
         """OLD.status = 'CLOSED' AND NEW.status <> 'CLOSED' OR NEW.last_seq <> OLD.last_seq
            AND 'ACTIVE' NOT IN (OLD.status, NEW.status)""",
         "a closed account never comes back, and only an active one moves money",
     ),
-    ("account_identity", "BEFORE UPDATE OF id, asset, kind ON account", "1", "these are for ever"),
-    ("account_kept", "BEFORE DELETE ON account", "1", "accounts are never deleted"),
-    (
+    Trigger(
+        "account_identity",
+        "BEFORE UPDATE OF id, asset, kind ON account",
+        "TRUE",
+        "these are for ever",
+    ),
+    Trigger("account_kept", "BEFORE DELETE ON account", "TRUE", "accounts are never deleted"),
+    Trigger(
         "cashback_once",
         "BEFORE UPDATE ON scheduled_cashback",
         """OLD.credited_at IS NOT NULL OR (NEW.payment_id, NEW.account_id, NEW.amount, NEW.clock,
            NEW.due_at) <> (OLD.payment_id, OLD.account_id, OLD.amount, OLD.clock, OLD.due_at)""",
         "a cashback is credited once, as it was scheduled",
     ),
-    ("cashback_kept", "BEFORE DELETE ON scheduled_cashback", "1", "a promise is for ever"),
-    (
+    Trigger(
+        "cashback_kept", "BEFORE DELETE ON scheduled_cashback", "TRUE", "a promise is for ever"
+    ),
+    Trigger(
         "api_key_revoked",
         "BEFORE UPDATE ON api_key",
         """OLD.revoked_at IS NOT NULL OR (NEW.name, NEW.prefix, NEW.hash, NEW.role, NEW.created_at)
            <> (OLD.name, OLD.prefix, OLD.hash, OLD.role, OLD.created_at)""",
         "a key is revoked once, and else stays as it was made",
     ),
-    ("api_key_kept", "BEFORE DELETE ON api_key", "1", "the name of a key is for ever"),
+    Trigger("api_key_kept", "BEFORE DELETE ON api_key", "TRUE", "the name of a key is for ever"),
 ] + [
-    (f"{table}_{name}", f'BEFORE {change} ON "{table}"', "1", f"a row of {table} is for ever")
+    Trigger(
+        f"{table}_{name}", f'BEFORE {change} ON "{table}"', "TRUE", f"a row of {table} is for ever"
+    )
     for table in ("asset", "entry", "transaction", "audit_event", "idempotency_key")
     for name, change in (("kept", "DELETE"), ("unchanged", "UPDATE"))
 ]
@@ -611,13 +654,15 @@ def id_source(after: str | None = None) -> Callable[[int], str]:
     The first 60 bits, milliseconds and a fraction, never repeat within a source, and come
     behind those of `after`; the other 62 are random, and drawn once for a source.
     """
+    lock = threading.Lock()
     last = int(after[:8] + after[9:13] + after[15:18], 16) if after else 0
     tail = f"{2 << 62 | secrets.randbits(62):016x}"
 
     def new_id(now: int) -> str:
         nonlocal last
-        last = max(last + 1, (now << 12) // 1_000)
-        head = f"{last:015x}"
+        with lock:
+            last = max(last + 1, (now << 12) // 1_000)
+            head = f"{last:015x}"
         return f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
 
     return new_id
@@ -628,49 +673,85 @@ def id_source(after: str | None = None) -> Callable[[int], str]:
 # begin, commit or roll back on the ledger's file.
 
 
+IsAmong = Callable[[ColumnElement[Any], str], ColumnElement[bool]]
+
+
 class Database:
-    """One SQLite file: a single connection that writes, and a few that only read."""
+    """A ledger's database, with an engine that writes and one that only reads."""
 
-    def __init__(self, url: str) -> None:
-        self.path = sqlite_path(url)
-        self.writer = sqlite_engine(url, "BEGIN IMMEDIATE", pool_size=1, pragmas=WRITER_PRAGMAS)
-        self.reader = sqlite_engine(url, "BEGIN", pool_size=READERS_MAX, pragmas=READER_PRAGMAS)
-        self.identity: tuple[int, int] | None = None
+    name: str
+    """What the operator knows it by, without any password."""
+    writer: Engine
+    reader: Engine
+    writers_max: int
+    """How many batches may be written at a time; 0 if that is done on the event loop itself."""
 
-    def open(self, *, make: bool) -> None:
-        """Accept a ledger of this version; where there is none yet, make one if `make` is set."""
-        if not make and not self.path.exists():
-            # To look into it would make it.
-            raise StartRefused(f"there is no ledger at {self.path}")
+    def exists(self) -> bool:
+        """Tell whether looking into it would not make it."""
+        return True
+
+    def open(self, *, make: bool, oldest: int = SCHEMA_VERSION) -> None:
+        """Accept a ledger of this version, or from the oldest one on.
+
+        With `make`, make one where there is none yet, and bring up an older one.
+        """
+        if not make and not self.exists():
+            raise StartRefused(f"there is no ledger at {self.name}")
         try:
             # Looking first through a connection that only reads leaves a stranger's file alone.
             with self.begin(self.reader) as connection:
                 version = stored_version(connection)
             if make:
                 patiently(self._complete)
-            elif version < SCHEMA_VERSION:
+            elif version < oldest:
                 missing = f"has schema version {version}: start the server once" if version else ""
-                raise StartRefused(f"{self.path} {missing or 'is empty'}")
+                raise StartRefused(f"{self.name} {missing or 'is empty'}")
         except LedgerError as error:
-            raise StartRefused(f"cannot open {self.path}: {error.__cause__ or error}") from error
-        self.identity = file_identity(self.path)
+            raise StartRefused(f"cannot open {self.name}: {one_line(error)}") from error
 
     @contextmanager
     def begin(self, engine: Engine) -> Iterator[Connection]:
         """Do one read or one write; raise the ledger's own errors for the database's."""
-        if self.identity and file_identity(self.path) != self.identity:
-            # The open connection would go on writing into the file that is gone.
-            raise DatabaseUnavailable("The database file was moved or replaced: restart the server")
         try:
             with engine.begin() as connection:
                 yield connection
         except PoolTimeoutError as error:
-            raise DatabaseBusy("Too many reads are under way: try again") from error
+            raise DatabaseBusy("Too much is under way: try again") from error
         except DBAPIError as error:
-            refusal = named_error(error.orig)
+            refusal = self.named_error(error)
             if not isinstance(refusal, DatabaseBusy):
                 log.error("the database refused: %s", error.orig)
             raise refusal from error.orig
+
+    def named_error(self, error: DBAPIError) -> LedgerError:
+        """Return the ledger's error for one of the engine's."""
+        raise NotImplementedError
+
+    def is_among(self, column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
+        """Return the condition that a column is in a list that is bound as one parameter."""
+        raise NotImplementedError
+
+    def listed(self, values: Iterable[Any]) -> Any:
+        """Return a list as `is_among` takes it."""
+        raise NotImplementedError
+
+    def insert_all(self, connection: Connection, table: Table, rows: Sequence[Any]) -> None:
+        """Insert rows, in their order."""
+        raise NotImplementedError
+
+    def update_all(
+        self, connection: Connection, table: Table, columns: Sequence[str], rows: Sequence[Any]
+    ) -> None:
+        """Update some columns of the rows that have these ids."""
+        raise NotImplementedError
+
+    def lock_schema(self, connection: Connection) -> None:
+        """Let nobody else make or change the schema until the write has ended."""
+
+    def require_health(self) -> None:
+        """Raise the ledger's own error unless the database answers."""
+        with self.begin(self.reader) as connection:
+            connection.execute(select(ASSET.c.code).limit(1))
 
     def close(self) -> None:
         """Close every connection; the next use opens new ones."""
@@ -679,12 +760,203 @@ class Database:
 
     def _complete(self) -> None:
         with self.begin(self.writer) as connection:
+            self.lock_schema(connection)
             version = stored_version(connection)
             if version:
                 upgrade(connection, version)
             else:
                 create_schema(connection)
             add_missing_rows(connection)
+
+
+def database_at(url: str) -> Database:
+    """Return the database that a URL names, or raise StartRefused."""
+    scheme = url.partition(":")[0]
+    if scheme in ("postgres", "postgresql", "postgresql+psycopg"):
+        return PostgresDatabase(f"postgresql{url.removeprefix(scheme)}")
+    return SqliteDatabase(url)
+
+
+class SqliteDatabase(Database):
+    """One file: a single connection that writes, and a few that only read."""
+
+    # SQLite is a library, and a call of it is shorter than the way to another thread.
+    writers_max = 0
+
+    def __init__(self, url: str) -> None:
+        self.path = sqlite_path(url)
+        self.name = str(self.path)
+        self.writer = sqlite_engine(url, "BEGIN IMMEDIATE", pool_size=1, pragmas=WRITER_PRAGMAS)
+        self.reader = sqlite_engine(url, "BEGIN", pool_size=READERS_MAX, pragmas=READER_PRAGMAS)
+        self._identity: tuple[int, int] | None = None
+
+    def exists(self) -> bool:
+        """Tell whether there is a file."""
+        return self.path.exists()
+
+    def open(self, *, make: bool, oldest: int = SCHEMA_VERSION) -> None:
+        """Open as any database, and remember which file it was."""
+        super().open(make=make, oldest=oldest)
+        self._identity = file_identity(self.path)
+
+    @contextmanager
+    def begin(self, engine: Engine) -> Iterator[Connection]:
+        """Do one read or one write, unless the file is gone."""
+        if self._identity and file_identity(self.path) != self._identity:
+            # The open connection would go on writing into the file that is gone.
+            raise DatabaseUnavailable("The database file was moved or replaced: restart the server")
+        with super().begin(engine) as connection:
+            yield connection
+
+    def named_error(self, error: DBAPIError) -> LedgerError:
+        """Return the ledger's error for one of SQLite's."""
+        code = getattr(error.orig, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return DatabaseBusy("The database is in use: try again")
+        if code == sqlite3.SQLITE_FULL:
+            return StorageFull("The disk is full, and nothing was done")
+        return DatabaseRefused("The database does not do this now: try again")
+
+    def is_among(self, column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
+        """Take the list as JSON, so that its length leaves the text of the statement be."""
+        values = func.json_each(bindparam(name)).table_valued("value")
+        return column.in_(select(values.c.value))
+
+    def listed(self, values: Iterable[Any]) -> Any:
+        """Return a list as JSON."""
+        return json.dumps(list(values))
+
+    def insert_all(self, connection: Connection, table: Table, rows: Sequence[Any]) -> None:
+        """Insert row by row, which costs a function call each."""
+        connection.exec_driver_sql(insert_text(table, self.writer.dialect), rows)
+
+    def update_all(
+        self, connection: Connection, table: Table, columns: Sequence[str], rows: Sequence[Any]
+    ) -> None:
+        """Update row by row."""
+        changes = ", ".join(f"{name} = :{name}" for name in columns)
+        statement = f"UPDATE {table} SET {changes} WHERE id = :id"  # noqa: S608
+        connection.exec_driver_sql(statement, rows)
+
+
+class PostgresDatabase(Database):
+    """One database of a PostgreSQL server, or of several of which one can be written to."""
+
+    writers_max = 3
+
+    def __init__(self, url: str) -> None:
+        try:
+            given = conninfo_to_dict(url)
+        except psycopg.ProgrammingError:
+            example = "postgresql://user@host/name"
+            raise StartRefused(f"the database URL must look like {example}") from None
+        missing = {name: v for name, v in CONNECTION_DEFAULTS.items() if name not in given}
+        self._conninfo = make_conninfo(url, **missing)
+        self.name = f"{given.get('dbname', 'PostgreSQL')} at {given.get('host', 'localhost')}"
+        self.writer = self._engine(self.writers_max)
+        self.reader = self._engine(
+            READERS_MAX * 2, isolation_level="REPEATABLE READ", postgresql_readonly=True
+        )
+
+    def named_error(self, error: DBAPIError) -> LedgerError:
+        """Return the ledger's error for one of PostgreSQL's, by its SQLSTATE."""
+        state = getattr(error.orig, "sqlstate", None) or ""
+        if state in CONFLICTS:
+            return DatabaseConflict("The database is in use: try again")
+        if state in BUSY_STATES:
+            return DatabaseBusy("The database is in use: try again")
+        if state == DISK_FULL:
+            return StorageFull("The disk is full, and nothing was done")
+        lost = isinstance(error.orig, psycopg.OperationalError) and not state
+        if lost or error.connection_invalidated or state.startswith(("08", "57")):
+            # It may have committed: the key will tell.
+            return DatabaseUnavailable("The database was not reached: try again")
+        if state == READ_ONLY:
+            # The server became a standby, and the next connection may find its successor.
+            self.close()
+            return DatabaseUnavailable("The database cannot be written to now: try again")
+        return DatabaseRefused("The database does not do this now: try again")
+
+    def is_among(self, column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
+        """Take the list as an array."""
+        return column == sa.any_(bindparam(name, type_=ARRAY(Text)))
+
+    def listed(self, values: Iterable[Any]) -> Any:
+        """Return a list as the driver takes it."""
+        return list(values)
+
+    def insert_all(self, connection: Connection, table: Table, rows: Sequence[Any]) -> None:
+        """Insert all rows in one statement, as one parameter of JSON."""
+        columns = ", ".join(rows[0])
+        source = f'json_populate_recordset(NULL::"{table}", %(rows)s)'
+        statement = f'INSERT INTO "{table}" ({columns}) SELECT {columns} FROM {source}'  # noqa: S608
+        connection.exec_driver_sql(statement, {"rows": json.dumps(rows)})
+
+    def update_all(
+        self, connection: Connection, table: Table, columns: Sequence[str], rows: Sequence[Any]
+    ) -> None:
+        """Update all rows in one statement."""
+        changes = ", ".join(f"{name} = new.{name}" for name in columns)
+        source = f"json_populate_recordset(NULL::{table}, %(rows)s) AS new"
+        statement = f"UPDATE {table} SET {changes} FROM {source} WHERE {table}.id = new.id"  # noqa: S608
+        connection.exec_driver_sql(statement, {"rows": json.dumps(rows)})
+
+    def lock_schema(self, connection: Connection) -> None:
+        """Let one server at a time make or change the schema."""
+        connection.execute(select(func.pg_advisory_xact_lock(SCHEMA_LOCK)))
+
+    def require_health(self) -> None:
+        """Raise DatabaseUnavailable for a standby too, which only reads."""
+        with self.begin(self.reader) as connection:
+            if connection.execute(select(func.pg_is_in_recovery())).scalar():
+                raise DatabaseUnavailable("The database is a standby: it cannot be written to")
+
+    def _engine(self, pool_size: int, **options: Any) -> Engine:
+        engine = create_engine(
+            "postgresql+psycopg://",
+            creator=self._connect,
+            hide_parameters=True,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=BUSY_SECONDS_MAX,
+        )
+        return engine.execution_options(**options)
+
+    def _connect(self) -> psycopg.Connection:
+        connection = psycopg.connect(self._conninfo, autocommit=True)
+        for statement in SESSION_SETTINGS:
+            connection.execute(statement)
+        connection.autocommit = False
+        return connection
+
+
+# What a URL may say otherwise: a server that does not answer is given up within some seconds.
+CONNECTION_DEFAULTS = {
+    "application_name": "ledger.py",
+    "connect_timeout": "3",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+}
+SESSION_SETTINGS = (
+    "SET lock_timeout = '5s'",
+    # Nothing is acknowledged that is not on disk, whatever the server's own default is.
+    "SELECT set_config('synchronous_commit', 'on', false) "
+    "WHERE current_setting('synchronous_commit') = 'off'",
+)
+# Unique violations, which a key used on two servers brings; serialization failures; deadlocks.
+CONFLICTS = ("23505", "40001", "40P01")
+# Lock timeouts, cancelled statements, too many connections.
+BUSY_STATES = ("55P03", "57014", "53300")
+DISK_FULL = "53100"
+READ_ONLY = "25006"
+SCHEMA_LOCK = 0x6C65646765720A
+
+
+def one_line(error: BaseException) -> str:
+    """Return what is behind an error, on one line."""
+    return " ".join(str(error.__cause__ or error).split())
 
 
 READERS_MAX = 4
@@ -751,14 +1023,10 @@ def file_identity(path: Path) -> tuple[int, int]:
     return (status.st_dev, status.st_ino)
 
 
-def named_error(error: BaseException | None) -> LedgerError:
-    """Return the ledger's error for one of SQLite's."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return DatabaseBusy("The database is in use: try again")
-    if code == sqlite3.SQLITE_FULL:
-        return StorageFull("The disk is full, and nothing was done")
-    return DatabaseUnavailable("The database does not do this now: try again")
+@lru_cache
+def insert_text(table: Table, dialect: Dialect) -> str:
+    """Return the statement that inserts a row; making it costs more than running it."""
+    return str(insert(table).compile(dialect=dialect))
 
 
 def patiently(action: Callable[[], R]) -> R:
@@ -775,13 +1043,13 @@ def patiently(action: Callable[[], R]) -> R:
 
 def stored_version(connection: Connection) -> int:
     """Return a ledger's schema version, or 0 for a new file; raise StartRefused for all else."""
-    tables = set(connection.exec_driver_sql("SELECT name FROM sqlite_schema").scalars())
+    tables = set(sa.inspect(connection).get_table_names())
     if not tables:
         return 0
     if not tables.issuperset(TABLES.keys() - NEWER_TABLES):
         raise StartRefused("the database holds something other than a ledger")
     version = connection.execute(select(TABLES["schema_version"])).scalar()
-    if version is None or not 1 <= version <= SCHEMA_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise StartRefused(f"schema version {version} is not {SCHEMA_VERSION}, the known one")
     return int(version)
 
@@ -793,13 +1061,38 @@ def create_schema(connection: Connection) -> None:
     connection.execute(insert(TABLES["schema_version"]).values(version=SCHEMA_VERSION))
 
 
-def create_triggers(connection: Connection, triggers: Iterable[Sequence[str]]) -> None:
+def create_triggers(connection: Connection, triggers: Iterable[Trigger]) -> None:
     """Make triggers, which refuse what they are told to."""
-    for name, moment, condition, message in triggers:
-        connection.exec_driver_sql(
+    for trigger in triggers:
+        for statement in trigger_statements(connection.dialect.name, trigger):
+            connection.exec_driver_sql(statement)
+
+
+def trigger_statements(dialect: str, trigger: Trigger) -> Sequence[str]:
+    """Return what makes a trigger; on PostgreSQL, TRUNCATE is a kind of DELETE."""
+    name, moment, condition, message = trigger
+    if dialect == "sqlite":
+        return [
             f"CREATE TRIGGER {name} {moment} WHEN {condition} "
             f"BEGIN SELECT RAISE(ABORT, '{message}'); END"
-        )
+        ]
+    call = f"EXECUTE FUNCTION {name}()"
+    made = [
+        f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $${trigger_body(trigger)}$$",
+        f"CREATE TRIGGER {name} {moment} FOR EACH ROW {call}",
+    ]
+    if "BEFORE DELETE" in moment:
+        whole = moment.replace("DELETE", "TRUNCATE")
+        made.append(f"CREATE TRIGGER {name}_whole {whole} FOR EACH STATEMENT {call}")
+    return made
+
+
+def trigger_body(trigger: Trigger) -> str:
+    """Return a trigger's function as PostgreSQL stores it."""
+    return (
+        f"BEGIN IF {trigger.condition} THEN RAISE EXCEPTION '{trigger.message}' "
+        "USING ERRCODE = 'check_violation'; END IF; RETURN NEW; END"
+    )
 
 
 def upgrade(connection: Connection, version: int) -> None:
@@ -811,17 +1104,22 @@ def upgrade(connection: Connection, version: int) -> None:
 
 
 def add_keys(connection: Connection) -> None:
-    """Add the keys of callers, and what finds an account's audit events and cashbacks to come."""
+    """Add the keys of callers, and what finds an account's audit events and cashbacks to come.
+
+    The triggers are made anew, because their conditions are in words of both engines now.
+    """
     API_KEY.create(connection)
-    create_triggers(connection, [t for t in TRIGGERS if t[0].startswith("api_key_")])
-    new = ("audit_transaction", "audit_account", "cashback_to_come")
     for index in AUDIT.indexes | CASHBACK.indexes:
-        if index.name in new:
-            index.create(connection)
+        index.create(connection, checkfirst=True)
+    for trigger in TRIGGERS:
+        connection.exec_driver_sql(f"DROP TRIGGER IF EXISTS {trigger.name}")
+    create_triggers(connection, TRIGGERS)
 
 
-# The step that leads on from each version, and the tables that the first one did not have.
+# The step that leads on from each version. A step may use the tables of today as long as they
+# are those of its own version; the change after that gives it a text of its own.
 UPGRADES = {1: add_keys}
+# What the first version did not have.
 NEWER_TABLES = {"api_key"}
 
 
@@ -830,7 +1128,9 @@ def add_missing_rows(connection: Connection) -> None:
     known = set(connection.execute(select(ASSET.c.code)).scalars())
     for asset in ASSETS.values():
         if asset.code not in known:
-            connection.execute(insert(ASSET).values(asset._asdict()))
+            connection.execute(
+                insert(ASSET).values({**asset._asdict(), "closed_loop": int(asset.closed_loop)})
+            )
     now, new_id = utc_now(), id_source()
     for name, code in SYSTEM_ACCOUNTS - held_system_accounts(connection):
         account = LoadedAccount(new_id(now), "system", code, now, name=name, kind="SYSTEM")
@@ -904,10 +1204,10 @@ class Book:
         self.told_at: int | None = None
         self.rows: defaultdict[Table, list[dict[str, Any]]] = defaultdict(list)
         self.changed: dict[str, LoadedAccount] = {}
-        self.thawed: list[str] = []
+        self.unfrozen: list[str] = []
         self.credited: list[str] = []
         self.cashbacks_to_come = Counter(cashbacks_to_come)
-        """For each account that a command closes, how many cashbacks are not credited yet."""
+        """How many cashbacks are not credited yet, for the accounts that may be closed."""
         self.first_opened_id: str | None = None
         self.last_transaction_id: str | None = None
         self._new_id = new_id
@@ -949,7 +1249,7 @@ class Book:
         clock, paid_at = ("SERVER", self.now) if self.told_at is None else ("CALLER", self.told_at)
         cashback = Cashback(payment_id, account.id, amount, clock, paid_at + CASHBACK_DELAY)
         self.rows[CASHBACK].append(cashback._asdict())
-        self.cashbacks_to_come[account.id] += 1
+        self.cashbacks_to_come[account.id] += amount > 0
         return cashback
 
     def cashback(self, payment_id: str) -> Row[Any]:
@@ -961,7 +1261,7 @@ class Book:
     def mark_credited(self, payment_id: str) -> None:
         """Let a cashback never be credited again."""
         credited = self._cashbacks.pop(payment_id)
-        self.cashbacks_to_come[credited.account_id] -= 1
+        self.cashbacks_to_come[credited.account_id] -= credited.amount > 0
         self.credited.append(payment_id)
 
     def change_status(self, account: LoadedAccount, status: str) -> LoadedAccount:
@@ -977,7 +1277,7 @@ class Book:
         account.status = status
         self.changed[account.id] = account
         if status == "ACTIVE":
-            self.thawed.append(account.id)
+            self.unfrozen.append(account.id)
         return account
 
     def post(self, kind: str, legs: Sequence[Leg], memo: str | None) -> str:
@@ -1174,11 +1474,15 @@ class Ledger:
     def __init__(self, database: Database, clock: Callable[[], int] = utc_now) -> None:
         self.database = database
         self.clock = clock
-        self._lock = threading.Lock()
+        self._pending: dict[asyncio.AbstractEventLoop, list[Pending]] = {}
+        self._under_way: Counter[asyncio.AbstractEventLoop] = Counter()
         # One fewer than there are connections to read with, so that the loop never waits.
         self._readers = ThreadPoolExecutor(READERS_MAX - 1, "reader")
-        self._pending: dict[asyncio.AbstractEventLoop, list[Pending]] = {}
-        self._statements = Statements(database.writer)
+        self._lookers = ThreadPoolExecutor(READERS_MAX, "looker")
+        self._writers = ThreadPoolExecutor(database.writers_max or 1, "writer")
+        # On the event loop itself, commits of several loops come one at a time.
+        self._turns = threading.Semaphore(database.writers_max or 1)
+        self._statements = Statements(database)
         with self.read() as connection:
             # The clock may have gone back since the last start, and new ids must still be last.
             self._new_id = id_source(connection.execute(select(func.max(AUDIT.c.id))).scalar())
@@ -1192,21 +1496,33 @@ class Ledger:
         if len(waiting) == 1:
             # One turn later, so that all that this turn of the loop reads joins the batch.
             loop.call_soon(loop.call_soon, self._flush, loop)
-        return await pending.answer
+        return await self._in_time(pending.answer)
 
     def settle(self, commands: Sequence[Command]) -> list[Outcome]:
-        """Commit a batch; if the database refuses it, commit each command of it alone."""
-        try:
-            return list(self.commit(commands))
-        except Exception as error:
-            if len(commands) == 1 or isinstance(error, DatabaseBusy):
-                return [error] * len(commands)
-            log.warning("a batch of %d was refused, each is tried alone: %r", len(commands), error)
-            return [outcome for command in commands for outcome in self.settle([command])]
+        """Commit a batch; if it meets another one or is refused, commit it again, then in parts.
+
+        A batch is a function of its commands alone, so it may be done again, but only while it
+        is known that nothing was committed.
+        """
+        for attempt in range(COMMITS_MAX):
+            try:
+                return list(self.commit(commands))
+            except DatabaseConflict as error:
+                log.info("a batch of %d met another, attempt %d", len(commands), attempt + 1)
+                failure: Exception = error
+            except Exception as error:
+                failure = error
+                break
+        sound = isinstance(failure, DatabaseConflict | DatabaseRefused | StorageFull)
+        if len(commands) == 1 or (isinstance(failure, LedgerError) and not sound):
+            return [failure] * len(commands)
+        log.warning("a batch of %d was refused, each is tried alone: %r", len(commands), failure)
+        return [outcome for command in commands for outcome in self.settle([command])]
 
     def commit(self, commands: Sequence[Command]) -> Sequence[Answer]:
         """Do all commands in one write and return their answers, or raise with nothing done."""
-        with self._lock, self.database.begin(self.database.writer) as connection:
+        with self._turns, self.database.begin(self.database.writer) as connection:
+            # Locked first, so that what is read next is what their last writers left.
             accounts = self._statements.load_accounts(connection, commands)
             known = self._statements.load_answers(connection, commands)
             cashbacks = self._statements.load_cashbacks(connection, commands)
@@ -1220,7 +1536,7 @@ class Ledger:
         self, action: str, details: Mapping[str, str], change: Callable[[Connection, int], None]
     ) -> None:
         """Do in one write what moves no money, with an audit event by the caller `cli`."""
-        with self._lock, self.database.begin(self.database.writer) as connection:
+        with self._turns, self.database.begin(self.database.writer) as connection:
             now = self.clock()
             change(connection, now)
             event = {"id": self._new_id(now), "ts": now, "caller": "cli", "action": action}
@@ -1232,6 +1548,13 @@ class Ledger:
         with self.database.begin(self.database.reader) as connection:
             yield connection
 
+    async def look(self, function: Callable[..., R], *arguments: Any) -> R:
+        """Run what reads a little: inline from a library, in a thread from a server."""
+        if not self.database.writers_max:
+            return function(*arguments)
+        loop = asyncio.get_running_loop()
+        return await self._in_time(loop.run_in_executor(self._lookers, function, *arguments))
+
     async def in_thread(self, function: Callable[..., R], *arguments: Any) -> R:
         """Run what reads without a bound outside the event loop, a few at a time."""
         loop = asyncio.get_running_loop()
@@ -1239,7 +1562,8 @@ class Ledger:
 
     def close(self) -> None:
         """End the threads and close the database, after the last answer."""
-        self._readers.shutdown()
+        for threads in (self._writers, self._lookers, self._readers):
+            threads.shutdown()
         self.database.close()
 
     def due_cashbacks(self, clock: str, until: int, after: tuple[int, str]) -> Sequence[Row[Any]]:
@@ -1247,9 +1571,44 @@ class Ledger:
         with self.read() as connection:
             return self._statements.load_due(connection, clock, until, after)
 
+    async def _in_time(self, answer: "asyncio.Future[R]") -> R:
+        """Wait for an answer, but not for ever on a server that says nothing."""
+        if not self.database.writers_max:
+            return await answer
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS_MAX):
+                return await answer
+        except TimeoutError:
+            raise DatabaseUnavailable("The database does not answer: try again") from None
+
     def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
-        batch = self._pending.pop(loop)
-        outcomes = self.settle([pending.command for pending in batch])
+        """Write all that waits: inline into a library, in a thread that is free to a server."""
+        if not self.database.writers_max:
+            batch = self._pending.pop(loop)
+            self._answer(loop, batch, self.settle([pending.command for pending in batch]))
+        elif self._under_way[loop] < self.database.writers_max and loop in self._pending:
+            batch = self._pending.pop(loop)
+            self._under_way[loop] += 1
+            commands = [pending.command for pending in batch]
+            writing = loop.run_in_executor(self._writers, self.settle, commands)
+            writing.add_done_callback(partial(self._written, loop, batch))
+
+    def _written(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        batch: Sequence[Pending],
+        writing: "asyncio.Future[list[Outcome]]",
+    ) -> None:
+        self._under_way[loop] -= 1
+        self._answer(loop, batch, writing.result())
+        self._flush(loop)
+
+    def _answer(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        batch: Sequence[Pending],
+        outcomes: Sequence[Outcome],
+    ) -> None:
         busy = []
         for pending, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, DatabaseBusy) and loop.time() < pending.deadline:
@@ -1261,9 +1620,13 @@ class Ledger:
             else:
                 pending.answer.set_result(outcome)
         if busy:
-            self._pending[loop] = busy
+            waiting = self._pending.setdefault(loop, [])
+            waiting[:0] = busy
             loop.call_later(BUSY_RETRY_SECONDS, self._flush, loop)
 
+
+COMMITS_MAX = 4
+ANSWER_SECONDS_MAX = 10.0
 
 Known = dict[str, tuple[str, Answer]]
 """Stored keys, each with the fingerprint of the arguments and the answer that was given."""
@@ -1314,7 +1677,7 @@ def record(command: Command, book: Book) -> None:
 async def credit_due(ledger: Ledger, clock: Literal["SERVER", "CALLER"], until: int) -> None:
     """Credit every cashback that is due by a clock, oldest first, each as a command of its own."""
     after: tuple[int, str] = (-1, "")
-    while due := ledger.due_cashbacks(clock, until, after):
+    while due := await ledger.look(ledger.due_cashbacks, clock, until, after):
         await asyncio.gather(*(ledger.submit(cashback_command(row)) for row in due))
         # Onwards from here, because what could not be credited is still due.
         after = (due[-1].due_at, due[-1].payment_id)
@@ -1344,28 +1707,26 @@ CASHBACK_BATCH_MAX = 500
 class Statements:
     """A batch's statements as text, made once: making them costs more than running them."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, database: Database) -> None:
         def compiled(statement: ClauseElement) -> str:
-            return str(statement.compile(dialect=engine.dialect))
+            return str(statement.compile(dialect=database.writer.dialect))
 
-        changes: dict[str, Any] = {name: bindparam(name) for name in CHANGING_COLUMNS}
-        this_one = ACCOUNT.c.id == bindparam("account_id")
-        self._load_accounts = compiled(accounts_of_a_batch())
-        self._load_answers = compiled(select(KEY).where(KEY.c.id.in_(json_list("keys"))))
-        promised = CASHBACK.c.payment_id.in_(json_list("payment_ids"))
+        self._database = database
+        self._listed, among = database.listed, database.is_among
+        self._load_accounts = compiled(accounts_of_a_batch(among))
+        self._load_answers = compiled(select(KEY).where(among(KEY.c.id, "keys")))
+        promised = among(CASHBACK.c.payment_id, "payment_ids")
         self._load_cashbacks = compiled(select(CASHBACK).where(promised).with_for_update())
         to_come = and_(
-            CASHBACK.c.credited_at.is_(None), CASHBACK.c.account_id.in_(json_list("ids"))
+            CASHBACK.c.credited_at.is_(None),
+            CASHBACK.c.amount > sa.literal_column("0"),
+            among(CASHBACK.c.account_id, "ids"),
         )
         counted = select(CASHBACK.c.account_id, func.count().label("to_come")).where(to_come)
         self._count_cashbacks = compiled(counted.group_by(CASHBACK.c.account_id))
-        credited = update(CASHBACK).where(CASHBACK.c.payment_id == bindparam("payment"))
-        self._credit_cashback = compiled(credited.values(credited_at=bindparam("now")))
+        credited = update(CASHBACK).where(among(CASHBACK.c.payment_id, "ids"))
+        self._credit_cashbacks = compiled(credited.values(credited_at=bindparam("now")))
         self._load_due = compiled(due_cashbacks())
-        self._insert = {table: compiled(insert(table)) for table in BATCH_TABLES}
-        self._update_account = compiled(update(ACCOUNT).where(this_one).values(changes))
-        active: Any = sa.literal_column("'ACTIVE'")
-        self._thaw = compiled(update(ACCOUNT).where(this_one).values(status=active))
 
     def load_accounts(
         self, connection: Connection, commands: Sequence[Command]
@@ -1374,10 +1735,10 @@ class Statements:
         refs = {ref for command in commands for ref in command.accounts}
         named = [ref for ref in refs if isinstance(ref, Named)]
         parameters = {
-            "ids": json.dumps([ref for ref in refs if isinstance(ref, str)]),
-            "names": json.dumps([ref.name for ref in named]),
-            "assets": json.dumps(list({ref.asset for ref in named})),
-            "system_names": json.dumps(list({c.word.system_account for c in commands} - {None})),
+            "ids": self._listed([ref for ref in refs if isinstance(ref, str)]),
+            "names": self._listed([ref.name for ref in named]),
+            "assets": self._listed({ref.asset for ref in named}),
+            "system_names": self._listed({c.word.system_account for c in commands} - {None}),
         }
         rows = connection.exec_driver_sql(self._load_accounts, parameters)
         return [LoadedAccount(*row) for row in rows]
@@ -1389,17 +1750,17 @@ class Statements:
         payment_ids = [c.payment_id for c in commands if c.payment_id is not None]
         if not payment_ids:
             return ()
-        parameters = {"payment_ids": json.dumps(payment_ids)}
+        parameters = {"payment_ids": self._listed(payment_ids)}
         return connection.exec_driver_sql(self._load_cashbacks, parameters).all()
 
     def count_cashbacks(
         self, connection: Connection, commands: Sequence[Command]
     ) -> Mapping[str, int]:
         """Return how many cashbacks are to come to each account that the commands close."""
-        ids = [ref for c in commands if c.word.awaits_cashbacks for ref in c.accounts]
+        ids = [ref for c in commands if c.word.counts_cashbacks for ref in c.accounts]
         if not ids:
             return NONE_TO_COME
-        rows = connection.exec_driver_sql(self._count_cashbacks, {"ids": json.dumps(ids)})
+        rows = connection.exec_driver_sql(self._count_cashbacks, {"ids": self._listed(ids)})
         return {row.account_id: row.to_come for row in rows}
 
     def load_due(
@@ -1412,38 +1773,32 @@ class Statements:
     def load_answers(self, connection: Connection, commands: Sequence[Command]) -> Known:
         """Return what the keys of the commands were answered before."""
         keys = [command.stored_key for command in commands if command.key is not None]
-        rows = connection.exec_driver_sql(self._load_answers, {"keys": json.dumps(keys)})
+        rows = connection.exec_driver_sql(self._load_answers, {"keys": self._listed(keys)})
         return {
             row.id: (row.fingerprint, Answer(row.status, row.body, row.location)) for row in rows
         }
 
     def save(self, connection: Connection, book: Book) -> None:
         """Write what the book has gathered, in the order that the triggers and keys require."""
-        if book.thawed:
+        if book.unfrozen:
             # The triggers take entries of active accounts alone.
-            thawed = [{"account_id": account_id} for account_id in book.thawed]
-            connection.exec_driver_sql(self._thaw, thawed)
+            unfrozen = [{"id": account_id, "status": "ACTIVE"} for account_id in book.unfrozen]
+            self._database.update_all(connection, ACCOUNT, ["status"], unfrozen)
         for table in BATCH_TABLES:
             if rows := book.rows[table]:
-                connection.exec_driver_sql(self._insert[table], rows)
+                self._database.insert_all(connection, table, rows)
         if book.changed:
-            rows = [
-                {name: getattr(account, name) for name in CHANGING_COLUMNS}
-                | {"account_id": account.id}
+            changes = [
+                {name: getattr(account, name) for name in ("id", *CHANGING_COLUMNS)}
                 for account in book.changed.values()
             ]
-            connection.exec_driver_sql(self._update_account, rows)
+            self._database.update_all(connection, ACCOUNT, CHANGING_COLUMNS, changes)
         if book.credited:
-            marks = [{"payment": payment_id, "now": book.now} for payment_id in book.credited]
-            connection.exec_driver_sql(self._credit_cashback, marks)
+            credited = {"ids": self._listed(book.credited), "now": book.now}
+            connection.exec_driver_sql(self._credit_cashbacks, credited)
 
 
 BATCH_TABLES = (ACCOUNT, TRANSACTION, ENTRY, CASHBACK, KEY, AUDIT)
-
-
-def json_list(name: str) -> Select[Any]:
-    """Return the values of a list that is bound as JSON, so that its length leaves the text be."""
-    return select(func.json_each(bindparam(name)).table_valued("value").c.value)
 
 
 def due_cashbacks() -> Select[Any]:
@@ -1461,15 +1816,14 @@ def due_cashbacks() -> Select[Any]:
     return due_now.order_by(*order).limit(most).offset(sa.literal_column("0"))
 
 
-def accounts_of_a_batch() -> Select[Any]:
+def accounts_of_a_batch(among: IsAmong) -> Select[Any]:
     """Select what is named by id or by name, and the system accounts of the same assets."""
     name, asset = ACCOUNT.c.name, ACCOUNT.c.asset
-    by_id = ACCOUNT.c.id.in_(json_list("ids"))
-    by_name = and_(name.in_(json_list("names")), asset.in_(json_list("assets")))
+    by_id = among(ACCOUNT.c.id, "ids")
+    by_name = and_(among(name, "names"), among(asset, "assets"))
     other = ACCOUNT.alias("other")
-    assets = select(other.c.asset).where(other.c.id.in_(json_list("ids")))
-    same_asset = or_(asset.in_(assets), asset.in_(json_list("assets")))
-    system = and_(name.in_(json_list("system_names")), same_asset)
+    same_asset = asset.in_(select(other.c.asset).where(among(other.c.id, "ids")))
+    system = and_(among(name, "system_names"), or_(same_asset, among(asset, "assets")))
     columns = (ACCOUNT.c[column] for column in ACCOUNT_COLUMNS)
     anyone = or_(by_id, by_name, system)
     return select(*columns).where(anyone).order_by(ACCOUNT.c.id).with_for_update()
@@ -1477,7 +1831,8 @@ def accounts_of_a_batch() -> Select[Any]:
 
 # --------------------------------------------------------------------------- The words
 # What can happen to money, each as bookkeeping over at most one post. A word knows no URL, no
-# dialect and no caller; the type of its book says which roles may ask for it.
+# dialect and no caller; the type of its book is the least role that may ask for it, and the
+# type checker lets no route with a lesser book call it.
 
 ServiceBook = NewType("ServiceBook", Book)
 """The books in the hands of a service, or of an admin."""
@@ -1488,22 +1843,22 @@ AdminBook = NewType("AdminBook", ServiceBook)
 class Word(NamedTuple):
     """What a word is called in the audit log, and what a batch must load for it.
 
-    That is the system account on its other side, and whether cashbacks are to come.
+    That is the system account on its other side, and how many cashbacks are to come.
     """
 
     name: str
     system_account: str | None = None
-    awaits_cashbacks: bool = False
+    counts_cashbacks: bool = False
 
 
 WORDS: dict[Callable[..., Any], Word] = {}
 
 
-def word(*, system_account: str | None = None, awaits_cashbacks: bool = False) -> Callable[[F], F]:
+def word(*, system_account: str | None = None, counts_cashbacks: bool = False) -> Callable[[F], F]:
     """Make a function of a book a word, and declare what must be loaded for it."""
 
     def declare(function: F) -> F:
-        WORDS[function] = Word(function.__name__, system_account, awaits_cashbacks)
+        WORDS[function] = Word(function.__name__, system_account, counts_cashbacks)
         return function
 
     return declare
@@ -1552,7 +1907,7 @@ def withdraw(book: AdminBook, ref: Ref, *, amount: int, memo: str | None = None)
 
 @word()
 def freeze(book: AdminBook, ref: Ref) -> LoadedAccount:
-    """Let an account move no money until it is thawed."""
+    """Let an account move no money until it is unfrozen."""
     return book.change_status(book.account(ref), "FROZEN")
 
 
@@ -1562,7 +1917,7 @@ def unfreeze(book: AdminBook, ref: Ref) -> LoadedAccount:
     return book.change_status(book.account(ref), "ACTIVE")
 
 
-@word(awaits_cashbacks=True)
+@word(counts_cashbacks=True)
 def close(book: AdminBook, ref: Ref) -> LoadedAccount:
     """End an account for ever; it must be empty, with nothing to come."""
     return book.change_status(book.account(ref), "CLOSED")
@@ -1834,6 +2189,10 @@ ENTRIES = select(
 ).join_from(ENTRY, TRANSACTION)
 
 
+AuditConnection = NewType("AuditConnection", Connection)
+"""A view of what is committed in the hands of an auditor, or of an admin."""
+
+
 class AuditPlace(NamedTuple):
     """How far a list of audit events was read: those of an account's entries, and the others."""
 
@@ -1854,7 +2213,7 @@ class AuditPlace(NamedTuple):
         return f"{min([self.before_seq, *seqs])}_{min([self.before_id, *(row.id for row in rows)])}"
 
 
-def audit_start(connection: Connection, account_id: str | None) -> str:
+def audit_start(connection: AuditConnection, account_id: str | None) -> str:
     """Return the place before all events that there are now, as a cursor holds it."""
     last_seq = select(ACCOUNT.c.last_seq).where(ACCOUNT.c.id == account_id)
     # Ids are hexadecimal, so "g" is behind them all.
@@ -1862,7 +2221,7 @@ def audit_start(connection: Connection, account_id: str | None) -> str:
 
 
 def read_audit(
-    connection: Connection, account_id: str | None, *, before: AuditPlace, limit: int
+    connection: AuditConnection, account_id: str | None, *, before: AuditPlace, limit: int
 ) -> Sequence[Row[Any]]:
     """Return audit events before a place, newest first, each with a seq in its account or none.
 
@@ -2014,10 +2373,7 @@ def signed(entry_type: str, amount: int) -> int:
 Role = Literal["auditor", "service", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
-AuditConnection = NewType("AuditConnection", Connection)
-"""A view of what is committed, with the audit log in it."""
-
-# The first parameter of a route or of a word says who may call it.
+# The type of a route's first parameter says who may call it.
 ROLES_BY_TYPE: dict[object, tuple[Role, ...]] = {
     Connection: ("auditor", "service", "admin"),
     AuditConnection: ("auditor", "admin"),
@@ -2048,34 +2404,37 @@ class Callers:
     def __init__(self, ledger: "Ledger", settings: Settings) -> None:
         self._ledger = ledger
         self._admin_hash = settings.admin_key and key_hash(settings.admin_key.encode())
-        self._jwt_secret = settings.jwt_secret
-        self._keys: dict[str, Row[Any]] = {}
-        self._read_at = -KEYS_SECONDS_MAX
+        self._jwt_secret = os.fsencode(settings.jwt_secret or "")
+        self.load()
+
+    def load(self) -> None:
+        """Read all keys, revoked ones too, by their prefix."""
+        now = time.monotonic()
+        self._keys = {row.prefix: row for row in self._read(select(API_KEY))}
+        self._loaded_at = now
+
+    def load_one(self, prefix: str) -> None:
+        """Read a key that may have been made a moment ago."""
+        for row in self._read(select(API_KEY).where(API_KEY.c.prefix == prefix)):
+            self._keys[prefix] = row
 
     @property
     def open_mode(self) -> bool:
         """Tell whether no key was ever made, and no secret is set."""
-        return not (self.keys() or self._admin_hash or self._jwt_secret)
+        return not (self._keys or self._admin_hash or self._jwt_secret)
 
-    def keys(self, *, fresh: bool = False) -> dict[str, Row[Any]]:
-        """Return all keys by their prefix, revoked ones too, as they are or were a moment ago."""
-        now = time.monotonic()
-        if fresh or now - self._read_at > KEYS_SECONDS_MAX:
-            with self._ledger.read() as connection:
-                self._keys = {row.prefix: row for row in connection.execute(select(API_KEY))}
-            self._read_at = now
-        return self._keys
-
-    def caller_of(self, request: Request) -> Caller:
+    async def caller_of(self, request: Request) -> Caller:
         """Return who sends a request, or raise Forbidden or Unauthorized."""
+        if time.monotonic() - self._loaded_at > KEYS_AGE_SECONDS_MAX:
+            await self._ledger.look(self.load)
         if self.open_mode:
             require_local(request)
             return LOCAL
         credential = credential_of(request)
         prefix = credential[:KEY_PREFIX_LENGTH].decode("latin-1")
-        # A key that is not known may have been made a moment ago.
-        fresh = prefix.startswith(KEY_PREFIX) and prefix not in self.keys()
-        row = self.keys(fresh=fresh).get(prefix)
+        if prefix.startswith(KEY_PREFIX) and prefix not in self._keys:
+            await self._ledger.look(self.load_one, prefix)
+        row = self._keys.get(prefix)
         # For the line in the log: of a key that is refused too, but of no unknown text.
         request.scope["key_prefix"] = row and row.prefix
         caller = self._of_key(credential, row) or self._of_token(credential)
@@ -2087,23 +2446,29 @@ class Callers:
         given = key_hash(credential)
         if self._admin_hash and hmac.compare_digest(given, self._admin_hash):
             return ADMIN
-        valid = row and row.revoked_at is None and hmac.compare_digest(given, row.hash)
-        return Caller(f"key:{row.name}", row.role) if row and valid else None
+        if row is None or row.revoked_at is not None:
+            return None
+        return Caller(f"key:{row.name}", row.role) if hmac.compare_digest(given, row.hash) else None
 
     def _of_token(self, credential: bytes) -> Caller | None:
         if not self._jwt_secret:
             return None
         try:
-            claims = jwt.decode(credential, self._jwt_secret, ["HS256"], TOKEN_OPTIONS)
+            claims = jwt.decode(credential, self._jwt_secret, [TOKEN_ALGORITHM], TOKEN_OPTIONS)
         except (jwt.PyJWTError, ValueError, ArithmeticError, RecursionError):
             # The last three are what the parser of a hostile token may run into.
             return None
         sub, role, exp = claims["sub"], claims["role"], claims["exp"]
-        ends = type(exp) in (int, float) and exp < TOKEN_EXP_MAX
-        return Caller(f"jwt:{sub}", role) if ends and role in ROLES and is_name(sub) else None
+        # By its exact type, because to Python True is a number too.
+        is_time = type(exp) in (int, float) and exp < TOKEN_EXP_MAX
+        return Caller(f"jwt:{sub}", role) if is_time and role in ROLES and is_name(sub) else None
+
+    def _read(self, query: Select[Any]) -> Sequence[Row[Any]]:
+        with self._ledger.read() as connection:
+            return connection.execute(query).all()
 
 
-KEYS_SECONDS_MAX = 0.5
+KEYS_AGE_SECONDS_MAX = 0.5
 TOKEN_OPTIONS: Any = {"require": ["sub", "role", "exp"]}
 TOKEN_EXP_MAX = 253_402_300_800
 """The end of the year 9999."""
@@ -2155,29 +2520,30 @@ def revoke_key(connection: Connection, now: int, name: str) -> None:
 
 def require_local(request: Request) -> None:
     """Refuse whoever is not on this machine: another peer, a proxy, a page of another site."""
-    forwarded = (b"forwarded", b"x-forwarded-")
+    forwarded = (b"forwarded", b"x-forwarded", b"x-real-ip", b"via")
     if any(name.startswith(forwarded) for name, _ in request.headers.raw):
         raise Forbidden("In open mode no proxy may stand in front of the ledger")
-    if not is_loopback(request.client.host if request.client else ""):
+    peer = request.client.host if request.client else ""
+    # A test client's peer cannot come over a network.
+    if not is_loopback(peer) and peer != "testclient":
         raise Forbidden("In open mode only callers on this machine are served")
     hosts = request.headers.getlist("host")
     if len(hosts) != 1 or not is_local_host(hosts[0]):
         raise Forbidden("In open mode the Host must be this machine's own name")
     origins = request.headers.getlist("origin")
-    if not all(is_local_host(origin.partition("://")[2]) for origin in origins):
+    foreign = request.headers.get("sec-fetch-site") == "cross-site"
+    if foreign or not all(is_local_host(origin.partition("://")[2]) for origin in origins):
         raise Forbidden("In open mode no page of another site is served")
 
 
 @lru_cache(maxsize=1_000)
-def is_loopback(peer: str) -> bool:
-    """Tell whether a peer is on this machine; a test client's peer cannot come over a network."""
-    if peer == "testclient":
-        return True
+def is_loopback(address: str) -> bool:
+    """Tell whether an address is this machine's own."""
     try:
-        address = ipaddress.ip_address(peer)
+        parsed = ipaddress.ip_address(address)
     except ValueError:
         return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
 
 
 @lru_cache(maxsize=1_000)
@@ -2238,7 +2604,8 @@ class LedgerRoute(ExactRoute):
 
         async def let_in(request: Request) -> Response:
             admitted = LedgerRequest(request.scope, request.receive)
-            admitted.caller = admit(request, self.roles)
+            began = time.monotonic()
+            admitted.caller = await admit(request, self.roles)
             admitted.key = read_key(request, self.key_rule)
             if self.body_field:
                 require_json(request)
@@ -2246,14 +2613,17 @@ class LedgerRoute(ExactRoute):
                 admitted.document = parse_json(admitted.content)
             elif "GET" not in (self.methods or ()):
                 require_no_body(await read_body(request))
+            if time.monotonic() - began > KEYS_AGE_SECONDS_MAX:
+                # The body took its time, and the key may have been revoked since.
+                await admit(request, self.roles)
             return await handle(admitted)
 
         return let_in
 
 
-def admit(request: Request, roles: Sequence[Role]) -> str:
+async def admit(request: Request, roles: Sequence[Role]) -> str:
     """Return the caller's name, or raise Unauthorized or Forbidden."""
-    caller = request.app.state.callers.caller_of(request)
+    caller = await request.app.state.callers.caller_of(request)
     # For the line in the log.
     request.scope["caller"] = caller.name
     if caller.role not in roles:
@@ -2264,7 +2634,8 @@ def admit(request: Request, roles: Sequence[Role]) -> str:
 def require_no_body(body: bytes) -> None:
     """Refuse what would be ignored; an empty object says nothing either."""
     if body and parse_json(body) != {}:
-        raise InvalidRequest("No body is expected here", errors=[])
+        nothing = {"pointer": "", "detail": "No body is expected here"}
+        raise InvalidRequest("The request does not fit: see errors", errors=[nothing])
 
 
 def read_key(request: Request, rule: KeyRule) -> str | None:
@@ -2301,8 +2672,8 @@ async def read_body(request: Request) -> bytes:
     if "upgrade" in request.headers:
         # The HTTP parser drops such a body, and takes what follows for the next request.
         raise MalformedJson("This server stays with HTTP/1.1: send no Upgrade with a body")
-    declared, body = request.headers.get("content-length", ""), bytearray()
-    if declared.isdigit() and int(declared) > BODY_BYTES_MAX:
+    declared, body = request.headers.get("content-length", "").lstrip("0"), bytearray()
+    if len(declared) > len(str(BODY_BYTES_MAX)) or int(declared or "0") > BODY_BYTES_MAX:
         raise BodyTooLarge(f"The body may have at most {BODY_BYTES_MAX} bytes")
     try:
         async for chunk in request.stream():
@@ -2567,10 +2938,8 @@ class Face:
             async def endpoint(request: LedgerRequest, **arguments: Any) -> Response:
                 ledger: Ledger = request.app.state.ledger
                 await credit_before(ledger, find_time(arguments))
-                if unbounded:
-                    content = await ledger.in_thread(answer, ledger, arguments)
-                else:
-                    content = answer(ledger, arguments)
+                run = ledger.in_thread if unbounded else ledger.look
+                content = await run(answer, ledger, arguments)
                 return Response(content, media_type="application/json")
 
             def answer(ledger: Ledger, arguments: dict[str, Any]) -> str:
@@ -2706,8 +3075,8 @@ class Health(BaseModel):
 
 async def get_health(request: Request) -> Health:
     """Tell whether the server and its database answer."""
-    with request.app.state.ledger.read() as connection:
-        connection.execute(select(ASSET.c.code).limit(1))
+    ledger: Ledger = request.app.state.ledger
+    await ledger.look(ledger.database.require_health)
     return Health()
 
 
@@ -2726,8 +3095,6 @@ async def refuse(request: Request, error: Exception) -> Response:
     """Answer with any error, in the one form that errors have."""
     refusal = refusal_of(request, error)
     response = respond(refusal.answer())
-    if "upgrade" in request.headers:
-        response.headers["Connection"] = "close"
     if refusal.status == 401:
         response.headers["WWW-Authenticate"] = 'Bearer realm="ledger"'
     if refusal.status == 405:
@@ -2883,7 +3250,7 @@ def get_account(connection: Connection, account_id: AccountId) -> AccountPublic:
 
 @canonical.command("/accounts/{account_id}/freeze", freeze)
 def post_freeze(book: AdminBook, account_id: AccountId) -> AccountPublic:
-    """Let an account move no money, in or out, until it is thawed."""
+    """Let an account move no money, in or out, until it is unfrozen."""
     return AccountPublic.model_validate(freeze(book, account_id))
 
 
@@ -3551,46 +3918,9 @@ def post_spend(book: ServiceBook, user: str, body: WalletMovement) -> WalletMove
     return WalletMoved.model_validate(spend(book, wallet, amount=body.amount))
 
 
-# ------------------------------------------------------------------------- Application
-# The routes of all faces over one ledger.
-
-# In the order in which a request tries their routes: those for the heaviest traffic come first.
-FACES = (canonical, wallets, bank, atm)
-
-
-class LedgerApp(FastAPI):
-    """The routes of all faces; whatever is answered has a line in the log and the same headers."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http":
-            await super().__call__(scope, receive, send)
-            return
-        began, status, request_id = time.perf_counter(), 0, request_id_of(scope)
-
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] += (*SECURITY_HEADERS, (b"x-request-id", request_id.encode()))
-            await send(message)
-
-        try:
-            await super().__call__(scope, receive, send_with_headers)
-        except Exception:
-            # It was answered already, and concerns only us.
-            log.exception("the server made a mistake in request %s", request_id)
-        seconds = time.perf_counter() - began
-        self.state.log.lines.append(request_line(scope, status, seconds, request_id))
-
-    def openapi(self) -> dict[str, Any]:
-        """Describe the API, and how to show who is calling."""
-        document = super().openapi()
-        document["components"]["securitySchemes"] = SECURITY_SCHEMES
-        return document
-
-
-SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+# ----------------------------------------------------------------------------- The log
+# One JSON object a line for each request, and for what else there is to say. Never a key, a
+# token, a name or an amount.
 
 
 def request_id_of(scope: Scope) -> str:
@@ -3643,10 +3973,14 @@ class Log(logging.Handler):
         writer.start()
         if not logging.root.handlers:
             logging.root.addHandler(self)
-        yield
-        logging.root.removeHandler(self)
-        ending.set()
-        writer.join(timeout=1)
+        # Its lines would hold paths, and so names.
+        logging.getLogger("uvicorn.access").disabled = True
+        try:
+            yield
+        finally:
+            logging.root.removeHandler(self)
+            ending.set()
+            writer.join(timeout=1)
 
     def _write(self, stream: TextIO, ending: threading.Event) -> None:
         ended = False
@@ -3667,9 +4001,57 @@ LOG_LINES_MAX = 20_000
 LOG_SECONDS_MAX = 0.1
 
 
+# ------------------------------------------------------------------------- Application
+# The routes of all faces over one ledger.
+
+# In the order in which a request tries their routes: those for the heaviest traffic come first.
+FACES = (canonical, wallets, bank, atm)
+
+
+class LedgerApp(FastAPI):
+    """The routes of all faces; whatever is answered has a line in the log and the same headers."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+            return
+        # The status stays 0 where the answer is given up, at the end of the server.
+        began, status, request_id = time.perf_counter(), 0, request_id_of(scope)
+        headers = [*SECURITY_HEADERS, (b"x-request-id", request_id.encode())]
+        if any(name == b"upgrade" for name, _ in scope["headers"]):
+            # The HTTP parser takes the body of such a request for the next one.
+            headers.append((b"connection", b"close"))
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] += headers
+            await send(message)
+
+        try:
+            await super().__call__(scope, receive, send_with_headers)
+        except Exception:
+            # It was answered already, and concerns only us.
+            log.exception("the server made a mistake in request %s", request_id)
+        finally:
+            seconds = time.perf_counter() - began
+            self.state.log.lines.append(request_line(scope, status, seconds, request_id))
+
+    def openapi(self) -> dict[str, Any]:
+        """Describe the API, and how to show who is calling."""
+        document = super().openapi()
+        document["components"]["securitySchemes"] = SECURITY_SCHEMES
+        return document
+
+
+SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+
+
 def create_app(settings: Settings, faces: Sequence[Face] = FACES) -> FastAPI:
     """Open the ledger and return its application; raise StartRefused if it cannot be opened."""
-    database = Database(settings.database_url)
+    database = database_at(settings.database_url)
     database.open(make=True)
     app = LedgerApp(
         title="ledger.py",
@@ -3758,7 +4140,7 @@ def serve(settings: Settings, options: argparse.Namespace) -> int:
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"ledger.py serves on {address}")
     print(f"  docs      {address}/docs")
-    print(f"  database  {app.state.ledger.database.path}")
+    print(f"  database  {app.state.ledger.database.name}")
     print(f"  mode      {OPEN_MODE if app.state.callers.open_mode else KEY_MODE}", flush=True)
     config = uvicorn.Config(
         app,
@@ -3783,8 +4165,8 @@ KEY_MODE = "keys: every caller needs an API key or a token"
 
 def require_keys(settings: Settings) -> None:
     """Refuse to serve other machines in open mode."""
-    database = Database(settings.database_url)
-    if database.path.exists():
+    database = database_at(settings.database_url)
+    if database.exists():
         database.open(make=True)
         ledger = Ledger(database)
         open_mode = Callers(ledger, settings).open_mode
@@ -3826,8 +4208,10 @@ def run_check(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def run_backup(settings: Settings, options: argparse.Namespace) -> int:
-    """Copy the ledger into a new file while it is in use."""
-    database = existing(settings)
+    """Copy the ledger's file into a new one while it is in use, of whatever version it is."""
+    database = existing(settings, oldest=1)
+    if not isinstance(database, SqliteDatabase):
+        raise StartRefused(f"{database.name} is no file: back it up with pg_dump")
     target: Path = options.file
     try:
         target.open("x").close()
@@ -3839,7 +4223,7 @@ def run_backup(settings: Settings, options: argparse.Namespace) -> int:
         target.unlink()
         raise
     database.close()
-    print(f"copied {database.path} to {target}")
+    print(f"copied {database.name} to {target}")
     return 0
 
 
@@ -3854,12 +4238,12 @@ def copy_into(database: Database, target: Path) -> None:
 
 def run_seed(settings: Settings, options: argparse.Namespace) -> int:
     """Open the first accounts and wallets that are missing: the demo or PRELOAD_ACCOUNTS."""
-    database = Database(settings.database_url)
+    database = database_at(settings.database_url)
     database.open(make=True)
     ledger = Ledger(database)
     seed(ledger, settings, FACES, caller="cli", demo=True)
     ledger.close()
-    print(f"the first accounts and wallets are in {database.path}")
+    print(f"the first accounts and wallets are in {database.name}")
     return 0
 
 
@@ -3867,20 +4251,21 @@ def run_key_add(settings: Settings, options: argparse.Namespace) -> int:
     """Make an API key, and print it this once: what is stored is its hash."""
     if not is_name(options.name):
         raise StartRefused("the name must be 1 to 200 printable characters")
-    database = Database(settings.database_url)
+    database = database_at(settings.database_url)
     database.open(make=True)
     key, prefix = new_api_key()
     details = {"name": options.name, "role": options.role, "prefix": prefix}
     row = details | {"hash": key_hash(key.encode())}
-    administer(database, "add_key", details, partial(insert_key, row=row))
+    run_change(database, "add_key", details, partial(insert_key, row=row))
     print(key)
+    print(f"key {options.name!r} is in {database.name}, and shown this once", file=sys.stderr)
     return 0
 
 
 def run_key_revoke(settings: Settings, options: argparse.Namespace) -> int:
     """End an API key: running servers refuse it within a second."""
     database, name = existing(settings), options.name
-    administer(database, "revoke_key", {"name": name}, partial(revoke_key, name=name))
+    run_change(database, "revoke_key", {"name": name}, partial(revoke_key, name=name))
     print(f"revoked {name}")
     return 0
 
@@ -3899,7 +4284,7 @@ def run_key_list(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
-def administer(
+def run_change(
     database: Database,
     action: str,
     details: Mapping[str, str],
@@ -3911,10 +4296,10 @@ def administer(
     ledger.close()
 
 
-def existing(settings: Settings) -> Database:
+def existing(settings: Settings, *, oldest: int = SCHEMA_VERSION) -> Database:
     """Open a ledger that is there; a command never makes one by mistake."""
-    database = Database(settings.database_url)
-    database.open(make=False)
+    database = database_at(settings.database_url)
+    database.open(make=False, oldest=oldest)
     return database
 
 

@@ -11,6 +11,7 @@ import base64
 import hmac
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -311,11 +312,11 @@ def test_a_port_is_a_number(port: str) -> None:
     "url",
     ["", "ledger.db", "mysql://x/y", "sqlite://", "sqlite:///:memory:", "sqlite:///file:x?uri=1",
      "sqlite://host/x.db", "sqlite://u:p@/x.db", "sqlite+aiosqlite:///x.db", "sqlite+nope:///x.db",
-     "postgresql://h:abc/db", "oracle://[::1", "sqlite:///\0.db"],
+     "postgresql://h/db?nope=1", "oracle://[::1", "sqlite:///\0.db"],
 )  # fmt: skip
 def test_a_url_that_is_no_file_stops_the_start(url: str) -> None:
     with pytest.raises(ledger.StartRefused, match="the database"):
-        ledger.Database(url)
+        ledger.database_at(url)
 
 
 def test_importing_the_module_has_no_effect(tmp_path: Path) -> None:
@@ -550,6 +551,10 @@ def test_a_ledger_of_the_first_version_is_brought_up(
         connection.executescript(FIRST_VERSION)
     assert ledger.main(["check", "--database-url", f"sqlite:///{database}"]) == 1
     assert "has schema version 1: start the server once" in capsys.readouterr().err
+    copy = str(tmp_path / "copy.db")
+    assert ledger.main(["backup", copy, "--database-url", f"sqlite:///{database}"]) == 0
+    with closing(sqlite3.connect(copy)) as connection:
+        assert connection.execute("SELECT version FROM schema_version").fetchall() == [(1,)]
     with opened(database, ledger.FACES) as bank:
         assert "the ledger was brought up to schema version 2" in caplog.text
         assert bank.wrong() == []
@@ -1007,6 +1012,30 @@ def test_an_account_goes_from_state_to_state(bank: BankInside, state: str, step:
     assert bank.wrong() == []
 
 
+def test_a_cashback_of_nothing_keeps_no_account_open(bank: BankInside) -> None:
+    bank.given(alice=10)
+    bank.post("/payments", key="k", account_id=bank.ids["alice"], amount=10)
+    assert bank.turn("alice", "close").json()["status"] == "CLOSED"
+    pass_time(bank, DAY)
+    assert bank.wrong() == []
+
+
+def test_a_cashback_and_a_close_in_one_batch_respect_each_other(bank: BankInside) -> None:
+    bank.given(alice=100)
+    bank.post("/payments", key="k", account_id=bank.ids["alice"], amount=100)
+    now = bank.ledger.clock() + DAY
+    [due] = bank.ledger.due_cashbacks("SERVER", now, (-1, ""))
+    ref = bank.ids["alice"]
+
+    def run(word: Any, **arguments: Any) -> ledger.Command:
+        return ledger.internal(word, [ref], ref=ref, **arguments)
+
+    commands = [ledger.cashback_command(due), run(ledger.withdraw, amount=2), run(ledger.close)]
+    assert [answer.status for answer in bank.ledger.commit(commands)] == [200, 200, 200]
+    assert bank.get(f"/accounts/{ref}").json()["status"] == "CLOSED"
+    assert bank.wrong() == []
+
+
 def test_only_an_empty_account_can_be_closed(bank: BankInside) -> None:
     bank.given(alice=100)
     refused = bank.turn("alice", "close")
@@ -1386,7 +1415,7 @@ def test_open_mode_refuses_two_hosts(bank: BankInside) -> None:
     assert code(bank.send("GET", "/accounts", headers=headers)) == (403, "forbidden")
 
 
-@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "x-forwarded-proto"])
+@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "x-forwarded", "Via"])
 def test_open_mode_refuses_a_proxy(bank: BankInside, header: str) -> None:
     assert code(bank.send("GET", "/accounts", headers={header: "x"})) == (403, "forbidden")
 
@@ -1396,6 +1425,8 @@ def test_open_mode_refuses_a_page_of_another_site(bank: BankInside, origin: str)
     bank.given(alice=0)
     path = f"/accounts/{bank.ids['alice']}/freeze"
     assert code(bank.send("POST", path, headers={"Origin": origin})) == (403, "forbidden")
+    elsewhere = {"Sec-Fetch-Site": "cross-site"}
+    assert code(bank.send("GET", "/accounts", headers=elsewhere)) == (403, "forbidden")
     own = {"Origin": "http://127.0.0.1:8000"}
     assert bank.send("POST", path, headers=own).status_code == 200
 
@@ -1553,6 +1584,7 @@ def test_a_token_says_who_calls_and_as_what(closed: BankInside) -> None:
     ("environment", "reason"),
     [
         ({"LEDGER_JWT_SECRET": "x" * 31}, "LEDGER_JWT_SECRET must have 32 bytes or more"),
+        ({"LEDGER_JWT_SECRET": "ssh-rsa " + "x" * 32}, "LEDGER_JWT_SECRET cannot be used"),
         ({"LEDGER_ADMIN_KEY": "with a blank"}, "LEDGER_ADMIN_KEY must be visible ASCII"),
         ({"LEDGER_ADMIN_KEY": "schl\u00fcssel"}, "LEDGER_ADMIN_KEY must be visible ASCII"),
     ],
@@ -1577,6 +1609,7 @@ def test_the_name_of_a_key_is_used_once(
     new_api_key(bank.database, "a", "admin")
     key_command(bank.database, "revoke", "a")
     url = f"sqlite:///{bank.database}"
+    capsys.readouterr()
     assert ledger.main(["key", *arguments, "--database-url", url]) == 1
     assert capsys.readouterr().err.startswith("ledger: there is ")
     assert callers(bank) == ["cli", "cli"]
@@ -1587,6 +1620,31 @@ def test_a_key_can_be_made_before_the_first_start(tmp_path: Path) -> None:
     with opened(tmp_path / "ledger.db", ledger.FACES) as bank:
         assert code(bank.get("/accounts")) == (401, "unauthorized")
         assert bank.by(key).get("/atm/").json()["sample_accounts"] == {}
+
+
+def test_a_new_key_is_told_where_it_is(tmp_path: Path) -> None:
+    made = run("key", "add", "--name", "a", "--role", "admin", "--database-url",
+               f"sqlite:///{tmp_path}/ledger.db")  # fmt: skip
+    assert re.fullmatch("lk_[0-9a-f]{8}_[A-Za-z0-9_-]{43}\n", made.stdout)
+    assert made.stderr == f"key 'a' is in {tmp_path}/ledger.db, and shown this once\n"
+
+
+def test_a_request_is_no_older_than_its_key(tmp_path: Path) -> None:
+    with serving(tmp_path / "ledger.db") as server:
+        key = new_api_key(tmp_path / "ledger.db", "a", "admin")
+        body = b'{"owner_name": "late"}'
+        head = (
+            f"POST /accounts HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        url = httpx.URL(server.said[0].split()[-1])
+        with socket.create_connection((url.host, url.port or 0)) as slow:
+            slow.sendall(head.encode() + body[:5])
+            key_command(tmp_path / "ledger.db", "revoke", "a")
+            wait_until(lambda: server.bank.by(key).get("/accounts").status_code == 401)
+            time.sleep(ledger.KEYS_AGE_SECONDS_MAX)
+            slow.sendall(body[5:])
+            assert slow.recv(99).startswith(b"HTTP/1.1 401")
 
 
 def test_open_mode_ends_for_ever_with_the_first_key(bank: BankInside) -> None:
@@ -1614,7 +1672,9 @@ def test_other_machines_are_served_with_keys_alone(tmp_path: Path) -> None:
         with pytest.raises(ledger.StartRefused, match="serves this machine alone"):
             ledger.require_keys(settings)
         assert (tmp_path / "ledger.db").exists() == made
-        ledger.Database(settings.database_url).open(make=True)
+        ledger.database_at(settings.database_url).open(make=True)
+    elsewhere = ledger.Settings(f"sqlite:///{tmp_path}/new.db", admin_key=ADMIN_KEY)
+    ledger.require_keys(elsewhere)
     ledger.require_keys(replace(settings, admin_key=ADMIN_KEY))
     ledger.require_keys(replace(settings, jwt_secret=SECRET))
     new_api_key(tmp_path / "ledger.db", "a", "auditor")
@@ -2267,6 +2327,10 @@ HEAD = b"Host: localhost\r\nIdempotency-Key: k\r\nContent-Type: application/json
         (b"POST /transfers HTTP/1.1\r\n" + HEAD + b"Content-Length: 99999999999\r\n\r\n", b"413"),
         (b"POST /transfers HTTP/1.1\r\n" + HEAD + b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
          b"Content-Length: 31\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
+        (b"GET /accounts HTTP/1.1\r\n" + HEAD + b"Connection: Upgrade\r\nUpgrade: x\r\n"
+         b"Content-Length: 31\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"200"),
+        (b"POST /accounts HTTP/1.1\r\n" + HEAD + b"Content-Length: " + b"0" * 5_000
+         + b"2\r\n\r\n{}", b"422"),
         (b"GET /accounts/\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", b"4"),
         (b"GET /accounts HTTP/1.1\r\n\r\n", b"403"),
         (b"GET /accounts?owner_name=%ff%00 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"422"),
@@ -3143,6 +3207,19 @@ def test_the_log_is_written_as_lines_of_json(tmp_path: Path) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", lines[0]["ts"])
 
 
+def test_the_log_takes_what_the_program_says_until_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    said, log = io.StringIO(), ledger.Log()
+    with suppress(ZeroDivisionError), log.written_to(said):
+        logging.getLogger("ledger").warning("half of a pair: %s", "\ud800")
+        assert 1 / 0
+    assert logging.root.handlers == []
+    line = json.loads(said.getvalue())
+    assert (line["level"], line["message"]) == ("WARNING", "half of a pair: \\ud800")
+
+
 def test_a_log_that_nobody_reads_stops_nobody() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -3175,7 +3252,7 @@ def test_no_secret_is_ever_told(tmp_path: Path) -> None:
     assert log.count("\n") > 400
     for secret in (key[12:], ADMIN_KEY, SECRET, app.split(".")[2], ledger.key_hash(key.encode())):
         assert secret not in told + log
-    for private in (name, "77777"):
+    for private in (name, "91827364550"):
         assert private in told
         assert private not in log
 
@@ -3183,13 +3260,13 @@ def test_no_secret_is_ever_told(tmp_path: Path) -> None:
 def every_request(bank: Bank, name: str) -> str:
     """Send something to each route, and return all that is answered."""
     told = ""
-    body = {"owner_name": name, "account_id": name, "external_user_id": name, "amount": 77777}
+    body = {"owner_name": name, "account_id": name, "external_user_id": name, "amount": 91827364550}
     opened = bank.post("/accounts", owner_name=name)
     bank.ids[name] = opened.json().get("id", NOBODY)
-    told += bank.deposit(name, 77777).text
+    told += bank.deposit(name, 91827364550).text
     for method, template in MATRIX:
         path = re.sub("{[a-z_]+}", bank.ids[name], template)
-        for content in (body, {"amount": 77777, "owner_name": name}, [name], {}):
+        for content in (body, {"amount": 91827364550, "owner_name": name}, [name], {}):
             headers = {"Idempotency-Key": new_key(), "X-Request-ID": "x y"}
             sent = {} if method == "GET" else {"json": content}
             answer = bank.send(method, path, headers=headers, params={"cursor": name}, **sent)
