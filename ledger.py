@@ -77,7 +77,14 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
@@ -126,6 +133,7 @@ from sqlalchemy import (
     CheckConstraint,
     Connection,
     Engine,
+    ForeignKey,
     Index,
     Integer,
     Row,
@@ -717,13 +725,14 @@ class Database:
                 yield connection
         except PoolTimeoutError as error:
             raise DatabaseBusy("Too much is under way: try again") from error
-        except DBAPIError as error:
-            refusal = self.named_error(error)
+        except (DBAPIError, psycopg.Error) as error:
+            cause = error.orig if isinstance(error, DBAPIError) else error
+            refusal = self.named_error(cause)
             if not isinstance(refusal, DatabaseBusy):
-                log.error("the database refused: %s", error.orig)
-            raise refusal from error.orig
+                log.error("the database refused: %s", cause)
+            raise refusal from cause
 
-    def named_error(self, error: DBAPIError) -> LedgerError:
+    def named_error(self, error: BaseException | None) -> LedgerError:
         """Return the ledger's error for one of the engine's."""
         raise NotImplementedError
 
@@ -744,6 +753,10 @@ class Database:
     ) -> None:
         """Update some columns of the rows that have these ids."""
         raise NotImplementedError
+
+    def pipeline(self, connection: Connection) -> AbstractContextManager[Any]:
+        """Send the statements of a block without waiting for each; their errors come at its end."""
+        return nullcontext()
 
     def lock_schema(self, connection: Connection) -> None:
         """Let nobody else make or change the schema until the write has ended."""
@@ -808,9 +821,9 @@ class SqliteDatabase(Database):
         with super().begin(engine) as connection:
             yield connection
 
-    def named_error(self, error: DBAPIError) -> LedgerError:
+    def named_error(self, error: BaseException | None) -> LedgerError:
         """Return the ledger's error for one of SQLite's."""
-        code = getattr(error.orig, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return DatabaseBusy("The database is in use: try again")
         if code == sqlite3.SQLITE_FULL:
@@ -858,23 +871,22 @@ class PostgresDatabase(Database):
             READERS_MAX * 2, isolation_level="REPEATABLE READ", postgresql_readonly=True
         )
 
-    def named_error(self, error: DBAPIError) -> LedgerError:
+    def named_error(self, error: BaseException | None) -> LedgerError:
         """Return the ledger's error for one of PostgreSQL's, by its SQLSTATE."""
-        state = getattr(error.orig, "sqlstate", None) or ""
+        state = getattr(error, "sqlstate", None) or ""
         if state in CONFLICTS:
             return DatabaseConflict("The database is in use: try again")
         if state in BUSY_STATES:
             return DatabaseBusy("The database is in use: try again")
         if state == DISK_FULL:
             return StorageFull("The disk is full, and nothing was done")
-        lost = isinstance(error.orig, psycopg.OperationalError) and not state
-        if lost or error.connection_invalidated or state.startswith(("08", "57")):
-            # It may have committed: the key will tell.
-            return DatabaseUnavailable("The database was not reached: try again")
         if state == READ_ONLY:
-            # The server became a standby, and the next connection may find its successor.
+            # The server became a standby, and a new connection may find its successor.
             self.close()
-            return DatabaseUnavailable("The database cannot be written to now: try again")
+        lost = not state and isinstance(error, psycopg.OperationalError)
+        if lost or state == READ_ONLY or state.startswith(("08", "57")):
+            # It may have committed before it was lost: the key will tell.
+            return DatabaseUnavailable("The database cannot be reached: try again")
         return DatabaseRefused("The database does not do this now: try again")
 
     def is_among(self, column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
@@ -890,7 +902,7 @@ class PostgresDatabase(Database):
         columns = ", ".join(rows[0])
         source = f'json_populate_recordset(NULL::"{table}", %(rows)s)'
         statement = f'INSERT INTO "{table}" ({columns}) SELECT {columns} FROM {source}'  # noqa: S608
-        connection.exec_driver_sql(statement, {"rows": json.dumps(rows)})
+        driver_of(connection).execute(statement, {"rows": json.dumps(rows)})
 
     def update_all(
         self, connection: Connection, table: Table, columns: Sequence[str], rows: Sequence[Any]
@@ -899,7 +911,11 @@ class PostgresDatabase(Database):
         changes = ", ".join(f"{name} = new.{name}" for name in columns)
         source = f"json_populate_recordset(NULL::{table}, %(rows)s) AS new"
         statement = f"UPDATE {table} SET {changes} FROM {source} WHERE {table}.id = new.id"  # noqa: S608
-        connection.exec_driver_sql(statement, {"rows": json.dumps(rows)})
+        driver_of(connection).execute(statement, {"rows": json.dumps(rows)})
+
+    def pipeline(self, connection: Connection) -> AbstractContextManager[Any]:
+        """Save a way to the server, and a wait for the interpreter, for each statement."""
+        return driver_of(connection).pipeline()
 
     def lock_schema(self, connection: Connection) -> None:
         """Let one server at a time make or change the schema."""
@@ -952,6 +968,13 @@ BUSY_STATES = ("55P03", "57014", "53300")
 DISK_FULL = "53100"
 READ_ONLY = "25006"
 SCHEMA_LOCK = 0x6C65646765720A
+
+
+def driver_of(connection: Connection) -> psycopg.Connection[Any]:
+    """Return psycopg's own connection, which sends without waiting for an answer."""
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, psycopg.Connection)  # noqa: S101
+    return driver
 
 
 def one_line(error: BaseException) -> str:
@@ -1452,6 +1475,11 @@ class Command:
         return f"{caller}|{self.operation}|{self.key}"
 
     @property
+    def claims(self) -> set[object]:
+        """Return what two batches under way may not share, or one would wait for the other."""
+        return set[object](self.accounts) | {self.word.system_account, self.stored_key} - {None}
+
+    @property
     def fingerprint(self) -> str:
         """Return what tells other arguments from the same."""
         return hashlib.sha256(self.arguments.encode()).hexdigest()
@@ -1475,7 +1503,9 @@ class Ledger:
         self.database = database
         self.clock = clock
         self._pending: dict[asyncio.AbstractEventLoop, list[Pending]] = {}
-        self._under_way: Counter[asyncio.AbstractEventLoop] = Counter()
+        self._called: set[asyncio.AbstractEventLoop] = set()
+        self._under_way: defaultdict[asyncio.AbstractEventLoop, list[int]] = defaultdict(list)
+        self._claimed: set[object] = set()
         # One fewer than there are connections to read with, so that the loop never waits.
         self._readers = ThreadPoolExecutor(READERS_MAX - 1, "reader")
         self._lookers = ThreadPoolExecutor(READERS_MAX, "looker")
@@ -1491,11 +1521,13 @@ class Ledger:
         """Have a command done in the next batch; return its answer after the commit."""
         loop = asyncio.get_running_loop()
         pending = Pending(command, loop.create_future(), loop.time() + BUSY_SECONDS_MAX)
-        waiting = self._pending.setdefault(loop, [])
-        waiting.append(pending)
-        if len(waiting) == 1:
+        self._pending.setdefault(loop, []).append(pending)
+        if loop not in self._called:
+            self._called.add(loop)
             # One turn later, so that all that this turn of the loop reads joins the batch.
             loop.call_soon(loop.call_soon, self._flush, loop)
+        if not self.database.writers_max:
+            return await pending.answer
         return await self._in_time(pending.answer)
 
     def settle(self, commands: Sequence[Command]) -> list[Outcome]:
@@ -1529,7 +1561,8 @@ class Ledger:
             to_come = self._statements.count_cashbacks(connection, commands)
             book = Book(accounts, self.clock(), self._new_id, cashbacks, to_come)
             answers = [perform(command, book, known) for command in commands]
-            self._statements.save(connection, book)
+            with self.database.pipeline(connection):
+                self._statements.save(connection, book)
         return answers
 
     def administer(
@@ -1573,8 +1606,6 @@ class Ledger:
 
     async def _in_time(self, answer: "asyncio.Future[R]") -> R:
         """Wait for an answer, but not for ever on a server that says nothing."""
-        if not self.database.writers_max:
-            return await answer
         try:
             async with asyncio.timeout(ANSWER_SECONDS_MAX):
                 return await answer
@@ -1582,24 +1613,51 @@ class Ledger:
             raise DatabaseUnavailable("The database does not answer: try again") from None
 
     def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Write all that waits: inline into a library, in a thread that is free to a server."""
+        """Write all that waits: inline into a library, in a thread to a server."""
+        self._called.discard(loop)
         if not self.database.writers_max:
-            batch = self._pending.pop(loop)
+            batch = self._pending.pop(loop, [])
             self._answer(loop, batch, self.settle([pending.command for pending in batch]))
-        elif self._under_way[loop] < self.database.writers_max and loop in self._pending:
-            batch = self._pending.pop(loop)
-            self._under_way[loop] += 1
+        elif self._may_write(loop) and (batch := self._take(loop)):
             commands = [pending.command for pending in batch]
+            claims = set[object]().union(*(command.claims for command in commands))
+            self._under_way[loop].append(len(batch))
+            self._claimed |= claims
             writing = loop.run_in_executor(self._writers, self.settle, commands)
-            writing.add_done_callback(partial(self._written, loop, batch))
+            writing.add_done_callback(partial(self._written, loop, batch, claims))
+
+    def _may_write(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Tell whether a batch would be no smaller than those under way: large ones cost less."""
+        sizes, waiting = self._under_way[loop], len(self._pending.get(loop, ()))
+        return len(sizes) < self.database.writers_max and waiting >= max(sizes, default=1)
+
+    def _take(self, loop: asyncio.AbstractEventLoop) -> list[Pending]:
+        """Return all that waits, but for what must wait for a batch under way.
+
+        Whatever claims the same as a command that waits on must wait as well, so that each
+        account is served in turn.
+        """
+        taken, waiting, claimed = [], [], set(self._claimed)
+        for pending in self._pending.pop(loop, ()):
+            claims = pending.command.claims
+            if claimed.isdisjoint(claims):
+                taken.append(pending)
+            else:
+                waiting.append(pending)
+                claimed |= claims
+        if waiting:
+            self._pending[loop] = waiting
+        return taken
 
     def _written(
         self,
         loop: asyncio.AbstractEventLoop,
         batch: Sequence[Pending],
+        claims: set[object],
         writing: "asyncio.Future[list[Outcome]]",
     ) -> None:
-        self._under_way[loop] -= 1
+        self._under_way[loop].remove(len(batch))
+        self._claimed -= claims
         self._answer(loop, batch, writing.result())
         self._flush(loop)
 
@@ -2263,13 +2321,25 @@ def check(connection: Connection) -> Iterator[Finding]:
 
 
 def check_storage(connection: Connection) -> Finding:
-    """Verify the file, the constraints and the references, in the engine's own way."""
-    damage = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar_one()
-    wrong = None if damage == "ok" else str(damage)
-    lost = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
-    if lost is not None:
-        wrong = f"table {lost[0]}: a row refers to a missing row of {lost[2]}"
+    """Verify the file and its constraints in SQLite's own way, and all references."""
+    wrong = None
+    for table in TABLES.values():
+        for reference in table.foreign_keys:
+            wrong = wrong or lost_reference(connection, reference)
+    if connection.dialect.name == "sqlite":
+        damage = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar_one()
+        wrong = wrong if damage == "ok" else str(damage)
     return Finding("pages, constraints and references are sound", len(TABLES), wrong)
+
+
+def lost_reference(connection: Connection, reference: ForeignKey) -> str | None:
+    """Return where a row refers to one that is missing."""
+    here, there = reference.parent, reference.column
+    known = sa.exists().where(there == here)
+    lost = select(here).where(here.is_not(None), ~known).limit(1)
+    if connection.execute(lost).first() is None:
+        return None
+    return f"table {here.table}: a row refers to a missing row of {there.table}"
 
 
 def check_transactions(connection: Connection) -> Finding:
@@ -2331,16 +2401,78 @@ def wrong_in_account(lines: Iterable[Row[Any]]) -> str | None:
 
 def check_schema(connection: Connection) -> Finding:
     """Verify tables, constraints and triggers: they are what keeps written rows as they are."""
-    query = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"
-    found = {tuple(row) for row in connection.exec_driver_sql(query)}
-    fresh = create_engine("sqlite://")
-    with fresh.begin() as new:
-        create_schema(new)
-        expected = {tuple(row) for row in new.exec_driver_sql(query)}
-    fresh.dispose()
+    found, expected = stored_schema(connection), expected_schema(connection.dialect.name)
     differing = sorted(name for name, _ in found ^ expected)
     wrong = f"{differing[0]} is not as it was made" if differing else None
     return Finding("tables, constraints and triggers are as they were made", len(expected), wrong)
+
+
+Schema = set[tuple[str, str]]
+"""The name and the description of whatever a schema is made of."""
+
+
+def stored_schema(connection: Connection) -> Schema:
+    """Return what the database says about its own schema."""
+    if connection.dialect.name == "sqlite":
+        query = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"
+        return {tuple(row) for row in connection.exec_driver_sql(query)}
+    rows = connection.exec_driver_sql(POSTGRES_SCHEMA).all()
+    return {(name, text.replace('"', "")) for name, text in rows}
+
+
+def expected_schema(dialect: str) -> Schema:
+    """Return what a database should say that this program made."""
+    if dialect == "sqlite":
+        fresh = create_engine("sqlite://")
+        with fresh.begin() as connection:
+            create_schema(connection)
+            return stored_schema(connection)
+    schema = {(table.name, described(table)) for table in TABLES.values()}
+    schema |= {(str(index.name), "") for table in TABLES.values() for index in table.indexes}
+    for trigger in TRIGGERS:
+        for statement in trigger_statements(dialect, trigger)[1:]:
+            text = statement.replace('"', "") + " O " + trigger_body(trigger).replace('"', "")
+            schema.add((statement.split()[2], text))
+    return schema
+
+
+def described(table: Table) -> str:
+    """Return a table's columns and kinds of constraints as POSTGRES_SCHEMA words them."""
+    columns = [
+        f"{c.name} {'text' if c.type is PlainText else 'bigint'} {'f' if c.nullable else 't'}"
+        for c in sorted(table.columns, key=attrgetter("name"))
+    ]
+    kinds = [KINDS[type(constraint)] for constraint in table.constraints]
+    return f"{', '.join(columns)} {''.join(sorted(kinds))}"
+
+
+KINDS: dict[type, str] = {
+    sa.CheckConstraint: "c",
+    sa.ForeignKeyConstraint: "f",
+    sa.PrimaryKeyConstraint: "p",
+    sa.UniqueConstraint: "u",
+}
+POSTGRES_SCHEMA = """
+    SELECT relname::text, (
+        SELECT string_agg(concat_ws(' ', attname, format_type(atttypid, atttypmod), attnotnull),
+            ', ' ORDER BY attname COLLATE "C")
+        FROM pg_attribute WHERE attrelid = pg_class.oid AND attnum > 0 AND NOT attisdropped
+    ) || ' ' || (
+        SELECT string_agg(contype::text, '' ORDER BY contype)
+        FROM pg_constraint WHERE conrelid = pg_class.oid AND convalidated AND contype <> 'n'
+    )
+    FROM pg_class WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace
+    UNION ALL
+    SELECT indexrelid::regclass::text, '' FROM pg_index
+    JOIN pg_class ON pg_class.oid = indrelid AND relnamespace = current_schema()::regnamespace
+    WHERE indisvalid AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)
+    UNION ALL
+    SELECT tgname::text, concat_ws(' ', replace(pg_get_triggerdef(pg_trigger.oid),
+        quote_ident(current_schema()) || '.', ''), tgenabled, prosrc)
+    FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
+    JOIN pg_class ON pg_class.oid = tgrelid AND relnamespace = current_schema()::regnamespace
+    WHERE NOT tgisinternal
+"""
 
 
 def check_audit(connection: Connection) -> Finding:
@@ -2476,13 +2608,17 @@ TOKEN_EXP_MAX = 253_402_300_800
 
 def credential_of(request: Request) -> bytes:
     """Return the one key or token that a request brings, or raise Unauthorized."""
-    given = [value for name, value in request.headers.raw if name == b"x-api-key"]
-    for value in (value for name, value in request.headers.raw if name == b"authorization"):
-        scheme, _, credential = value.partition(b" ")
-        given.append(credential if scheme.lower() == b"bearer" else b"")
-    if len(given) != 1 or not given[0].strip():
+    given = [header for header in request.headers.raw if header[0] in CREDENTIAL_HEADERS]
+    name, credential = given[0] if len(given) == 1 else (b"", b"")
+    if name == b"authorization":
+        scheme, _, credential = credential.partition(b" ")
+        credential = credential if scheme.lower() == b"bearer" else b""
+    if not credential.strip():
         raise Unauthorized("Send one key or token: X-API-Key, or Authorization: Bearer")
-    return given[0].strip()
+    return credential.strip()
+
+
+CREDENTIAL_HEADERS = {b"x-api-key", b"authorization"}
 
 
 def is_name(given: object) -> bool:
@@ -3923,11 +4059,10 @@ def post_spend(book: ServiceBook, user: str, body: WalletMovement) -> WalletMove
 # token, a name or an amount.
 
 
-def request_id_of(scope: Scope) -> str:
+def request_id_of(given: bytes) -> str:
     """Return the X-Request-ID that the caller chose, if it is a sane one, or a new one."""
-    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
-    sane = len(given) == 1 and re.fullmatch(rb"[\w.:-]{1,128}", given[0])
-    return given[0].decode() if sane else secrets.token_hex(16)
+    sane = re.fullmatch(rb"[\w.:-]{1,128}", given)
+    return given.decode() if sane else secrets.token_hex(16)
 
 
 def request_line(scope: Scope, status: int, seconds: float, request_id: str) -> dict[str, Any]:
@@ -4017,9 +4152,10 @@ class LedgerApp(FastAPI):
             await super().__call__(scope, receive, send)
             return
         # The status stays 0 where the answer is given up, at the end of the server.
-        began, status, request_id = time.perf_counter(), 0, request_id_of(scope)
+        began, status, given = time.perf_counter(), 0, dict(scope["headers"])
+        request_id = request_id_of(given.get(b"x-request-id", b""))
         headers = [*SECURITY_HEADERS, (b"x-request-id", request_id.encode())]
-        if any(name == b"upgrade" for name, _ in scope["headers"]):
+        if b"upgrade" in given:
             # The HTTP parser takes the body of such a request for the next one.
             headers.append((b"connection", b"close"))
 
