@@ -715,7 +715,11 @@ class Database:
                 missing = f"has schema version {version}: start the server once" if version else ""
                 raise StartRefused(f"{self.name} {missing or 'is empty'}")
         except LedgerError as error:
+            self.close()
             raise StartRefused(f"cannot open {self.name}: {one_line(error)}") from error
+        except StartRefused:
+            self.close()
+            raise
 
     @contextmanager
     def begin(self, engine: Engine) -> Iterator[Connection]:
@@ -1505,7 +1509,7 @@ class Ledger:
         self._pending: dict[asyncio.AbstractEventLoop, list[Pending]] = {}
         self._called: set[asyncio.AbstractEventLoop] = set()
         self._under_way: defaultdict[asyncio.AbstractEventLoop, list[int]] = defaultdict(list)
-        self._claimed: set[object] = set()
+        self._claimed: defaultdict[asyncio.AbstractEventLoop, set[object]] = defaultdict(set)
         # One fewer than there are connections to read with, so that the loop never waits.
         self._readers = ThreadPoolExecutor(READERS_MAX - 1, "reader")
         self._lookers = ThreadPoolExecutor(READERS_MAX, "looker")
@@ -1622,7 +1626,7 @@ class Ledger:
             commands = [pending.command for pending in batch]
             claims = set[object]().union(*(command.claims for command in commands))
             self._under_way[loop].append(len(batch))
-            self._claimed |= claims
+            self._claimed[loop] |= claims
             writing = loop.run_in_executor(self._writers, self.settle, commands)
             writing.add_done_callback(partial(self._written, loop, batch, claims))
 
@@ -1637,7 +1641,7 @@ class Ledger:
         Whatever claims the same as a command that waits on must wait as well, so that each
         account is served in turn.
         """
-        taken, waiting, claimed = [], [], set(self._claimed)
+        taken, waiting, claimed = [], [], set(self._claimed[loop])
         for pending in self._pending.pop(loop, ()):
             claims = pending.command.claims
             if claimed.isdisjoint(claims):
@@ -1657,7 +1661,7 @@ class Ledger:
         writing: "asyncio.Future[list[Outcome]]",
     ) -> None:
         self._under_way[loop].remove(len(batch))
-        self._claimed -= claims
+        self._claimed[loop] -= claims
         self._answer(loop, batch, writing.result())
         self._flush(loop)
 
@@ -4205,7 +4209,11 @@ def create_app(settings: Settings, faces: Sequence[Face] = FACES) -> FastAPI:
     callers = app.state.callers = Callers(ledger, settings)
     with ledger.read() as connection:
         is_new = connection.execute(select(AUDIT.c.id).limit(1)).first() is None
-    seed(ledger, settings, faces, caller="system", demo=is_new and callers.open_mode)
+    try:
+        seed(ledger, settings, faces, caller="system", demo=is_new and callers.open_mode)
+    except BaseException:
+        ledger.close()
+        raise
     # In front of the documentation's routes, because every request tries them in their order.
     app.router.routes[:0] = [route for face in faces for route in face.routes]
     return app
@@ -4345,9 +4353,10 @@ def run_check(settings: Settings, options: argparse.Namespace) -> int:
 
 def run_backup(settings: Settings, options: argparse.Namespace) -> int:
     """Copy the ledger's file into a new one while it is in use, of whatever version it is."""
-    database = existing(settings, oldest=1)
+    database = database_at(settings.database_url)
     if not isinstance(database, SqliteDatabase):
         raise StartRefused(f"{database.name} is no file: back it up with pg_dump")
+    database.open(make=False, oldest=1)
     target: Path = options.file
     try:
         target.open("x").close()
@@ -4428,14 +4437,16 @@ def run_change(
 ) -> None:
     """Do what the operator asks for, with its audit event in the same commit."""
     ledger = Ledger(database)
-    patiently(lambda: ledger.administer(action, details, change))
-    ledger.close()
+    try:
+        patiently(lambda: ledger.administer(action, details, change))
+    finally:
+        ledger.close()
 
 
-def existing(settings: Settings, *, oldest: int = SCHEMA_VERSION) -> Database:
+def existing(settings: Settings) -> Database:
     """Open a ledger that is there; a command never makes one by mistake."""
     database = database_at(settings.database_url)
-    database.open(make=False, oldest=oldest)
+    database.open(make=False)
     return database
 
 
