@@ -3,6 +3,7 @@
     python ledger.py            serve on http://127.0.0.1:8000, on the file ./ledger.db
     python ledger.py check      verify the invariants against all stored rows
     python ledger.py backup F   copy the ledger into the new file F while the server runs
+    python ledger.py copy --from URL --to URL     move a ledger between SQLite and PostgreSQL
     python ledger.py seed       open the demo accounts and wallets that are missing
     python ledger.py key add --name N --role R    make an API key (and: key list, key revoke N)
     uvicorn ledger:app          serve the same application
@@ -4338,10 +4339,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run_check(settings: Settings, options: argparse.Namespace) -> int:
     """Print what each check counted and the first row that is wrong; return 1 if any is."""
-    database = existing(settings)
-    with database.begin(database.reader) as connection:
+    with (
+        closing(existing(settings)) as database,
+        database.begin(database.reader) as connection,
+    ):
         findings = list(check(connection))
-    database.close()
     for finding in findings:
         print(
             f"{'WRONG' if finding.wrong else 'ok':5}  {finding.row_count:>9,}  {finding.invariant}"
@@ -4381,6 +4383,58 @@ def copy_into(database: Database, target: Path) -> None:
         copy.execute("PRAGMA journal_mode = DELETE")
 
 
+def run_ledger_copy(settings: Settings, options: argparse.Namespace) -> int:
+    """Copy a whole ledger into an empty database of either engine, and check it there."""
+    with (
+        closing(database_at(options.source)) as source,
+        closing(database_at(options.target)) as target,
+    ):
+        source.open(make=False)
+        counts = copy_all(source, target)
+    print(f"copied {source.name} to {target.name}, and checked it there:")
+    for name, count in counts.items():
+        print(f"{count:>12,}  {name}")
+    return 0
+
+
+def copy_all(source: Database, target: Database) -> dict[str, int]:
+    """Copy all tables in one write, and return how many rows each has."""
+    with source.begin(source.reader) as old, target.begin(target.writer) as new:
+        target.lock_schema(new)
+        if stored_version(new):
+            raise StartRefused(f"{target.name} is not empty")
+        SQLModel.metadata.create_all(new)
+        counts = {table.name: copy_rows(old, new, table, target) for table in copied_tables()}
+        # Not before, because they would refuse what frozen and closed accounts once did.
+        create_triggers(new, TRIGGERS)
+        wrong = [finding.wrong for finding in check(new) if finding.wrong]
+        if wrong:
+            raise StartRefused(f"nothing was copied: {wrong[0]}")
+    return counts
+
+
+def copied_tables() -> list[Table]:
+    """Return all tables, those that others refer to first."""
+    return list(SQLModel.metadata.sorted_tables)
+
+
+def copy_rows(old: Connection, new: Connection, table: Table, target: Database) -> int:
+    """Copy a table in portions, and show how far it is to whoever watches."""
+    rows = old.execute(select(table).execution_options(yield_per=COPIED_ROWS_MAX))
+    count = 0
+    for portion in rows.mappings().partitions():
+        target.insert_all(new, table, [dict(row) for row in portion])
+        count += len(portion)
+        if sys.stderr.isatty():
+            print(f"\r{count:>12,}  {table.name:24}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r", end="", file=sys.stderr)
+    return count
+
+
+COPIED_ROWS_MAX = 2_000
+
+
 def run_seed(settings: Settings, options: argparse.Namespace) -> int:
     """Open the first accounts and wallets that are missing: the demo or PRELOAD_ACCOUNTS."""
     database = database_at(settings.database_url)
@@ -4417,10 +4471,11 @@ def run_key_revoke(settings: Settings, options: argparse.Namespace) -> int:
 
 def run_key_list(settings: Settings, options: argparse.Namespace) -> int:
     """Show the API keys, revoked ones too, by the prefixes that are no secret."""
-    database = existing(settings)
-    with database.begin(database.reader) as connection:
+    with (
+        closing(existing(settings)) as database,
+        database.begin(database.reader) as connection,
+    ):
         rows = connection.execute(select(API_KEY).order_by(API_KEY.c.created_at)).all()
-    database.close()
     line = "{:11}  {:7}  {:27}  {:27}  {}"
     print(line.format("prefix", "role", "created", "revoked", "name"))
     for row in rows:
@@ -4460,6 +4515,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     command(commands, "check", run_check)
     command(commands, "seed", run_seed)
     command(commands, "backup", run_backup).add_argument("file", type=Path, metavar="FILE")
+    copying = command(commands, "copy", run_ledger_copy)
+    copying.add_argument("--from", dest="source", required=True, metavar="URL")
+    copying.add_argument("--to", dest="target", required=True, metavar="URL")
     key_help = "make, show and end the API keys of callers"
     keys = commands.add_parser("key", help=key_help).add_subparsers(required=True)
     adding = command(keys, "add", run_key_add)
@@ -4490,7 +4548,7 @@ def main(arguments: Sequence[str]) -> int:
         settings = Settings.read(os.environ, database_url=options.database_url)
         status: int = options.run(settings, options)
     except (StartRefused, LedgerError, sqlite3.Error) as refusal:
-        print(f"ledger: {refusal.__cause__ or refusal}", file=sys.stderr)
+        print(f"ledger: {one_line(refusal)}", file=sys.stderr)
         return 1
     return status
 

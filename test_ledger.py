@@ -40,6 +40,7 @@ from contextlib import (
 )
 from dataclasses import replace
 from functools import partial
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -309,46 +310,56 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if given:
         yield given
         return
+    with own_server() as server:
+        yield server.url
+
+
+class OwnServer:
+    """A PostgreSQL server of this run alone, on a free port, which syncs nothing to disk."""
+
+    def __init__(self, programs: Path, folder: str) -> None:
+        self.programs, self.folder = programs, folder
+        # It refuses to run as root.
+        self.user: dict[str, Any] = {"user": "postgres"} if os.geteuid() == 0 else {}
+        if self.user:
+            shutil.chown(folder, **self.user)
+        self.run("initdb", "-U", "ledger", "-A", "trust", "--no-sync")
+        with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"postgresql://ledger@127.0.0.1:{self.port}/postgres"
+
+    def run(self, program: str, *options: str) -> None:
+        """Run one of its programs on its data."""
+        command = [str(self.programs / program), "-D", f"{self.folder}/data", *options]
+        subprocess.run(command, check=True, capture_output=True, cwd=self.folder, **self.user)
+
+    def start(self) -> None:
+        """Serve from now on."""
+        options = {"port": self.port, "listen_addresses": "127.0.0.1", "max_connections": 200}
+        options |= {"unix_socket_directories": self.folder, "fsync": "off"}
+        options |= {"full_page_writes": "off", "wal_level": "minimal", "max_wal_senders": 0}
+        given = " ".join(f"-c {name}={value}" for name, value in options.items())
+        self.run("pg_ctl", "-o", given, "-l", f"{self.folder}/log", "-w", "start")
+
+    def stop(self) -> None:
+        """End at once, as if it had crashed."""
+        self.run("pg_ctl", "-m", "immediate", "-w", "stop")
+
+
+@contextmanager
+def own_server() -> Iterator[OwnServer]:
+    """Run a PostgreSQL server, or skip the test where its programs are not installed."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     found = shutil.which("initdb") or (programs and str(programs[-1]))
     if not found:
         pytest.skip("no PostgreSQL: install its server, or set LEDGER_TEST_DATABASE_URL")
-    with tempfile.TemporaryDirectory() as folder, own_server(Path(found).parent, folder) as url:
-        yield url
-
-
-@contextmanager
-def own_server(programs: Path, folder: str) -> Iterator[str]:
-    """Run a PostgreSQL server on a free port of this machine, which syncs nothing to disk."""
-    # It refuses to run as root.
-    user = {"user": "postgres"} if os.geteuid() == 0 else {}
-    if user:
-        shutil.chown(folder, **user)
-    data = f"{folder}/data"
-    make = [programs / "initdb", "-D", data, "-U", "ledger", "-A", "trust", "--no-sync"]
-    subprocess.run(make, check=True, capture_output=True, cwd=folder, **user)  # type: ignore[call-overload]
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        port = probe.getsockname()[1]
-    options = {"port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": folder}
-    options |= {"fsync": "off", "full_page_writes": "off", "max_connections": 200}
-    options |= {"wal_level": "minimal", "max_wal_senders": 0}
-    command = [programs / "postgres", "-D", data, *[f"--{k}={v}" for k, v in options.items()]]
-    url = f"postgresql://ledger@127.0.0.1:{port}/postgres"
-    with (
-        Path(folder, "log").open("w") as log,
-        subprocess.Popen(command, stderr=log, cwd=folder, **user) as server,  # type: ignore[call-overload]
-    ):
-        wait_until(lambda: accepts(url))
-        yield url
-        server.send_signal(signal.SIGINT)
-
-
-def accepts(server: str) -> bool:
-    """Tell whether a server takes connections yet."""
-    with suppress(psycopg.OperationalError):
-        psycopg.connect(server).close()
-        return True
-    return False
+    with tempfile.TemporaryDirectory() as folder:
+        server = OwnServer(Path(found).parent, folder)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 @contextmanager
@@ -828,6 +839,37 @@ def test_a_full_disk_refuses_and_loses_nothing(bank: BankInside) -> None:
         assert again.status_code == 200
         assert answer.status_code == 507 or again.content == answer.content
     assert bank.balances() == {"alice": 160}
+
+
+def test_serving_resumes_by_itself_when_the_database_is_back() -> None:
+    with own_server() as postgresql, serving(postgresql.url) as server:
+        bank = server.bank.given(alice=100)
+        postgresql.stop()
+        for answer in (bank.deposit("alice", 1, key="k"), bank.get("/accounts")):
+            assert code(answer) == (503, "database_unavailable")
+            assert answer.headers["Retry-After"] == "1"
+        assert code(bank.get("/health")) == (503, "database_unavailable")
+        postgresql.start()
+        wait_until(lambda: bank.get("/health").status_code == 200)
+        assert bank.deposit("alice", 1, key="k").json()["balance"] == 101
+
+
+def test_the_server_that_can_be_written_to_is_found_among_several() -> None:
+    with own_server() as first, own_server() as second:
+        first.stop()
+        hosts = f"127.0.0.1:{first.port},127.0.0.1:{second.port}"
+        url = f"postgresql://ledger@{hosts}/postgres?target_session_attrs=read-write"
+        with opened(url) as bank:
+            bank.given(alice=5)
+            with closing(psycopg.connect(second.url, autocommit=True)) as admin:
+                admin.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+                admin.execute("SELECT pg_reload_conf()")
+                wait_until(lambda: code(bank.deposit("alice", 1))[0] == 503)
+                admin.execute("SET default_transaction_read_only = off")
+                admin.execute("ALTER SYSTEM RESET default_transaction_read_only")
+                admin.execute("SELECT pg_reload_conf()")
+            wait_until(lambda: bank.deposit("alice", 1, key="k").status_code == 200)
+        first.start()
 
 
 # ------------------------------------------------------------------------------- The rule
@@ -2493,18 +2535,43 @@ def serving(database: str, *options: str, **environment: str) -> Iterator[Server
         assert "Traceback" not in told, told
 
 
+@contextmanager
+def module_database(
+    engine: str, request: pytest.FixtureRequest, folders: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Give the URL of a database for many tests."""
+    if engine == "sqlite":
+        yield f"sqlite:///{folders.mktemp('server')}/ledger.db"
+        return
+    with new_database(request.getfixturevalue("postgresql")) as url:
+        yield url
+
+
 @pytest.fixture(scope="module", params=ENGINES)
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """One server for all tests that do not end it."""
-    with ExitStack() as stack:
-        if request.param == "sqlite":
-            database = f"sqlite:///{tmp_path_factory.mktemp('server')}/ledger.db"
-        else:
-            postgresql = request.getfixturevalue("postgresql")
-            database = stack.enter_context(new_database(postgresql))
-        yield stack.enter_context(serving(database))
+    with (
+        module_database(request.param, request, tmp_path_factory) as database,
+        serving(database) as server,
+    ):
+        yield server
+
+
+@pytest.fixture(scope="module", params=product(ENGINES, (1, 2)), ids=str)
+def servers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bank]:
+    """One ledger behind one server process, or behind two in turn."""
+    engine, count = request.param
+    with (
+        module_database(engine, request, tmp_path_factory) as database,
+        ExitStack() as stack,
+    ):
+        serve = [stack.enter_context(serving(database)) for _ in range(count)]
+        in_turn = cycle([server.bank.send for server in serve])
+        yield Bank(lambda *request, **options: next(in_turn)(*request, **options), database)
 
 
 def test_the_server_says_where_it_is(server: Server) -> None:
@@ -2517,35 +2584,35 @@ def test_the_server_says_where_it_is(server: Server) -> None:
     ]
 
 
-def test_200_parallel_deposits_of_1_leave_200(server: Server) -> None:
-    bank = server.bank.given(ada=0)
+def test_200_parallel_deposits_of_1_leave_200(servers: Bank) -> None:
+    bank = servers.given(ada=0)
     answers = at_once([lambda: bank.deposit("ada", 1)] * 200)
     assert Counter(answer.status_code for answer in answers) == {200: 200}
     assert bank.balances()["ada"] == 200
 
 
-def test_40_parallel_withdrawals_of_10_from_50_succeed_5_times(server: Server) -> None:
-    bank = server.bank.given(bea=50)
+def test_40_parallel_withdrawals_of_10_from_50_succeed_5_times(servers: Bank) -> None:
+    bank = servers.given(bea=50)
     answers = at_once([lambda: bank.withdraw("bea", 10)] * 40)
     assert Counter(answer.status_code for answer in answers) == {200: 5, 409: 35}
     assert bank.balances()["bea"] == 0
 
 
-def test_40_parallel_requests_with_one_key_act_once(server: Server) -> None:
-    bank = server.bank.given(cleo=0)
+def test_40_parallel_requests_with_one_key_act_once(servers: Bank) -> None:
+    bank = servers.given(cleo=0)
     answers = at_once([lambda: bank.deposit("cleo", 7, key="one-key")] * 40)
     assert len({answer.content for answer in answers}) == 1
     assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
     assert bank.balances()["cleo"] == 7
 
 
-def test_a_ring_of_transfers_keeps_its_total_at_every_moment(server: Server) -> None:
+def test_a_ring_of_transfers_keeps_its_total_at_every_moment(servers: Bank) -> None:
     names = [f"ring {number}" for number in range(8)]
-    bank = server.bank.given(dict.fromkeys(names, 100))
+    bank = servers.given(dict.fromkeys(names, 100))
     finished = threading.Event()
 
     def go_round(number: int) -> None:
-        for step in range(40):
+        for step in range(20):
             source, dest = names[(number + step) % 8], names[(number + step + 1) % 8]
             answer = bank.transfer(source, dest, random.randint(1, 60))
             assert answer.status_code in (200, 409)
@@ -2569,8 +2636,8 @@ def test_a_ring_of_transfers_keeps_its_total_at_every_moment(server: Server) -> 
     assert sum(bank.balances()[name] for name in names) == 800
 
 
-def test_an_answer_goes_out_only_after_the_commit(server: Server) -> None:
-    bank = server.bank.given(dora=0)
+def test_an_answer_goes_out_only_after_the_commit(servers: Bank) -> None:
+    bank = servers.given(dora=0)
 
     def deposit_and_look(key: str) -> None:
         assert bank.deposit("dora", 1, key=key).status_code == 200
@@ -2844,6 +2911,37 @@ def test_the_server_credits_what_fell_due_while_it_was_down(database: str) -> No
         wait_until(lambda: server.bank.balances() == {"alice": 2})
 
 
+def test_two_servers_credit_each_cashback_once(database: str) -> None:
+    with opened(database) as bank:
+        yesterday = bank.ledger.clock() - DAY
+        bank.ledger.clock = lambda: yesterday
+        people = {f"person {number}": 300 for number in range(20)}
+        for name in bank.given(people).ids:
+            for key in ("k1", "k2", "k3"):
+                body = {"account_id": bank.ids[name], "amount": 100}
+                assert (
+                    bank.post("/payments", key=f"{key}-{bank.ids[name]}", **body).status_code == 200
+                )
+    with serving(database) as one, serving(database) as other:
+        for server in (one, other):
+            wait_until(lambda s=server: set(s.bank.balances().values()) == {6})  # type: ignore[misc]
+        credited = one.bank.rows("SELECT COUNT(*) FROM \"transaction\" WHERE kind = 'CASHBACK'")
+        assert credited == [(60,)]
+
+
+def test_a_key_is_used_at_one_moment_on_two_servers(database: str) -> None:
+    with serving(database) as one, serving(database) as other:
+        for number in range(20):
+            # No account is named, so that nothing but the key itself keeps them apart.
+            send = [
+                partial(s.bank.post, "/accounts", key=f"k{number}", owner_name=f"person {number}")
+                for s in (one, other)
+            ]
+            first, second = at_once(send)
+            assert (first.status_code, first.content) == (201, second.content)
+        assert len(one.bank.balances()) == 20
+
+
 def wait_until(true: Callable[[], bool], seconds: float = 5) -> None:
     """Look again and again until something is true, or fail."""
     deadline = time.monotonic() + seconds
@@ -3050,8 +3148,8 @@ def test_a_time_is_a_number_of_milliseconds(every_face: BankInside, timestamp: A
     assert code(refused) == (422, "invalid_request")
 
 
-def test_payments_of_the_kata_are_numbered_without_gaps(server: Server) -> None:
-    bank = server.bank
+def test_payments_of_the_kata_are_numbered_without_gaps(servers: Bank) -> None:
+    bank = servers
     kata(bank, *(f"payer {n}" for n in range(8)), balance=100)
     answers = at_once(
         [partial(told, bank, 2, "/payments", account_id=f"payer {n % 8}", amount=9)
@@ -3062,11 +3160,11 @@ def test_payments_of_the_kata_are_numbered_without_gaps(server: Server) -> None:
     assert answers.count((400, "Payment failed")) == 16
 
 
-def test_of_two_parallel_openings_of_one_name_one_succeeds(server: Server) -> None:
+def test_of_two_parallel_openings_of_one_name_one_succeeds(servers: Bank) -> None:
     for name in ("twin a", "twin b", "twin c"):
-        open_it = partial(server.bank.post, "/bank/accounts", timestamp=1, account_id=name)
+        open_it = partial(servers.post, "/bank/accounts", timestamp=1, account_id=name)
         assert sorted(answer.status_code for answer in at_once([open_it] * 2)) == [201, 409]
-        create = partial(server.bank.post, "/api/v1/wallets/users", external_user_id=name)
+        create = partial(servers.post, "/api/v1/wallets/users", external_user_id=name)
         assert sorted(answer.status_code for answer in at_once([create] * 2)) == [201, 409]
 
 
@@ -3076,9 +3174,9 @@ def test_cashbacks_come_once_however_often_the_server_dies(database: str) -> Non
         for timestamp in range(400):
             told(server.bank, timestamp, "/payments", account_id="payer", amount=100 + timestamp)
         [paid] = server.bank.rows("SELECT balance FROM account WHERE name = 'payments'")
-    for cycle in range(CYCLES):
+    for death in range(CYCLES):
         with serving(database) as server:
-            until = MS_PER_DAY + 400 * (cycle + 1) // CYCLES
+            until = MS_PER_DAY + 400 * (death + 1) // CYCLES
 
             def look(server: Server = server, until: int = until) -> None:
                 with suppress(httpx.TransportError):
@@ -3282,8 +3380,8 @@ def test_the_key_of_a_wallet_may_stand_in_the_body_or_in_the_header(every_face: 
     assert wallet(bank, "user_bob", 1) == "81.0000"
 
 
-def test_60_parallel_spends_of_10_from_80_succeed_8_times(server: Server) -> None:
-    bank = server.bank
+def test_60_parallel_spends_of_10_from_80_succeed_8_times(servers: Bank) -> None:
+    bank = servers
     bank.post(USERS, external_user_id="hal")
     bank.post(f"{USERS}/hal/top-up", amount=80, asset_type_id=1)
     spend = partial(bank.post, f"{USERS}/hal/spend", amount=10, asset_type_id=1)
@@ -3654,6 +3752,64 @@ def test_a_backup_never_overwrites(bank: BankInside, capsys: pytest.CaptureFixtu
     assert ledger.main(["backup", str(file), "--database-url", bank.database]) == 1
     assert "File exists" in capsys.readouterr().err
     assert file.read_bytes() == before
+
+
+def test_a_copy_is_the_same_ledger(
+    bank: BankInside, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    bank.given(alice=500, bob=50, carol=0)
+    sent = bank.transfer("alice", "bob", 100, key="rent")
+    bank.post("/payments", key="p", account_id=bank.ids["alice"], amount=100)
+    bank.turn("bob", "freeze")
+    bank.turn("carol", "close")
+    new_api_key(bank.database, "till", "admin")
+    for url in (f"sqlite:///{tmp_path}/copy.db", *another_postgresql(request)):
+        assert ledger.main(["copy", "--from", bank.database, "--to", url]) == 0
+        with closing(connect(url)) as other, closing(connect(bank.database)) as mine:
+            for table in ledger.TABLES:
+                query = f'SELECT * FROM "{table}"'
+                rows = [sorted(c.execute(query).fetchall(), key=str) for c in (mine, other)]
+                assert rows[0] == rows[1]
+        assert ledger.main(["check", "--database-url", url]) == 0
+        with opened(url) as copied:
+            again = copied.by(new_api_key(url, "next", "admin"))
+            again.ids = bank.ids
+            assert again.withdraw("alice", 1).json()["balance"] == 299
+            assert code(again.deposit("bob", 1)) == (409, "account_frozen")
+            assert code(again.deposit("carol", 1)) == (409, "account_closed")
+    assert sent.status_code == 200
+
+
+def another_postgresql(request: pytest.FixtureRequest) -> list[str]:
+    """Return a second database, where there is a PostgreSQL server."""
+    scene = new_database(request.getfixturevalue("postgresql"))
+    url = scene.__enter__()
+    request.addfinalizer(partial(scene.__exit__, None, None, None))
+    return [url]
+
+
+def test_a_copy_goes_nowhere_but_into_an_empty_database(
+    bank: BankInside, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank.given(alice=5)
+    full = f"sqlite:///{tmp_path}/full.db"
+    with opened(full) as other:
+        other.given(bob=7)
+    assert ledger.main(["copy", "--from", bank.database, "--to", full]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert ledger.main(["copy", "--from", full, "--to", bank.database]) == 1
+    assert bank.balances() == {"alice": 5}
+
+
+def test_a_copy_of_a_broken_ledger_is_refused_as_a_whole(
+    bank: BankInside, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank.given(alice=5)
+    tamper_freely(bank, "UPDATE account SET balance = 6 WHERE owner_name = 'alice'")
+    url = f"sqlite:///{tmp_path}/copy.db"
+    assert ledger.main(["copy", "--from", bank.database, "--to", url]) == 1
+    assert "nothing was copied: account" in capsys.readouterr().err
+    assert tables(url) == set()
 
 
 @on_postgresql
