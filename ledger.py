@@ -89,7 +89,7 @@ from contextlib import (
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from heapq import merge
 from itertools import groupby, islice
 from operator import attrgetter, itemgetter
@@ -749,6 +749,12 @@ class Database:
         """Return a list as `is_among` takes it."""
         raise NotImplementedError
 
+    def select_all(
+        self, connection: Connection, queries: Sequence[tuple[str, Any]]
+    ) -> list[Sequence[Any]]:
+        """Return the rows of each query, given as text and parameters, one after the other."""
+        return [connection.exec_driver_sql(*query).all() for query in queries]
+
     def insert_all(self, connection: Connection, table: Table, rows: Sequence[Any]) -> None:
         """Insert rows, in their order."""
         raise NotImplementedError
@@ -759,8 +765,8 @@ class Database:
         """Update some columns of the rows that have these ids."""
         raise NotImplementedError
 
-    def pipeline(self, connection: Connection) -> AbstractContextManager[Any]:
-        """Send the statements of a block without waiting for each; their errors come at its end."""
+    def committing(self, connection: Connection) -> AbstractContextManager[Any]:
+        """Do the statements of a block, which are the last of a write."""
         return nullcontext()
 
     def lock_schema(self, connection: Connection) -> None:
@@ -907,7 +913,7 @@ class PostgresDatabase(Database):
         columns = ", ".join(rows[0])
         source = f'json_populate_recordset(NULL::"{table}", %(rows)s)'
         statement = f'INSERT INTO "{table}" ({columns}) SELECT {columns} FROM {source}'  # noqa: S608
-        driver_of(connection).execute(statement, {"rows": json.dumps(rows)})
+        driver_of(connection).execute(statement, {"rows": to_json(rows).decode()})
 
     def update_all(
         self, connection: Connection, table: Table, columns: Sequence[str], rows: Sequence[Any]
@@ -916,11 +922,24 @@ class PostgresDatabase(Database):
         changes = ", ".join(f"{name} = new.{name}" for name in columns)
         source = f"json_populate_recordset(NULL::{table}, %(rows)s) AS new"
         statement = f"UPDATE {table} SET {changes} FROM {source} WHERE {table}.id = new.id"  # noqa: S608
-        driver_of(connection).execute(statement, {"rows": json.dumps(rows)})
+        driver_of(connection).execute(statement, {"rows": to_json(rows).decode()})
 
-    def pipeline(self, connection: Connection) -> AbstractContextManager[Any]:
-        """Save a way to the server, and a wait for the interpreter, for each statement."""
-        return driver_of(connection).pipeline()
+    def select_all(
+        self, connection: Connection, queries: Sequence[tuple[str, Any]]
+    ) -> list[Sequence[Any]]:
+        """Send all queries at once: each wait for an answer is a wait for the interpreter too."""
+        driver = driver_of(connection)
+        with driver.pipeline():
+            cursors = [driver.execute(*query) for query in queries]
+        return [cursor.fetchall() for cursor in cursors]
+
+    @contextmanager
+    def committing(self, connection: Connection) -> Iterator[None]:
+        """Send the statements of a block and the COMMIT behind them at once."""
+        driver = driver_of(connection)
+        with driver.pipeline():
+            yield
+            driver.commit()
 
     def lock_schema(self, connection: Connection) -> None:
         """Let one server at a time make or change the schema."""
@@ -1453,7 +1472,7 @@ def require_funds(leg: Leg) -> None:
 # written and committed together; only then is anybody answered. Idempotency lives here.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Command:
     """What one caller wants done, once."""
 
@@ -1471,7 +1490,7 @@ class Command:
     payment_id: str | None = None
     """The payment whose cashback is to be credited."""
 
-    @property
+    @cached_property
     def stored_key(self) -> str | None:
         """Return the key as it is stored; a caller's own `|` is escaped, so none can collide."""
         if self.key is None:
@@ -1479,7 +1498,7 @@ class Command:
         caller = self.caller.replace("%", "%25").replace("|", "%7C")
         return f"{caller}|{self.operation}|{self.key}"
 
-    @property
+    @cached_property
     def claims(self) -> set[object]:
         """Return what two batches under way may not share, or one would wait for the other."""
         return set[object](self.accounts) | {self.word.system_account, self.stored_key} - {None}
@@ -1533,7 +1552,12 @@ class Ledger:
             loop.call_soon(loop.call_soon, self._flush, loop)
         if not self.database.writers_max:
             return await pending.answer
-        return await self._in_time(pending.answer)
+        # A server may say nothing at all, and a timer for each caller is the cheapest watch.
+        watch = loop.call_later(ANSWER_SECONDS_MAX, give_up, pending.answer)
+        try:
+            return await pending.answer
+        finally:
+            watch.cancel()
 
     def settle(self, commands: Sequence[Command]) -> list[Outcome]:
         """Commit a batch; if it meets another one or is refused, commit it again, then in parts.
@@ -1559,14 +1583,12 @@ class Ledger:
     def commit(self, commands: Sequence[Command]) -> Sequence[Answer]:
         """Do all commands in one write and return their answers, or raise with nothing done."""
         with self._turns, self.database.begin(self.database.writer) as connection:
-            # Locked first, so that what is read next is what their last writers left.
-            accounts = self._statements.load_accounts(connection, commands)
-            known = self._statements.load_answers(connection, commands)
+            accounts, known = self._statements.load(connection, commands)
             cashbacks = self._statements.load_cashbacks(connection, commands)
             to_come = self._statements.count_cashbacks(connection, commands)
             book = Book(accounts, self.clock(), self._new_id, cashbacks, to_come)
             answers = [perform(command, book, known) for command in commands]
-            with self.database.pipeline(connection):
+            with self.database.committing(connection):
                 self._statements.save(connection, book)
         return answers
 
@@ -1591,7 +1613,11 @@ class Ledger:
         if not self.database.writers_max:
             return function(*arguments)
         loop = asyncio.get_running_loop()
-        return await self._in_time(loop.run_in_executor(self._lookers, function, *arguments))
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS_MAX):
+                return await loop.run_in_executor(self._lookers, function, *arguments)
+        except TimeoutError:
+            raise DatabaseUnavailable(NO_ANSWER) from None
 
     async def in_thread(self, function: Callable[..., R], *arguments: Any) -> R:
         """Run what reads without a bound outside the event loop, a few at a time."""
@@ -1608,14 +1634,6 @@ class Ledger:
         """Return the next cashbacks to be credited to active accounts, oldest first."""
         with self.read() as connection:
             return self._statements.load_due(connection, clock, until, after)
-
-    async def _in_time(self, answer: "asyncio.Future[R]") -> R:
-        """Wait for an answer, but not for ever on a server that says nothing."""
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS_MAX):
-                return await answer
-        except TimeoutError:
-            raise DatabaseUnavailable("The database does not answer: try again") from None
 
     def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
         """Write all that waits: inline into a library, in a thread to a server."""
@@ -1690,6 +1708,14 @@ class Ledger:
 
 COMMITS_MAX = 4
 ANSWER_SECONDS_MAX = 10.0
+NO_ANSWER = "The database does not answer: try again"
+
+
+def give_up(answer: "asyncio.Future[Answer]") -> None:
+    """Let a caller wait no longer; what is under way may still be done, as the key will tell."""
+    if not answer.done():
+        answer.set_exception(DatabaseUnavailable(NO_ANSWER))
+
 
 Known = dict[str, tuple[str, Answer]]
 """Stored keys, each with the fingerprint of the arguments and the answer that was given."""
@@ -1777,7 +1803,8 @@ class Statements:
         self._database = database
         self._listed, among = database.listed, database.is_among
         self._load_accounts = compiled(accounts_of_a_batch(among))
-        self._load_answers = compiled(select(KEY).where(among(KEY.c.id, "keys")))
+        answer = (KEY.c.id, KEY.c.fingerprint, KEY.c.status, KEY.c.body, KEY.c.location)
+        self._load_answers = compiled(select(*answer).where(among(KEY.c.id, "keys")))
         promised = among(CASHBACK.c.payment_id, "payment_ids")
         self._load_cashbacks = compiled(select(CASHBACK).where(promised).with_for_update())
         to_come = and_(
@@ -1791,10 +1818,14 @@ class Statements:
         self._credit_cashbacks = compiled(credited.values(credited_at=bindparam("now")))
         self._load_due = compiled(due_cashbacks())
 
-    def load_accounts(
+    def load(
         self, connection: Connection, commands: Sequence[Command]
-    ) -> list[LoadedAccount]:
-        """Lock and load what the commands name, in ascending order of id."""
+    ) -> tuple[list[LoadedAccount], Known]:
+        """Lock and load the accounts that the commands name, and what their keys were answered.
+
+        The accounts come first, in ascending order of id: what is read behind the locks is what
+        their last writers left.
+        """
         refs = {ref for command in commands for ref in command.accounts}
         named = [ref for ref in refs if isinstance(ref, Named)]
         parameters = {
@@ -1803,8 +1834,11 @@ class Statements:
             "assets": self._listed({ref.asset for ref in named}),
             "system_names": self._listed({c.word.system_account for c in commands} - {None}),
         }
-        rows = connection.exec_driver_sql(self._load_accounts, parameters)
-        return [LoadedAccount(*row) for row in rows]
+        keys = self._listed([c.stored_key for c in commands if c.key is not None])
+        queries = [(self._load_accounts, parameters), (self._load_answers, {"keys": keys})]
+        accounts, answers = self._database.select_all(connection, queries)
+        known = {key: (fingerprint, Answer(*answer)) for key, fingerprint, *answer in answers}
+        return [LoadedAccount(*row) for row in accounts], known
 
     def load_cashbacks(
         self, connection: Connection, commands: Sequence[Command]
@@ -1832,14 +1866,6 @@ class Statements:
         """Return some cashbacks that are due, from a place in their order on."""
         parameters = {"clock": clock, "until": until, "due_at": after[0], "payment_id": after[1]}
         return connection.exec_driver_sql(self._load_due, parameters).all()
-
-    def load_answers(self, connection: Connection, commands: Sequence[Command]) -> Known:
-        """Return what the keys of the commands were answered before."""
-        keys = [command.stored_key for command in commands if command.key is not None]
-        rows = connection.exec_driver_sql(self._load_answers, {"keys": self._listed(keys)})
-        return {
-            row.id: (row.fingerprint, Answer(row.status, row.body, row.location)) for row in rows
-        }
 
     def save(self, connection: Connection, book: Book) -> None:
         """Write what the book has gathered, in the order that the triggers and keys require."""

@@ -29,6 +29,7 @@ from harness import (
     tell,
 )
 from history import copy_database, fill_histories, grow
+from postgres import find_programs, make_rowlock_tables, new_postgres, run_rowlock
 
 CONNECTIONS = (1, 8, 32, 128)
 PAGE = 200
@@ -191,6 +192,50 @@ def measure_keys(plan: Plan, table: Table, folder: Path) -> None:
     table.add_target("API key / (a)", of_ceiling, ">= 0.38", of_ceiling >= 0.38)
 
 
+def measure_postgres(plan: Plan, table: Table, folder: Path) -> None:
+    """Compare the ledger on PostgreSQL to that on SQLite, and to a row lock per transfer."""
+    programs = find_programs()
+    if programs is None:
+        tell("PostgreSQL is missing: its rows are left out (apt-get install postgresql)")
+        return
+    tell("PostgreSQL")
+    with new_postgres(programs, folder / "postgres") as postgres, ExitStack() as stack:
+        on_sqlite = stack.enter_context(serving("ledger", folder, "beside"))
+        on_postgres = stack.enter_context(serving("ledger", folder, "server", postgres.url))
+        for server in (on_sqlite, on_postgres):
+            fund(server)
+        make_rowlock_tables(postgres)
+        measured = [
+            (
+                run_load(on_sqlite, "spread", 32, plan.seconds),
+                run_load(on_postgres, "spread", 32, plan.seconds),
+                run_load(on_postgres, "hot", 32, plan.seconds),
+                run_rowlock(postgres, 0, 32, plan.seconds),
+                run_rowlock(postgres, 1, 32, plan.seconds),
+            )
+            # The first round warms everything up and is not counted.
+            for _ in range(plan.rounds + 1)
+        ][1:]
+    add_postgres(table, [median_load(list(loads)) for loads in zip(*measured, strict=True)])
+
+
+def add_postgres(table: Table, loads: list[Load]) -> None:
+    """Add what was measured on PostgreSQL."""
+    names = (
+        "(c) on SQLite, in turn with PostgreSQL",
+        "(c) on PostgreSQL, spread",
+        "(c) on PostgreSQL, hot account",
+        "row locks in pgbench, spread (no HTTP)",
+        "row locks in pgbench, hot account (no HTTP)",
+    )
+    for name, load in zip(names, loads, strict=True):
+        table.add_load(name, 32, load)
+    sqlite, spread, hot, _, rowlock_hot = (load.rate_per_second for load in loads)
+    table.add_target("PostgreSQL / SQLite", spread / sqlite, ">= 0.60", spread >= 0.6 * sqlite)
+    of_rowlock = hot / rowlock_hot
+    table.add_target("hot account / row locks", of_rowlock, ">= 2", of_rowlock >= 2)
+
+
 def measure_growth(plan: Plan, table: Table, folder: Path) -> None:
     """Compare the ledger with a long history to a copy made when the history was short."""
     with serving("ledger", folder, "long") as long:
@@ -277,7 +322,15 @@ def main() -> int:
     signal.signal(signal.SIGTERM, leave)
     table = Table()
     with tempfile.TemporaryDirectory(prefix="ledger-bench-") as name:
-        for measure in (measure_rates, measure_keys, measure_growth, measure_statements):
+        # PostgreSQL runs as another user where this is root.
+        Path(name).chmod(0o755)
+        for measure in (
+            measure_rates,
+            measure_keys,
+            measure_postgres,
+            measure_growth,
+            measure_statements,
+        ):
             measure(plan, table, Path(name))
     print(table.text())
     return 0

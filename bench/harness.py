@@ -84,9 +84,10 @@ def make_key(url: str) -> str:
 
 
 @contextmanager
-def serving(kind: str, folder: Path, database: str) -> Iterator[Server]:
+def serving(kind: str, folder: Path, database: str, url: str = "") -> Iterator[Server]:
     """Run a server as a process until the block ends; a keyed ledger is not in open mode."""
-    port, log, url = free_port(), folder / f"{database}.log", f"sqlite:///{folder / database}.db"
+    port, log = free_port(), folder / f"{database}.log"
+    url = url or f"sqlite:///{folder / database}.db"
     api_key = make_key(url) if kind == "keyed" else ""
     with log.open("wb") as output:
         process = subprocess.Popen(
