@@ -8,6 +8,8 @@
     python ledger.py key add --name N --role R    make an API key (and: key list, key revoke N)
     uvicorn ledger:app          serve the same application
 
+On SQLite by default; LEDGER_DATABASE_URL=postgresql://... serves from PostgreSQL instead.
+
 Glossary, with an example of each:
 
     asset            what is counted, with its number of decimal places     USD, 2
