@@ -2904,7 +2904,8 @@ class NamesAccount:
 
     def named(self, value: str) -> Named:
         """Return the name and the asset of a dialect's account."""
-        return Named(self.prefix + value, self.asset)
+        # PostgreSQL cannot even ask for NUL; no name holds it, nor any other control character.
+        return Named(self.prefix + value.replace("\0", "\1"), self.asset)
 
     def own_name(self, account: LoadedAccount | Row[Any]) -> str:
         """Return what the dialect calls an account."""
@@ -2946,7 +2947,8 @@ def require_plain_digits(given: Any) -> Any:
 UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 
 Amount = Annotated[int, Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units")]
-Printable = Annotated[str, StringConstraints(max_length=200), AfterValidator(require_printable)]
+PrintableText = Annotated[str, AfterValidator(require_printable)]
+Printable = Annotated[PrintableText, StringConstraints(max_length=200)]
 Name = Annotated[Printable, AfterValidator(require_not_blank)]
 Uuid = Annotated[str, StringConstraints(pattern=UUID_PATTERN)]
 AccountId = Annotated[Uuid, NamesAccount()]
@@ -3401,7 +3403,7 @@ def get_accounts(
     limit: Limit = PAGE_SIZE_DEFAULT,
     cursor: Cursor = None,
     owner_name: Printable | None = None,
-    name: Annotated[str, StringConstraints(max_length=220)] | None = None,
+    name: Annotated[PrintableText, StringConstraints(max_length=220)] | None = None,
 ) -> Page[AccountPublic]:
     """List the customers' accounts, oldest first."""
     listing = Listing("accounts", owner_name, name)

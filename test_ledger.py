@@ -3490,6 +3490,31 @@ def test_a_frozen_account_refuses_in_the_canonical_form_through_every_face(
         assert code(answer) == (409, "account_frozen")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/bank/accounts/a%00b/balance", 404),
+        ("GET", "/bank/accounts/%00/transactions?timestamp=1", 404),
+        ("GET", "/atm/accounts/%00/balance", 404),
+        ("POST", "/atm/accounts/%00/deposit", 404),
+        ("GET", f"{USERS}/%00/balance?asset_type_id=1", 404),
+        ("GET", "/accounts?name=%00", 422),
+        ("GET", "/bank/accounts/%ff%ed%a0%80/balance", 404),
+    ],
+)
+def test_a_name_that_cannot_be_is_not_found(
+    every_face: BankInside, method: str, path: str, status: int
+) -> None:
+    body = {"json": {"amount": "1"}} if method == "POST" else {}
+    assert code(every_face.send(method, path, **body))[0] == status
+
+
+def test_names_are_sorted_by_their_characters(every_face: BankInside) -> None:
+    kata(every_face, "\u00c4hre", "alpha", "Zeta", "a-b", "ab")
+    names = every_face.get("/bank/accounts").json()["accounts"]
+    assert names == ["Zeta", "a-b", "ab", "alpha", "\u00c4hre"]
+
+
 def test_seed_makes_the_demo_accounts_once(
     bank: BankInside, capsys: pytest.CaptureFixture[str]
 ) -> None:
