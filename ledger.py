@@ -681,8 +681,7 @@ def id_source(after: str | None = None) -> Callable[[int], str]:
 
 # ---------------------------------------------------------------------------- Database
 # How the database is opened, and how a read and a write begin and end. Nothing else may
-# begin, commit or roll back on the ledger's file.
-
+# begin, commit or roll back.
 
 IsAmong = Callable[[ColumnElement[Any], str], ColumnElement[bool]]
 
@@ -736,7 +735,8 @@ class Database:
             cause = error.orig if isinstance(error, DBAPIError) else error
             refusal = self.named_error(cause)
             if not isinstance(refusal, DatabaseBusy):
-                log.error("the database refused: %s", cause)
+                # The first line only: PostgreSQL's details have values of the row in them.
+                log.error("the database refused: %s", str(cause).partition("\n")[0])
             raise refusal from cause
 
     def named_error(self, error: BaseException | None) -> LedgerError:
@@ -877,9 +877,12 @@ class PostgresDatabase(Database):
             example = "postgresql://user@host/name"
             raise StartRefused(f"the database URL must look like {example}") from None
         missing = {name: v for name, v in CONNECTION_DEFAULTS.items() if name not in given}
-        self._conninfo = make_conninfo(url, **missing)
+        self._conninfo = make_conninfo(url, **missing, client_encoding="utf8")
         self.name = f"{given.get('dbname', 'PostgreSQL')} at {given.get('host', 'localhost')}"
-        self.writer = self._engine(self.writers_max)
+        if "@" in self.name:
+            # It would be a part of the password, and be printed.
+            raise StartRefused("an @ in the database URL's password must be written as %40")
+        self.writer = self._engine(self.writers_max, isolation_level="READ COMMITTED")
         self.reader = self._engine(
             READERS_MAX * 2, isolation_level="REPEATABLE READ", postgresql_readonly=True
         )
@@ -887,6 +890,9 @@ class PostgresDatabase(Database):
     def named_error(self, error: BaseException | None) -> LedgerError:
         """Return the ledger's error for one of PostgreSQL's, by its SQLSTATE."""
         state = getattr(error, "sqlstate", None) or ""
+        if is_lost(error, state):
+            # It may have committed before it was lost: the key will tell.
+            return DatabaseUnavailable("The database cannot be reached: try again")
         if state in CONFLICTS:
             return DatabaseConflict("The database is in use: try again")
         if state in BUSY_STATES:
@@ -896,10 +902,7 @@ class PostgresDatabase(Database):
         if state == READ_ONLY:
             # The server became a standby, and a new connection may find its successor.
             self.close()
-        lost = not state and isinstance(error, psycopg.OperationalError)
-        if lost or state == READ_ONLY or state.startswith(("08", "57")):
-            # It may have committed before it was lost: the key will tell.
-            return DatabaseUnavailable("The database cannot be reached: try again")
+            return DatabaseUnavailable("The database cannot be written to now: try again")
         return DatabaseRefused("The database does not do this now: try again")
 
     def is_among(self, column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
@@ -950,8 +953,9 @@ class PostgresDatabase(Database):
     def require_health(self) -> None:
         """Raise DatabaseUnavailable for a standby too, which only reads."""
         with self.begin(self.reader) as connection:
-            if connection.execute(select(func.pg_is_in_recovery())).scalar():
-                raise DatabaseUnavailable("The database is a standby: it cannot be written to")
+            read_only = func.current_setting("default_transaction_read_only") == "on"
+            if connection.execute(select(or_(func.pg_is_in_recovery(), read_only))).scalar():
+                raise DatabaseUnavailable("The database can be read, but not be written to")
 
     def _engine(self, pool_size: int, **options: Any) -> Engine:
         engine = create_engine(
@@ -966,6 +970,9 @@ class PostgresDatabase(Database):
 
     def _connect(self) -> psycopg.Connection:
         connection = psycopg.connect(self._conninfo, autocommit=True)
+        if connection.info.parameter_status("server_encoding") != "UTF8":
+            connection.close()
+            raise StartRefused(f"{self.name} must be made with the encoding UTF8")
         for statement in SESSION_SETTINGS:
             connection.execute(statement)
         connection.autocommit = False
@@ -983,6 +990,7 @@ CONNECTION_DEFAULTS = {
 }
 SESSION_SETTINGS = (
     "SET lock_timeout = '5s'",
+    "SET idle_in_transaction_session_timeout = '60s'",
     # Nothing is acknowledged that is not on disk, whatever the server's own default is.
     "SELECT set_config('synchronous_commit', 'on', false) "
     "WHERE current_setting('synchronous_commit') = 'off'",
@@ -994,6 +1002,17 @@ BUSY_STATES = ("55P03", "57014", "53300")
 DISK_FULL = "53100"
 READ_ONLY = "25006"
 SCHEMA_LOCK = 0x6C65646765720A
+
+
+def is_lost(error: BaseException | None, state: str) -> bool:
+    """Tell whether an error of PostgreSQL ended the connection, so that nobody knows the rest."""
+    if not isinstance(error, psycopg.Error):
+        return False
+    if not state:
+        # The driver's own: without a server's answer.
+        return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+    fatal = error.diag.severity_nonlocalized in ("FATAL", "PANIC")
+    return (fatal or state.startswith(("08", "57"))) and state not in BUSY_STATES
 
 
 def driver_of(connection: Connection) -> psycopg.Connection[Any]:
@@ -1519,7 +1538,7 @@ class Pending(NamedTuple):
 
     command: Command
     answer: "asyncio.Future[Answer]"
-    deadline: float
+    arrived_at: float
 
 
 class Ledger:
@@ -1546,7 +1565,7 @@ class Ledger:
     async def submit(self, command: Command) -> Answer:
         """Have a command done in the next batch; return its answer after the commit."""
         loop = asyncio.get_running_loop()
-        pending = Pending(command, loop.create_future(), loop.time() + BUSY_SECONDS_MAX)
+        pending = Pending(command, loop.create_future(), loop.time())
         self._pending.setdefault(loop, []).append(pending)
         if loop not in self._called:
             self._called.add(loop)
@@ -1650,11 +1669,16 @@ class Ledger:
             self._claimed[loop] |= claims
             writing = loop.run_in_executor(self._writers, self.settle, commands)
             writing.add_done_callback(partial(self._written, loop, batch, claims))
+        elif self._pending.get(loop) and len(self._under_way[loop]) < self.database.writers_max:
+            loop.call_later(SMALL_BATCH_SECONDS, self._flush, loop)
 
     def _may_write(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Tell whether a batch would be no smaller than those under way: large ones cost less."""
-        sizes, waiting = self._under_way[loop], len(self._pending.get(loop, ()))
-        return len(sizes) < self.database.writers_max and waiting >= max(sizes, default=1)
+        """Tell whether a batch may begin: large ones cost less, so a small one waits a little."""
+        sizes, waiting = self._under_way[loop], self._pending.get(loop, ())
+        if not waiting or len(sizes) >= self.database.writers_max:
+            return False
+        waited = loop.time() - waiting[0].arrived_at
+        return len(waiting) >= max(sizes, default=0) or waited > SMALL_BATCH_SECONDS
 
     def _take(self, loop: asyncio.AbstractEventLoop) -> list[Pending]:
         """Return all that waits, but for what must wait for a batch under way.
@@ -1665,6 +1689,8 @@ class Ledger:
         taken, waiting, claimed = [], [], set(self._claimed[loop])
         for pending in self._pending.pop(loop, ()):
             claims = pending.command.claims
+            if pending.answer.done():
+                continue  # Its caller was told that nothing is known of it, and tries again.
             if claimed.isdisjoint(claims):
                 taken.append(pending)
             else:
@@ -1694,7 +1720,8 @@ class Ledger:
     ) -> None:
         busy = []
         for pending, outcome in zip(batch, outcomes, strict=True):
-            if isinstance(outcome, DatabaseBusy) and loop.time() < pending.deadline:
+            waited = loop.time() - pending.arrived_at
+            if isinstance(outcome, DatabaseBusy) and waited < BUSY_SECONDS_MAX:
                 busy.append(pending)
             elif pending.answer.done():
                 pass  # The caller has gone; what was done stays done.
@@ -1709,6 +1736,7 @@ class Ledger:
 
 
 COMMITS_MAX = 4
+SMALL_BATCH_SECONDS = 0.01
 ANSWER_SECONDS_MAX = 10.0
 NO_ANSWER = "The database does not answer: try again"
 
@@ -2486,6 +2514,7 @@ KINDS: dict[type, str] = {
     sa.UniqueConstraint: "u",
 }
 POSTGRES_SCHEMA = """
+    WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
     SELECT relname::text, (
         SELECT string_agg(concat_ws(' ', attname, format_type(atttypid, atttypmod), attnotnull),
             ', ' ORDER BY attname COLLATE "C")
@@ -2494,16 +2523,16 @@ POSTGRES_SCHEMA = """
         SELECT string_agg(contype::text, '' ORDER BY contype)
         FROM pg_constraint WHERE conrelid = pg_class.oid AND convalidated AND contype <> 'n'
     )
-    FROM pg_class WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace
+    FROM pg_class WHERE relkind = 'r' AND relnamespace = (SELECT oid FROM here)
     UNION ALL
     SELECT indexrelid::regclass::text, '' FROM pg_index
-    JOIN pg_class ON pg_class.oid = indrelid AND relnamespace = current_schema()::regnamespace
+    JOIN pg_class ON pg_class.oid = indrelid AND relnamespace = (SELECT oid FROM here)
     WHERE indisvalid AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)
     UNION ALL
     SELECT tgname::text, concat_ws(' ', replace(pg_get_triggerdef(pg_trigger.oid),
         quote_ident(current_schema()) || '.', ''), tgenabled, prosrc)
     FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
-    JOIN pg_class ON pg_class.oid = tgrelid AND relnamespace = current_schema()::regnamespace
+    JOIN pg_class ON pg_class.oid = tgrelid AND relnamespace = (SELECT oid FROM here)
     WHERE NOT tgisinternal
 """
 
@@ -4265,6 +4294,8 @@ async def credit_for_ever(ledger: Ledger) -> None:
     while True:
         try:
             await credit_due(ledger, "SERVER", ledger.clock())
+        except LedgerError as error:
+            log.warning("cashbacks wait: %s", error)
         except Exception:
             log.exception("cashbacks could not be credited, and will be tried again")
         await asyncio.sleep(CASHBACK_POLL_SECONDS)
@@ -4420,7 +4451,14 @@ def run_ledger_copy(settings: Settings, options: argparse.Namespace) -> int:
         closing(database_at(options.target)) as target,
     ):
         source.open(make=False)
-        counts = copy_all(source, target)
+        is_new = isinstance(target, SqliteDatabase) and not target.exists()
+        try:
+            counts = copy_all(source, target)
+        except BaseException:
+            if isinstance(target, SqliteDatabase) and is_new:
+                target.close()
+                target.path.unlink(missing_ok=True)
+            raise
     print(f"copied {source.name} to {target.name}, and checked it there:")
     for name, count in counts.items():
         print(f"{count:>12,}  {name}")

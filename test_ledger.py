@@ -293,7 +293,7 @@ def new_database(server: str) -> Iterator[str]:
     """Make a database on a PostgreSQL server, and drop it in the end."""
     name = f"ledger_test_{uuid.uuid4().hex}"
     with closing(psycopg.connect(server, autocommit=True)) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
         yield beside(server, name)
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
@@ -323,7 +323,7 @@ class OwnServer:
         self.user: dict[str, Any] = {"user": "postgres"} if os.geteuid() == 0 else {}
         if self.user:
             shutil.chown(folder, **self.user)
-        self.run("initdb", "-U", "ledger", "-A", "trust", "--no-sync")
+        self.run("initdb", "-U", "ledger", "-A", "trust", "-E", "UTF8", "--no-sync")
         with closing(socket.create_server(("127.0.0.1", 0))) as probe:
             self.port = probe.getsockname()[1]
         self.url = f"postgresql://ledger@127.0.0.1:{self.port}/postgres"
@@ -854,6 +854,25 @@ def test_serving_resumes_by_itself_when_the_database_is_back() -> None:
         assert bank.deposit("alice", 1, key="k").json()["balance"] == 101
 
 
+@pytest.mark.parametrize("host", ["p@ss@127.0.0.1/x", "p/w@127.0.0.1/x"])
+def test_a_password_that_is_not_escaped_is_not_printed(host: str) -> None:
+    with pytest.raises(ledger.StartRefused) as refusal:
+        ledger.database_at(f"postgresql://user:{host}")
+    assert "127.0.0.1" not in str(refusal.value)
+    assert "must be" in str(refusal.value)
+
+
+@on_postgresql
+def test_a_database_of_another_encoding_is_refused(database: str) -> None:
+    name = f"ledger_test_{uuid.uuid4().hex}"
+    with closing(psycopg.connect(database, autocommit=True)) as connection:
+        connection.execute(
+            f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'"
+        )
+        assert "must be made with the encoding UTF8" in refused_start(beside(database, name))
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
 def test_the_server_that_can_be_written_to_is_found_among_several() -> None:
     with own_server() as first, own_server() as second:
         first.stop()
@@ -865,6 +884,7 @@ def test_the_server_that_can_be_written_to_is_found_among_several() -> None:
                 admin.execute("ALTER SYSTEM SET default_transaction_read_only = on")
                 admin.execute("SELECT pg_reload_conf()")
                 wait_until(lambda: code(bank.deposit("alice", 1))[0] == 503)
+                wait_until(lambda: code(bank.get("/health"))[0] == 503)
                 admin.execute("SET default_transaction_read_only = off")
                 admin.execute("ALTER SYSTEM RESET default_transaction_read_only")
                 admin.execute("SELECT pg_reload_conf()")
@@ -3834,7 +3854,7 @@ def test_a_copy_of_a_broken_ledger_is_refused_as_a_whole(
     url = f"sqlite:///{tmp_path}/copy.db"
     assert ledger.main(["copy", "--from", bank.database, "--to", url]) == 1
     assert "nothing was copied: account" in capsys.readouterr().err
-    assert tables(url) == set()
+    assert list(tmp_path.glob("copy.db*")) == []
 
 
 @on_postgresql

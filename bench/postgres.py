@@ -61,7 +61,7 @@ class Postgres:
 
     def create(self) -> None:
         """Make an empty cluster."""
-        self.run("initdb", "-D", str(self.data), "-U", "ledger", "-A", "trust")
+        self.run("initdb", "-D", str(self.data), "-U", "ledger", "-A", "trust", "-E", "UTF8")
 
     def copy(self, primary: "Postgres") -> None:
         """Become a standby of another server."""
