@@ -854,6 +854,36 @@ def test_serving_resumes_by_itself_when_the_database_is_back() -> None:
         assert bank.deposit("alice", 1, key="k").json()["balance"] == 101
 
 
+@on_postgresql
+@pytest.mark.parametrize("lost", [psycopg.OperationalError, psycopg.errors.AdminShutdown])
+def test_nothing_is_done_again_after_a_connection_was_lost_in_commit(
+    bank: BankInside, monkeypatch: pytest.MonkeyPatch, lost: type[psycopg.Error]
+) -> None:
+    commit = bank.ledger.database.committing
+
+    @contextmanager
+    def commit_and_lose(connection: Any) -> Iterator[None]:
+        with commit(connection):
+            yield
+        raise lost("the server closed the connection")
+
+    monkeypatch.setattr(bank.ledger.database, "committing", commit_and_lose)
+    opening = (
+        ("/accounts", "k", {"owner_name": "alice"}),
+        ("/accounts", None, {"owner_name": "bob"}),
+    )
+    answers = bank.together(*opening)
+    assert [code(answer) for answer in answers] == [(503, "database_unavailable")] * 2
+    monkeypatch.undo()
+    # Both had been done: the key tells, and what has none was not tried a second time.
+    again = bank.post("/accounts", key="k", owner_name="alice")
+    assert (again.status_code, again.headers["Idempotent-Replayed"]) == (201, "true")
+    assert bank.rows("SELECT owner_name FROM account WHERE kind = 'CUSTOMER' ORDER BY 1") == [
+        ("alice",),
+        ("bob",),
+    ]
+
+
 @pytest.mark.parametrize("host", ["p@ss@127.0.0.1/x", "p/w@127.0.0.1/x"])
 def test_a_password_that_is_not_escaped_is_not_printed(host: str) -> None:
     with pytest.raises(ledger.StartRefused) as refusal:
