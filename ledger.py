@@ -51,10 +51,12 @@ import ipaddress
 import json
 import logging
 import os
+import random
 import re
 import secrets
 import socket
 import sqlite3
+import struct
 import sys
 import threading
 import time
@@ -76,9 +78,10 @@ import psycopg
 import pydantic
 import sqlalchemy as sa
 import uvicorn
-from fastapi import FastAPI, Query
+from fastapi import Depends, FastAPI, Query
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.routing import APIRoute
+from fastapi.security import APIKeyHeader, HTTPBearer
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import AfterValidator, BaseModel, BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError, to_json
@@ -140,14 +143,17 @@ class LedgerError(Exception):
 
     status: int
     code: str
+    detail = ""
 
-    def __init_subclass__(cls, *, status: int, code: str = "") -> None:
+    def __init_subclass__(cls, *, status: int = 0, detail: str = "") -> None:
         """Take the code from the class's name: InsufficientFunds is insufficient_funds."""
-        cls.status = status
-        cls.code = code or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        cls.detail = detail or cls.detail
+        if status:
+            cls.status = status
+            cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
-    def __init__(self, detail: str, **members: Any) -> None:
-        super().__init__(detail)
+    def __init__(self, detail: str = "", **members: Any) -> None:
+        super().__init__(detail or self.detail)
         self.members = members
 
     def to_answer(self) -> Answer:
@@ -196,13 +202,12 @@ def utc_text(microseconds: int) -> str:
     return moment.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
-Timestamp = Annotated[
-    int,
-    pydantic.PlainSerializer(utc_text, return_type=str),
-    pydantic.WithJsonSchema({"type": "string", "format": "date-time"}),
-]
+IsTime = pydantic.WithJsonSchema({"type": "string", "format": "date-time"})
+Timestamp = Annotated[int, pydantic.PlainSerializer(utc_text, return_type=str), IsTime]
 STRICT = {"sqlite_strict": True}
 CLUSTERED = STRICT | {"sqlite_with_rowid": False}
+NO_ENTRIES = "kind >= 'a'"
+"""What holds for all events but transactions, whose kinds are in capitals."""
 
 
 def partial_index(name: str, *columns: str, where: str) -> sa.Index:
@@ -278,10 +283,7 @@ class Event(TransactionBase, table=True):
     Those of an account are found by its entries: an index of them all would cost a page for each.
     """
 
-    __table_args__ = (
-        partial_index("event_of_account", "account_id", "id", where="kind >= 'a'"),
-        CLUSTERED,
-    )
+    __table_args__ = (partial_index("event_other", "account_id", "id", where=NO_ENTRIES), CLUSTERED)
 
     effective_at: int | None = None
     caller: str
@@ -553,15 +555,13 @@ SYSTEM_ACCOUNTS = {
 } | {("payments", "USD")}
 
 
-def open_account(
-    book: Book, *, owner_name: str, asset: str = "USD", name: str | None = None
-) -> Account:
+def open_account(book: Book, *, owner_name: str, asset: str, name: str | None = None) -> Account:
     """Open an empty account for a customer."""
     if asset not in ASSETS:
         raise AssetNotFound(f"There is no such asset; there are {', '.join(ASSETS)}")
     require_open_loop(asset)
     account = book.open(owner_name, asset, name)
-    book.record("account.opened", account)
+    book.record("open_account", account)
     return account
 
 
@@ -694,8 +694,8 @@ def credit_cashbacks(book: Book, *, clock: str, until: int) -> None:
 
 # From each state, where an account may go, and what that is called.
 STATUS_STEPS = {
-    "ACTIVE": {"FROZEN": "account.frozen", "CLOSED": "account.closed"},
-    "FROZEN": {"ACTIVE": "account.unfrozen", "CLOSED": "account.closed"},
+    "ACTIVE": {"FROZEN": "freeze", "CLOSED": "close"},
+    "FROZEN": {"ACTIVE": "unfreeze", "CLOSED": "close"},
     "CLOSED": {},
 }
 
@@ -705,54 +705,37 @@ def change_status(book: Book, reference: str, status: str) -> Account:
     account = book.account(reference)
     if status not in STATUS_STEPS[account.status]:
         raise InvalidStateTransition(f"No account goes from {account.status} to {status}")
-    if status == "CLOSED":
-        require_nothing_left(book, account)
+    if status == "CLOSED" and account.balance:
+        held = f"Account {account.id} holds {account.balance}: only an empty one can be closed"
+        raise AccountNotEmpty(held, balance=account.balance)
+    to_come = "account_id = :id AND status <> 'CREDITED' AND amount > 0"
+    promises = f"SELECT 1 AS one FROM scheduled_cashback WHERE {to_come} LIMIT 1"  # noqa: S608
+    if status == "CLOSED" and book.ask(promises, id=account.id):
+        raise CashbackPending(f"Account {account.id} has cashback to come: close it later")
     book.record(STATUS_STEPS[account.status][status], account)
     book.change("account", vars(account), status=status)
     if status == "ACTIVE":
         # Written at once, because the database takes entries of active accounts alone.
-        book.execute(
-            "UPDATE scheduled_cashback SET status = 'SCHEDULED' "
-            "WHERE account_id = :account_id AND status = 'WAITING'",
-            account_id=account.id,
-        )
+        again = "SET status = 'SCHEDULED' WHERE account_id = :id AND status = 'WAITING'"
+        book.execute(f"UPDATE scheduled_cashback {again}", id=account.id)
     return account
-
-
-def require_nothing_left(book: Book, account: Account) -> None:
-    """Refuse to close an account that holds money, or that money is promised to."""
-    if account.balance:
-        raise AccountNotEmpty(
-            f"Account {account.id} holds {account.balance}: only an empty one can be closed",
-            balance=account.balance,
-        )
-    if book.ask(
-        "SELECT 1 AS one FROM scheduled_cashback "
-        "WHERE account_id = :account_id AND status <> 'CREDITED' AND amount > 0 LIMIT 1",
-        account_id=account.id,
-    ):
-        raise CashbackPending(f"Account {account.id} has cashback to come: close it later")
 
 
 def open_wallets(book: Book, *, owner_name: str, name: str) -> None:
     """Open a customer's wallets, an empty one of each closed-loop asset."""
     codes = [asset.code for asset in ASSETS.values() if asset.closed_loop]
     wallets = [book.open(owner_name, code, name) for code in codes]
-    book.record("wallets.opened", wallets[0])
+    book.record("open_wallets", wallets[0])
 
 
-def issue_credits(book: Book, reference: str, *, amount: int, kind: str) -> str:
-    """Issue credits, bought (TOP_UP) or given (BONUS): DEBIT treasury, CREDIT the wallet."""
+def move_credits(book: Book, reference: str, *, amount: int, kind: str) -> str:
+    """Issue credits, bought (TOP_UP) or given (BONUS): DEBIT treasury, CREDIT the wallet.
+
+    A negative amount takes them back for a service (SPEND).
+    """
     wallet = book.account(reference)
     treasury = book.system_account("treasury", wallet.asset)
     return book.post(kind, [Leg(treasury, -amount), Leg(wallet, +amount)])
-
-
-def spend_credits(book: Book, reference: str, *, amount: int) -> str:
-    """Take credits back for a service: DEBIT the wallet, CREDIT treasury."""
-    wallet = book.account(reference)
-    treasury = book.system_account("treasury", wallet.asset)
-    return book.post("SPEND", [Leg(wallet, -amount), Leg(treasury, +amount)])
 
 
 # ----- Batches
@@ -801,8 +784,10 @@ def stored_key(caller: str, operation: str, key: str) -> str:
 def execute(command: Command, book: Book, known: dict[str, Row]) -> Answer:
     """Execute one command of a batch, or replay the answer that its key was given before."""
     fingerprint = hashlib.sha256(command.arguments.encode()).hexdigest()
-    if command.key in known:
-        return replay(known[command.key], fingerprint)
+    if stored := known.get(command.key or ""):
+        if stored["fingerprint"] == fingerprint:
+            return Answer(stored["status"], stored["body"], stored["location"], replayed=True)
+        return IdempotencyKeyReused("This key was used for something else").to_answer()
     book.command = command
     try:
         with book.attempt():
@@ -817,13 +802,6 @@ def execute(command: Command, book: Book, known: dict[str, Row]) -> Answer:
     return answer
 
 
-def replay(stored: Row, fingerprint: str) -> Answer:
-    """Return a stored answer once more, or refuse a key that was used for something else."""
-    if fingerprint == stored["fingerprint"]:
-        return Answer(stored["status"], stored["body"], stored["location"], replayed=True)
-    return IdempotencyKeyReused("This key was used with other arguments: use a new one").to_answer()
-
-
 class Queue:
     """The commands of one event loop that wait for the next batch."""
 
@@ -832,44 +810,44 @@ class Queue:
         self._ledger = ledger
         self._loop = asyncio.get_running_loop()
         self._waiting: list[tuple[Command, asyncio.Future[Answer]]] = []
-        self._is_called = False
+        self._writing: asyncio.Task[None] | None = None
 
     def add(self, command: Command) -> "asyncio.Future[Answer]":
         """Let a command join the next batch; its answer comes after the commit."""
         answer = self._loop.create_future()
         self._waiting.append((command, answer))
-        if not self._is_called:
-            self._is_called = True
-            self._loop.call_soon(self._gather, 0, GATHERING_TURNS_MAX)
+        if self._writing is None:
+            self._writing = self._loop.create_task(self._write_batches())
         return answer
 
-    def _gather(self, seen: int, turns: int) -> None:
-        """Wait while more arrives, for a few turns of the loop, and then write a batch."""
-        if len(self._waiting) > seen and turns:
-            self._loop.call_soon(self._gather, len(self._waiting), turns - 1)
-            return
-        batch, self._waiting = self._waiting, []
-        # Whoever was told that nothing is known of a command tries it again.
-        batch = [(command, answer) for command, answer in batch if not answer.done()]
-        commands = [command for command, _ in batch]
-        if self._ledger.database.inline:
-            self._finish(batch, self._ledger.commit_or_split(commands))
-        else:
-            writer, commit = self._ledger.database.writer, self._ledger.commit_or_split
-            writing = self._loop.run_in_executor(writer, commit, commands)
-            writing.add_done_callback(lambda written: self._finish(batch, written.result()))
-
-    def _finish(self, batch: list[Any], outcomes: list[Answer | Exception]) -> None:
-        for (_, answer), outcome in zip(batch, outcomes, strict=True):
-            if answer.done():
-                continue  # The caller has gone; what was done stays done.
-            if isinstance(outcome, Exception):
-                answer.set_exception(outcome.with_traceback(None))
+    async def _write_batches(self) -> None:
+        """Write what waits, and what has come meanwhile, until nothing waits."""
+        while self._waiting:
+            for _ in range(GATHERING_TURNS_MAX):
+                # While more arrives, it is worth a turn of the loop.
+                seen = len(self._waiting)
+                await asyncio.sleep(0)
+                if len(self._waiting) == seen:
+                    break
+            # Whoever was told that nothing is known of a command tries it again.
+            batch = [waiting for waiting in self._waiting if not waiting[1].done()]
+            self._waiting = []
+            commands, ledger = [command for command, _ in batch], self._ledger
+            if ledger.database.inline:
+                outcomes = ledger.commit_or_split(commands)
             else:
-                answer.set_result(outcome)
-        self._is_called = bool(self._waiting)
-        if self._is_called:
-            self._loop.call_soon(self._gather, 0, GATHERING_TURNS_MAX)
+                writer = ledger.database.writer
+                outcomes = await self._loop.run_in_executor(
+                    writer, ledger.commit_or_split, commands
+                )
+            for (_, answer), outcome in zip(batch, outcomes, strict=True):
+                if answer.done():
+                    continue  # The caller has gone; what was done stays done.
+                if isinstance(outcome, Exception):
+                    answer.set_exception(outcome.with_traceback(None))
+                else:
+                    answer.set_result(outcome)
+        self._writing = None
 
 
 class Ledger:
@@ -917,7 +895,7 @@ class Ledger:
         try:
             return [*self.commit_with_retry(commands)]
         except Exception as error:
-            of_all = isinstance(error, DatabaseUnavailable) or type(error) is DatabaseBusy
+            of_all = isinstance(error, DatabaseLost) or type(error) is DatabaseBusy
             if of_all or len(commands) == 1:
                 return [error] * len(commands)
             log.warning("a batch of %d was refused, each is tried alone: %r", len(commands), error)
@@ -938,7 +916,8 @@ class Ledger:
     async def credit_due(self, clock: str, until: int, caller: str = "system") -> None:
         """Credit what is due by a clock; one pass at a time serves all who wait for it."""
         queue, run = self._queue(), partial(credit_cashbacks, clock=clock, until=until)
-        while await self.database.run_read(is_any_due, clock, until):
+        due = {"clock": clock, "until": until, "limit": 1}
+        while await self.database.run_read(lambda books: books.rows(DUE_CASHBACKS, **due)):
             if queue.crediting is None or queue.crediting.done():
                 queue.crediting = asyncio.ensure_future(self.submit(Command(caller, "{}", run)))
             await asyncio.shield(queue.crediting)
@@ -948,11 +927,6 @@ class Ledger:
         if loop not in self._queues:
             self._queues[loop] = Queue(self)
         return self._queues[loop]
-
-
-def is_any_due(connection: "Connection", clock: str, until: int) -> bool:
-    """Tell whether a cashback is due by a clock."""
-    return bool(connection.rows(DUE_CASHBACKS, clock=clock, until=until, limit=1))
 
 
 def utc_now() -> int:
@@ -966,17 +940,22 @@ class IdSource:
     They rise, so that what is written together lies together; nobody can guess the next one.
     """
 
-    last = 0
+    def __init__(self) -> None:
+        self._last = 0
+        self._random: list[int] = []
 
     def follow(self, ids: Iterable[str]) -> None:
         """Go on behind ids that were given before, perhaps by another server."""
         for other in ids:
-            self.last = max(self.last, int(other[:8] + other[9:13] + other[15:18], 16))
+            self._last = max(self._last, int(other[:8] + other[9:13] + other[15:18], 16))
 
     def new(self, now: int) -> str:
         """Return an id of a time in microseconds."""
-        self.last = max(self.last + 1, (now << 12) // 1_000)
-        head, tail = f"{self.last:015x}", f"{2 << 62 | secrets.randbits(62):016x}"
+        if not self._random:
+            # The system takes as long over one number as over many.
+            self._random = list(struct.unpack("256Q", os.urandom(2_048)))
+        self._last = max(self._last + 1, (now << 12) // 1_000)
+        head, tail = f"{self._last:015x}", f"{2 << 62 | self._random.pop() >> 2:016x}"
         return f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
 
 
@@ -999,38 +978,17 @@ class StartupError(Exception):
     """The program cannot start or go on; the message is one line for the operator."""
 
 
-class DatabaseError(LedgerError, status=503):
-    """The database did not do it. That is never stored as an answer: the key stays good."""
-
-    def __init__(self, detail: str = "") -> None:
-        super().__init__(detail or str(self.__doc__))
-
-
-class DatabaseUnavailable(DatabaseError, status=503):
-    """The database cannot be reached or written to now: try again"""
-
-
-class DatabaseRefused(DatabaseError, status=503, code="database_unavailable"):
-    """The database does not do this now: try again"""
+# An error of the database is never stored as an answer: the key stays good.
+# fmt: off
+class DatabaseBusy(LedgerError, status=503, detail="The database is in use: try again"): ...
+class DatabaseConflict(DatabaseBusy): ...
+class DatabaseUnavailable(LedgerError, status=503, detail="The database refuses: try again"): ...
+class DatabaseLost(DatabaseUnavailable, detail="The database cannot be written to: try again"): ...
+class StorageFull(LedgerError, status=507, detail="The disk is full, and nothing was done"): ...
+# fmt: on
 
 
-class DatabaseBusy(DatabaseError, status=503):
-    """The database is in use: try again"""
-
-
-class DatabaseConflict(DatabaseBusy, status=503, code="database_busy"):
-    """The database is in use by another server: try again"""
-
-
-class StorageFull(DatabaseError, status=507):
-    """The disk is full, and nothing was done"""
-
-
-SQLITE_ERRORS = {
-    sqlite3.SQLITE_BUSY: DatabaseBusy,
-    sqlite3.SQLITE_LOCKED: DatabaseBusy,
-    sqlite3.SQLITE_FULL: StorageFull,
-}
+SQLITE_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 # By SQLSTATE; a unique violation is what a key brings that is used on two servers.
 POSTGRES_ERRORS = {
     "23505": DatabaseConflict,
@@ -1040,7 +998,11 @@ POSTGRES_ERRORS = {
     "57014": DatabaseBusy,  # A cancelled statement.
     "53300": DatabaseBusy,  # Too many connections.
     "53100": StorageFull,
-    "25006": DatabaseUnavailable,  # A server that only reads, as one that became a standby.
+    "25006": DatabaseLost,  # A server that only reads, as one that became a standby.
+}
+CHANGING_COLUMNS = {
+    "account": ("status", "balance", "last_seq"),
+    "scheduled_cashback": ("status", "transaction_id"),
 }
 
 
@@ -1052,6 +1014,7 @@ class Connection:
     """
 
     engine = "sqlite"
+    is_writable = "SELECT 1 AS yes FROM asset LIMIT 1"
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -1078,10 +1041,6 @@ class Connection:
         """Wait in a block only for the results that it looks at."""
         return nullcontext()
 
-    def require_writable(self) -> None:
-        """Raise DatabaseUnavailable where the database does not answer, or only reads."""
-        self.execute("SELECT code FROM asset LIMIT 1").fetchall()
-
     def rows(self, statement: str, **values: Any) -> list[Row]:
         """Return the rows of a query."""
         return self.all_rows((statement, values))[0]
@@ -1106,12 +1065,6 @@ class Connection:
                 self.update(table, columns, list(changed.values()))
 
 
-CHANGING_COLUMNS = {
-    "account": ("status", "balance", "last_seq"),
-    "scheduled_cashback": ("status", "transaction_id"),
-}
-
-
 @lru_cache
 def sqlite_text(statement: str) -> str:
     """Return a statement as SQLite reads it; a list comes as JSON, whatever its length."""
@@ -1120,42 +1073,39 @@ def sqlite_text(statement: str) -> str:
 
 
 class PostgresConnection(Connection):
-    """A connection to PostgreSQL."""
+    """A connection to PostgreSQL, which is written to in statements of one parameter, of JSON."""
 
     engine = "postgresql"
+    is_writable = (
+        "SELECT NOT pg_is_in_recovery() "
+        "AND current_setting('default_transaction_read_only') = 'off' AS yes"
+    )
 
     def execute(self, statement: str, **values: Any) -> Any:
         """Run a statement, which the driver prepares once it has come a few times."""
         return self.driver.execute(postgres_text(statement), values)
 
     def insert(self, table: str, rows: list[Row]) -> None:
-        """Insert all rows in one statement, from one parameter of JSON."""
-        source = f"json_populate_recordset(NULL::{table}, %s)"
-        self.driver.execute(f"INSERT INTO {table} SELECT * FROM {source}", [to_json(rows).decode()])  # noqa: S608
+        """Insert rows, all in one statement."""
+        source = f"json_populate_recordset(NULL::{table}, :rows)"
+        self.execute(f"INSERT INTO {table} SELECT * FROM {source}", rows=to_json(rows).decode())  # noqa: S608
 
     def update(self, table: str, columns: Sequence[str], rows: list[Row]) -> None:
-        """Update all rows in one statement, from one parameter of JSON."""
+        """Update rows, all in one statement."""
         changes, key = ", ".join(f"{name} = new.{name}" for name in columns), PRIMARY_KEYS[table]
-        source = f"json_populate_recordset(NULL::{table}, %s) AS new"
-        statement = f"UPDATE {table} SET {changes} FROM {source} WHERE {table}.{key} = new.{key}"  # noqa: S608
-        self.driver.execute(statement, [to_json(rows).decode()])
+        source = f"json_populate_recordset(NULL::{table}, :rows) AS new"
+        source = f"{source} WHERE {table}.{key} = new.{key}"
+        self.execute(f"UPDATE {table} SET {changes} FROM {source}", rows=to_json(rows).decode())  # noqa: S608
 
     def pipeline(self) -> Any:
         """Wait in a block only for the results that it looks at: each wait is a thread's switch."""
         return self.driver.pipeline()
 
-    def require_writable(self) -> None:
-        """Raise DatabaseUnavailable for a standby too, which only reads."""
-        is_read_only = "current_setting('default_transaction_read_only') = 'on'"
-        [found] = self.rows(f"SELECT pg_is_in_recovery() OR {is_read_only} AS only_reads")  # noqa: S608
-        if found["only_reads"]:
-            raise DatabaseUnavailable
-
 
 @lru_cache
 def postgres_text(statement: str) -> str:
     """Return a statement as psycopg reads it."""
-    return re.sub(r":(\w+)", r"%(\1)s", statement.replace("%", "%%"))
+    return re.sub(r"(?<!:):(\w+)", r"%(\1)s", statement.replace("%", "%%"))
 
 
 class Database:
@@ -1180,16 +1130,12 @@ class Database:
         """Open a connection."""
         raise NotImplementedError
 
-    def translate_error(self, error: Any) -> DatabaseError:
+    def translate_error(self, error: Any) -> LedgerError:
         """Return the ledger's error for one of the driver's."""
         raise NotImplementedError
 
-    def exists(self) -> bool:
-        """Tell whether opening it would not make it."""
-        return True
-
     def require_present(self) -> None:
-        """Raise DatabaseUnavailable where a write would go into nothing."""
+        """Raise DatabaseLost where a write would go into nothing."""
 
     def after_commit(self) -> None:
         """Do what is to be done now and then."""
@@ -1226,21 +1172,19 @@ class Database:
 
     def open(self, *, make: bool) -> None:
         """Accept a ledger of this version; with `make`, make one where there is nothing yet."""
-        if not make and not self.exists():
-            raise StartupError(f"there is no ledger at {self.name}")
         try:
             # Looking first through a connection that only reads leaves a stranger's file alone.
             with self.read() as connection:
                 version = stored_version(connection)
             if make:
-                retry_while_busy(self._complete)
+                retry_while_busy(partial(complete_schema, self))
             elif not version:
                 raise StartupError(f"{self.name} is empty")
-        except (LedgerError, StartupError) as error:
+        except BaseException as error:
             self.close()
-            if isinstance(error, StartupError):
-                raise
-            raise StartupError(f"cannot open {self.name}: {one_line(error)}") from error
+            if isinstance(error, LedgerError):
+                raise StartupError(f"cannot open {self.name}: {one_line(error)}") from error
+            raise
 
     def close(self) -> None:
         """End the threads and close every connection, after the last answer."""
@@ -1250,14 +1194,9 @@ class Database:
 
     def disconnect(self) -> None:
         """Close the connections that are not in use; the next use opens new ones."""
-        for connection in (*self._reading, *self._writing):
-            connection.driver.close()
-        self._reading.clear()
-        self._writing.clear()
-
-    def _complete(self) -> None:
-        with self.write() as connection:
-            complete_schema(connection)
+        for connections in (self._reading, self._writing):
+            while connections:
+                connections.pop().driver.close()
 
     @contextmanager
     def _transaction(self, idle: list[Connection], begin: str) -> Iterator[Connection]:
@@ -1271,7 +1210,7 @@ class Database:
                 connection.execute("COMMIT")
         except DRIVER_ERRORS as error:
             failure = self.translate_error(error)
-            if isinstance(failure, DatabaseUnavailable) and connection:
+            if isinstance(failure, DatabaseLost) and connection:
                 # New connections may find a server that has taken over.
                 connection.driver.close()
                 self.disconnect()
@@ -1293,7 +1232,7 @@ async def in_time(waiting: "asyncio.Future[T]") -> T:
         async with asyncio.timeout(ANSWER_SECONDS_MAX):
             return await waiting
     except TimeoutError:
-        raise DatabaseUnavailable from None
+        raise DatabaseLost from None
 
 
 def retry_while_busy(action: Callable[[], T]) -> T:
@@ -1340,7 +1279,15 @@ class SqliteDatabase(Database):
 
     def __init__(self, url: str) -> None:
         super().__init__()
-        self.path = sqlite_path(url)
+        try:
+            parsed = sa.make_url(url)
+        except (sa.exc.ArgumentError, ValueError):
+            raise StartupError("the database URL must look like sqlite:///ledger.db") from None
+        file = parsed.database or ""
+        is_plain = parsed == sa.URL.create("sqlite", database=file)
+        if not is_plain or re.match(":memory:|file:|.*\0|$", file):
+            raise StartupError("the database must be a plain file, such as sqlite:///ledger.db")
+        self.path = Path(file).absolute()
         self.name = str(self.path)
         self._file: tuple[int, int] | None = None
         self._commits = 0
@@ -1357,24 +1304,23 @@ class SqliteDatabase(Database):
             raise
         return Connection(driver)
 
-    def translate_error(self, error: Any) -> DatabaseError:
+    def translate_error(self, error: Any) -> LedgerError:
         """Return the ledger's error for one of SQLite's."""
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-        return SQLITE_ERRORS.get(code & 0xFF, DatabaseRefused)()
-
-    def exists(self) -> bool:
-        """Tell whether there is a file."""
-        return self.path.exists()
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        full = StorageFull() if code == sqlite3.SQLITE_FULL else DatabaseUnavailable()
+        return DatabaseBusy() if code in SQLITE_BUSY else full
 
     def open(self, *, make: bool) -> None:
         """Open as any database, and remember which file it was."""
+        if not make and not self.path.exists():
+            raise StartupError(f"there is no ledger at {self.name}")
         super().open(make=make)
         self._file = self._identity()
 
     def require_present(self) -> None:
-        """Raise DatabaseUnavailable if another file has the name: the open one ends with us."""
+        """Raise DatabaseLost if another file has the name: the open one ends with us."""
         if self._file and self._file != self._identity():
-            raise DatabaseUnavailable("The database file was moved or replaced: restart the server")
+            raise DatabaseLost("The database file was moved or replaced: restart the server")
 
     def after_commit(self) -> None:
         """Move committed pages into the file, in a thread, while the event loop goes on.
@@ -1400,27 +1346,11 @@ class SqliteDatabase(Database):
         return (0, 0)
 
 
-def sqlite_path(url: str) -> Path:
-    """Return the file that a database URL names, or raise StartupError."""
-    try:
-        parsed = sa.make_url(url)
-    except (sa.exc.ArgumentError, ValueError):
-        raise StartupError("the database URL must look like sqlite:///ledger.db") from None
-    name = parsed.database or ""
-    if parsed != sa.URL.create("sqlite", database=name) or re.match(":memory:|file:|.*\0|$", name):
-        raise StartupError("the database must be a plain file, such as sqlite:///ledger.db")
-    return Path(name).absolute()
-
-
 # What a URL may say otherwise: a server that does not answer is given up within some seconds.
-CONNECTION_DEFAULTS = {
-    "application_name": "ledger.py",
-    "connect_timeout": "3",
-    "keepalives_idle": "5",
-    "keepalives_interval": "2",
-    "keepalives_count": "3",
-    "tcp_user_timeout": "10000",
-}
+POSTGRES_DEFAULTS = (
+    "application_name=ledger.py connect_timeout=3 keepalives_idle=5 keepalives_interval=2 "
+    "keepalives_count=3 tcp_user_timeout=10000"
+)
 SESSION_SETTINGS = (
     "SET lock_timeout = '5s'",
     "SET idle_in_transaction_session_timeout = '60s'",
@@ -1440,12 +1370,12 @@ class PostgresDatabase(Database):
     def __init__(self, url: str) -> None:
         super().__init__()
         try:
-            given = conninfo_to_dict(url)
+            given: Any = conninfo_to_dict(url)
         except psycopg.ProgrammingError:
             example = "postgresql://user@host/name"
             raise StartupError(f"the database URL must look like {example}") from None
-        defaults = {name: v for name, v in CONNECTION_DEFAULTS.items() if name not in given}
-        self._conninfo = make_conninfo(url, **defaults, client_encoding="utf8")
+        settings: Any = conninfo_to_dict(POSTGRES_DEFAULTS) | given
+        self._conninfo = make_conninfo(**settings, client_encoding="utf8")
         self.name = f"{given.get('dbname', 'PostgreSQL')} at {given.get('host', 'localhost')}"
         if "@" in self.name:
             # It would be a part of the password, and be printed.
@@ -1461,16 +1391,16 @@ class PostgresDatabase(Database):
             driver.execute(statement)
         return PostgresConnection(driver)
 
-    def translate_error(self, error: Any) -> DatabaseError:
+    def translate_error(self, error: Any) -> LedgerError:
         """Return the ledger's error for one of PostgreSQL's, or of its driver's."""
-        known = POSTGRES_ERRORS.get(error.sqlstate, DatabaseRefused)
+        known = POSTGRES_ERRORS.get(error.sqlstate, DatabaseUnavailable)
         if error.sqlstate is None:
             is_lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
         else:
             is_fatal = error.diag.severity_nonlocalized in ("FATAL", "PANIC")
             is_lost = is_fatal or error.sqlstate.startswith(("08", "57"))
         # Of a lost connection nobody knows whether it committed: the key will tell.
-        return DatabaseUnavailable() if is_lost and known is not DatabaseBusy else known()
+        return DatabaseLost() if is_lost and known is not DatabaseBusy else known()
 
 
 # ----- Schema
@@ -1511,20 +1441,10 @@ for table in TABLES.values():
         # SQLModel's own choice is 32 bits on PostgreSQL, and no type of a strict SQLite table.
         column.type = INTEGER_64 if isinstance(column.type, sa.Integer) else PLAIN_TEXT
 
-
-class Trigger(NamedTuple):
-    """A rule that the database keeps: it refuses a change while the condition holds."""
-
-    name: str
-    moment: str
-    condition: str
-    message: str
-
-
-# Invariants 2, 3, 5 and 7 in words that both engines know.
-TRIGGERS = [
-    Trigger(
-        "entry_follows",
+# Invariants 2, 3, 5 and 7 in words that both engines know: when a trigger looks, what it refuses,
+# and why.
+TRIGGERS = {
+    "entry_follows": (
         "BEFORE INSERT ON entry",
         # IS NOT TRUE, because a missing predecessor makes the right-hand side NULL.
         """(NEW.balance = CASE NEW.type WHEN 'CREDIT' THEN NEW.amount ELSE -NEW.amount END
@@ -1532,120 +1452,50 @@ TRIGGERS = [
              WHERE account_id = NEW.account_id AND seq = NEW.seq - 1) END) IS NOT TRUE""",
         "an entry must follow its predecessor in seq and balance",
     ),
-    Trigger(
-        "entry_active",
+    "entry_active": (
         "BEFORE INSERT ON entry",
         "(SELECT status FROM account WHERE id = NEW.account_id) <> 'ACTIVE'",
         "only an active account moves money",
     ),
-    Trigger(
-        "account_follows",
+    "account_follows": (
         "BEFORE UPDATE OF balance, last_seq ON account",
         """(NEW.last_seq, NEW.balance) <> (OLD.last_seq, OLD.balance)
            AND ((NEW.last_seq, NEW.balance) = (SELECT seq, balance FROM entry
              WHERE account_id = NEW.id ORDER BY seq DESC LIMIT 1)) IS NOT TRUE""",
         "an account must stand where its last entry leaves it",
     ),
-    Trigger(
-        "account_empty",
+    "account_empty": (
         "BEFORE INSERT ON account",
         "(NEW.last_seq, NEW.balance) <> (0, 0)",
         "an account opens empty",
     ),
-    Trigger(
-        "account_state",
+    "account_state": (
         "BEFORE UPDATE ON account",
         """OLD.status = 'CLOSED' AND NEW.status <> 'CLOSED' OR NEW.last_seq <> OLD.last_seq
            AND 'ACTIVE' NOT IN (OLD.status, NEW.status)""",
         "a closed account never comes back, and only an active one moves money",
     ),
-    Trigger(
-        "account_identity",
-        "BEFORE UPDATE OF id, asset, kind ON account",
-        "TRUE",
-        "these are for ever",
-    ),
-    Trigger(
-        "cashback_fixed",
-        "BEFORE UPDATE OF payment_id, account_id, amount, clock, due_at, number "
-        "ON scheduled_cashback",
-        "TRUE",
-        "a cashback stays as it was scheduled",
-    ),
-    Trigger(
-        "cashback_once",
+    "cashback_once": (
         "BEFORE UPDATE ON scheduled_cashback",
         "OLD.status = 'CREDITED'",
         "a cashback is credited once",
     ),
-    Trigger(
-        "api_key_fixed",
-        "BEFORE UPDATE OF name, prefix, hash, role, created_at ON api_key",
-        "TRUE",
-        "a key stays as it was made",
-    ),
-    Trigger(
-        "api_key_revoked",
+    "api_key_revoked": (
         "BEFORE UPDATE ON api_key",
         "OLD.revoked_at IS NOT NULL",
         "a key is revoked once",
     ),
-]
-APPEND_ONLY = ("asset", "event", "entry", "idempotency_key")
-TRIGGERS += [
-    Trigger(f"{table}_{name}", f"BEFORE {change} ON {table}", "TRUE", f"{table}: kept for ever")
-    for name, change, tables in (("unchanged", "UPDATE", APPEND_ONLY), ("kept", "DELETE", TABLES))
-    for table in tables
-    if table != "schema_version"
-]
-
-
-def create_triggers(connection: Connection) -> None:
-    """Make the triggers, which refuse what they are told to."""
-    for trigger in TRIGGERS:
-        if connection.engine == "postgresql":
-            statements = postgres_trigger(trigger)
-        else:
-            refusal = f"BEGIN SELECT RAISE(ABORT, '{trigger.message}'); END"
-            when = f"{trigger.moment} WHEN {trigger.condition}"
-            statements = [f"CREATE TRIGGER {trigger.name} {when} {refusal}"]
-        for statement in statements:
-            connection.driver.execute(statement)
-
-
-def postgres_trigger(trigger: Trigger) -> list[str]:
-    """Return what makes a trigger and its function on PostgreSQL; TRUNCATE is a kind of DELETE."""
-    name, moment = trigger.name, trigger.moment
-    body, call = postgres_body(trigger), f"EXECUTE FUNCTION {name}()"
-    made = [
-        f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $${body}$$",
-        f"CREATE TRIGGER {name} {moment} FOR EACH ROW {call}",
-    ]
-    if "BEFORE DELETE" in moment:
-        whole = moment.replace("DELETE", "TRUNCATE")
-        made.append(f"CREATE TRIGGER {name}_whole {whole} FOR EACH STATEMENT {call}")
-    return made
-
-
-def postgres_body(trigger: Trigger) -> str:
-    """Return a trigger's function as PostgreSQL stores it."""
-    return (
-        f"BEGIN IF {trigger.condition} THEN RAISE EXCEPTION '{trigger.message}' "
-        "USING ERRCODE = 'check_violation'; END IF; RETURN NEW; END"
-    )
-
-
-ENGINE_URLS = {"sqlite": "sqlite://", "postgresql": "postgresql+psycopg://"}
-
-
-def create_tables(connection: Connection) -> None:
-    """Make the tables and indexes, in the engine's own words."""
-
-    def run(statement: Any, *_: Any, **__: Any) -> None:
-        connection.driver.execute(str(statement.compile(dialect=engine.dialect)))
-
-    engine = sa.create_mock_engine(ENGINE_URLS[connection.engine], run)
-    SQLModel.metadata.create_all(engine, checkfirst=False)
+}
+FIXED_COLUMNS = {
+    "account": "id, asset, kind",
+    "scheduled_cashback": "payment_id, account_id, amount, clock, due_at, number",
+    "api_key": "name, prefix, hash, role, created_at",
+}
+for name in TABLES.keys() - {"schema_version"}:
+    columns = f"OF {FIXED_COLUMNS[name]} " if name in FIXED_COLUMNS else ""
+    message = f"what {name} holds is for ever"
+    TRIGGERS[f"{name}_unchanged"] = (f"BEFORE UPDATE {columns}ON {name}", "TRUE", message)
+    TRIGGERS[f"{name}_kept"] = (f"BEFORE DELETE ON {name}", "TRUE", message)
 
 
 def create_schema(connection: Connection) -> None:
@@ -1655,13 +1505,54 @@ def create_schema(connection: Connection) -> None:
     connection.insert("schema_version", [{"version": SCHEMA_VERSION}])
 
 
+def create_tables(connection: Connection) -> None:
+    """Make the tables and indexes, in the engine's own words."""
+
+    def run(statement: Any, *_: Any, **__: Any) -> None:
+        connection.driver.execute(str(statement.compile(dialect=engine.dialect)))
+
+    driver = "postgresql+psycopg" if connection.engine == "postgresql" else "sqlite"
+    engine = sa.create_mock_engine(f"{driver}://", run)
+    SQLModel.metadata.create_all(engine, checkfirst=False)
+
+
+def create_triggers(connection: Connection) -> None:
+    """Make the triggers, which refuse what they are told to."""
+    for name, (moment, condition, message) in TRIGGERS.items():
+        refusal = f"BEGIN SELECT RAISE(ABORT, '{message}'); END"
+        statements = [f"CREATE TRIGGER {name} {moment} WHEN {condition} {refusal}"]
+        if connection.engine == "postgresql":
+            statements = postgres_trigger(name)
+        for statement in statements:
+            connection.driver.execute(statement)
+
+
+def postgres_trigger(name: str) -> list[str]:
+    """Return what makes a trigger and its function on PostgreSQL; TRUNCATE is a kind of DELETE."""
+    moment, call = TRIGGERS[name][0], f"EXECUTE FUNCTION {name}()"
+    made = [
+        f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $${postgres_body(name)}$$",
+        f"CREATE TRIGGER {name} {moment} FOR EACH ROW {call}",
+    ]
+    if "BEFORE DELETE" in moment:
+        whole = moment.replace("DELETE", "TRUNCATE")
+        made.append(f"CREATE TRIGGER {name}_whole {whole} FOR EACH STATEMENT {call}")
+    return made
+
+
+def postgres_body(name: str) -> str:
+    """Return a trigger's function as PostgreSQL stores it."""
+    _, condition, message = TRIGGERS[name]
+    refusal = f"RAISE EXCEPTION '{message}' USING ERRCODE = 'check_violation'"
+    return f"BEGIN IF {condition} THEN {refusal}; END IF; RETURN NEW; END"
+
+
 def stored_version(connection: Connection) -> int:
     """Return a ledger's schema version, or 0 for an empty database; else raise StartupError."""
-    names = {
-        "sqlite": "SELECT name FROM sqlite_schema WHERE type = 'table'",
-        "postgresql": "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()",
-    }
-    found = {name for (name,) in connection.driver.execute(names[connection.engine])}
+    names = "SELECT name FROM sqlite_schema WHERE type = 'table'"
+    if connection.engine == "postgresql":
+        names = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()"
+    found = {name for (name,) in connection.driver.execute(names)}
     if not found:
         return 0
     if not found.issuperset(TABLES):
@@ -1672,28 +1563,28 @@ def stored_version(connection: Connection) -> int:
     return SCHEMA_VERSION
 
 
-def complete_schema(connection: Connection) -> None:
+def complete_schema(database: Database) -> None:
     """Make what is missing: all of a new ledger, or assets and system accounts that came later."""
-    if connection.engine == "postgresql":
-        # One server at a time, until the write has ended.
-        connection.execute("SELECT pg_advisory_xact_lock(:lock)", lock=SCHEMA_LOCK)
-    if not stored_version(connection):
-        create_schema(connection)
-    known = {row["code"] for row in connection.rows("SELECT code FROM asset")}
-    assets = [asset.model_dump() for code, asset in ASSETS.items() if code not in known]
-    now, ids = utc_now(), IdSource()
-    accounts = [
-        Account(
-            id=ids.new(now),
-            name=name,
-            owner_name="system",
-            asset=code,
-            kind="SYSTEM",
-            created_at=now,
-        )
-        for name, code in sorted(SYSTEM_ACCOUNTS - system_accounts(connection))
-    ]
-    connection.save({"asset": assets, "account": [vars(account) for account in accounts]}, {})
+    with database.write() as connection:
+        if connection.engine == "postgresql":
+            # One server at a time, until the write has ended.
+            connection.execute("SELECT pg_advisory_xact_lock(:lock)", lock=SCHEMA_LOCK)
+        if not stored_version(connection):
+            create_schema(connection)
+        known = {row["code"] for row in connection.rows("SELECT code FROM asset")}
+        assets = [asset.model_dump() for code, asset in ASSETS.items() if code not in known]
+        ids, now, accounts = IdSource(), utc_now(), []
+        for name, code in sorted(SYSTEM_ACCOUNTS - system_accounts(connection)):
+            account = Account(
+                id=ids.new(now),
+                name=name,
+                owner_name="system",
+                asset=code,
+                kind="SYSTEM",
+                created_at=now,
+            )
+            accounts.append(vars(account))
+        connection.save({"asset": assets, "account": accounts}, {})
 
 
 def system_accounts(connection: Connection) -> set[tuple[str, str]]:
@@ -1715,50 +1606,44 @@ CHECKS = [
     (
         "every transaction has entries, which sum to zero",
         "SELECT count(*) AS n FROM event WHERE kind < 'a'",
-        [
-            """SELECT 'transaction ' || id || ' has no entries' AS wrong FROM event
-            WHERE kind < 'a' AND NOT EXISTS (SELECT 1 FROM entry WHERE transaction_id = event.id)""",
-            # In two parts, because a sum may leave 64 bits where no amount does.
-            """WITH line AS (
-                SELECT transaction_id, asset, CASE type WHEN 'CREDIT' THEN amount ELSE -amount END
-                AS change FROM entry JOIN account ON account.id = account_id
-            ), total AS (
-                SELECT transaction_id, asset, SUM(change / 1000000000) AS billions,
-                SUM(change % 1000000000) AS rest FROM line GROUP BY transaction_id, asset
-            )
-            SELECT 'transaction ' || transaction_id || ' sums to ' || (billions * 1000000000 + rest)
-            || ' ' || asset AS wrong FROM total
-            WHERE rest % 1000000000 <> 0 OR billions <> -rest / 1000000000""",
-        ],
+        """SELECT 'transaction ' || id || ' has no entries' AS wrong FROM event
+        WHERE kind < 'a' AND NOT EXISTS (SELECT 1 FROM entry WHERE transaction_id = event.id)""",
+        # In two parts, because a sum may leave 64 bits where no amount does.
+        """WITH line AS (
+            SELECT transaction_id, asset, CASE type WHEN 'CREDIT' THEN amount ELSE -amount END
+            AS change FROM entry JOIN account ON account.id = account_id
+        ), total AS (
+            SELECT transaction_id, asset, SUM(change / 1000000000) AS billions,
+            SUM(change % 1000000000) AS rest FROM line GROUP BY transaction_id, asset
+        )
+        SELECT 'transaction ' || transaction_id || ' sums to ' || (billions * 1000000000 + rest)
+        || ' ' || asset AS wrong FROM total
+        WHERE rest % 1000000000 <> 0 OR billions <> -rest / 1000000000""",
     ),
     (
         "entries are numbered 1, 2, 3 ... and add up to balances",
         "SELECT count(*) AS n FROM entry",
-        [
-            """SELECT 'account ' || account_id || ': entry ' || seq || ' with balance ' || balance
-            || ' stands where entry ' || place || ' with balance ' || expected || ' should be'
-            AS wrong FROM (
-                SELECT account_id, seq, balance, row_number() OVER following AS place,
-                COALESCE(lag(balance) OVER following, 0) + CAST(
-                    CASE type WHEN 'CREDIT' THEN amount ELSE -amount END AS numeric) AS expected
-                FROM entry WINDOW following AS (PARTITION BY account_id ORDER BY seq)
-            ) AS numbered WHERE seq <> place OR balance <> expected""",
-            """SELECT 'account ' || account_id || ': entry ' || seq || ' leaves a customer at '
-            || entry.balance AS wrong FROM entry JOIN account ON account.id = account_id
-            WHERE entry.balance < 0 AND kind = 'CUSTOMER'""",
-        ],
+        """SELECT 'account ' || account_id || ': entry ' || seq || ' with balance ' || balance
+        || ' stands where entry ' || place || ' with balance ' || expected || ' should be'
+        AS wrong FROM (
+            SELECT account_id, seq, balance, row_number() OVER following AS place,
+            COALESCE(lag(balance) OVER following, 0) + CAST(
+                CASE type WHEN 'CREDIT' THEN amount ELSE -amount END AS numeric) AS expected
+            FROM entry WINDOW following AS (PARTITION BY account_id ORDER BY seq)
+        ) AS numbered WHERE seq <> place OR balance <> expected""",
+        """SELECT 'account ' || account_id || ': entry ' || seq || ' leaves a customer at '
+        || entry.balance AS wrong FROM entry JOIN account ON account.id = account_id
+        WHERE entry.balance < 0 AND kind = 'CUSTOMER'""",
     ),
     (
         "accounts stand where their last entries leave them",
         "SELECT count(*) AS n FROM account",
-        [
-            """SELECT 'account ' || id || ': its row says ' || last_seq || ' entries and balance '
-            || balance || ', its entries say ' || seq || ' and ' || after AS wrong FROM (
-                SELECT account.*, COALESCE((SELECT seq FROM entry WHERE account_id = account.id
-                ORDER BY seq DESC LIMIT 1), 0) AS seq, COALESCE((SELECT entry.balance FROM entry
-                WHERE account_id = account.id ORDER BY seq DESC LIMIT 1), 0) AS after FROM account
-            ) AS stood WHERE last_seq <> seq OR balance <> after""",
-        ],
+        """SELECT 'account ' || id || ': its row says ' || last_seq || ' entries and balance '
+        || balance || ', its entries say ' || seq || ' and ' || after AS wrong FROM (
+            SELECT account.*, COALESCE((SELECT seq FROM entry WHERE account_id = account.id
+            ORDER BY seq DESC LIMIT 1), 0) AS seq, COALESCE((SELECT entry.balance FROM entry
+            WHERE account_id = account.id ORDER BY seq DESC LIMIT 1), 0) AS after FROM account
+        ) AS stood WHERE last_seq <> seq OR balance <> after""",
     ),
 ]
 
@@ -1770,7 +1655,7 @@ def check(connection: Connection) -> Iterator[CheckResult]:
         [found] = connection.rows("PRAGMA integrity_check(1)")
         damage += [text for text in found.values() if text != "ok"]
     yield CheckResult("pages, constraints and references are sound", len(TABLES), damage)
-    for rule, counting, findings in CHECKS:
+    for rule, counting, *findings in CHECKS:
         wrong = [row["wrong"] for query in findings for row in connection.rows(f"{query} LIMIT 1")]
         yield CheckResult(rule, connection.rows(counting)[0]["n"], wrong)
     held = system_accounts(connection)
@@ -1784,50 +1669,42 @@ def check(connection: Connection) -> Iterator[CheckResult]:
 def lost_references(connection: Connection) -> list[str]:
     """Return where rows refer to missing ones."""
     lost = []
-    for key in (key for table in TABLES.values() for key in table.foreign_keys):
+    for key in [key for table in TABLES.values() for key in table.foreign_keys]:
         here, there = key.parent, key.column
-        query = f"SELECT 1 AS one FROM {there.table} WHERE {there} = {here}"  # noqa: S608
-        query = (
-            f"SELECT 1 AS one FROM {here.table} WHERE {here} IS NOT NULL AND NOT EXISTS ({query})"  # noqa: S608
-        )
-        if connection.rows(f"{query} LIMIT 1"):
+        exists = f"EXISTS (SELECT 1 FROM {there.table} WHERE {there} = {here})"  # noqa: S608
+        dangling = f"FROM {here.table} WHERE {here} IS NOT NULL AND NOT {exists}"
+        if connection.rows(f"SELECT 1 AS one {dangling} LIMIT 1"):
             lost.append(f"table {here.table}: a row refers to a missing row of {there.table}")
     return lost
 
 
-Schema = set[tuple[str, str]]
-"""The name and the description of all that a schema is made of."""
-
-
-def stored_schema(connection: Connection) -> Schema:
-    """Return what the database says of its own schema."""
+def stored_schema(connection: Connection) -> set[tuple[str, str]]:
+    """Return what the database says of its own schema: names and descriptions."""
     sqlite = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"
     query = sqlite if connection.engine == "sqlite" else POSTGRES_SCHEMA
     return {(name, text.replace('"', "")) for name, text in connection.driver.execute(query)}
 
 
-def expected_schema(connection: Connection) -> Schema:
+def expected_schema(connection: Connection) -> set[tuple[str, str]]:
     """Return what a database says of the schema that this program makes."""
     if connection.engine == "sqlite":
         with closing(sqlite3.connect(":memory:")) as driver:
             create_schema(Connection(driver))
             return stored_schema(Connection(driver))
-    schema = {(table.name, postgres_description(table)) for table in TABLES.values()}
-    schema |= {(str(index.name), "") for table in TABLES.values() for index in table.indexes}
-    for trigger in TRIGGERS:
-        for statement in postgres_trigger(trigger)[1:]:
-            schema.add((statement.split()[2], f"{statement} O {postgres_body(trigger)}"))
+    schema = set()
+    for name, table in TABLES.items():
+        columns = [
+            f"{c.name} {'text' if c.type is PLAIN_TEXT else 'bigint'} {'f' if c.nullable else 't'}"
+            for c in sorted(table.columns, key=attrgetter("name"))
+        ]
+        # The kinds of constraints, by the letters that PostgreSQL has for them.
+        kinds = sorted(type(constraint).__name__[0].lower() for constraint in table.constraints)
+        schema |= {(name, f"{', '.join(columns)} {''.join(kinds)}")}
+        schema |= {(str(index.name), "") for index in table.indexes}
+    for name in TRIGGERS:
+        for statement in postgres_trigger(name)[1:]:
+            schema |= {(statement.split()[2], f"{statement} O {postgres_body(name)}")}
     return schema
-
-
-def postgres_description(table: sa.Table) -> str:
-    """Return a table's columns and kinds of constraints as POSTGRES_SCHEMA words them."""
-    columns = [
-        f"{c.name} {'text' if c.type is PLAIN_TEXT else 'bigint'} {'f' if c.nullable else 't'}"
-        for c in sorted(table.columns, key=attrgetter("name"))
-    ]
-    kinds = sorted(type(constraint).__name__[0].lower() for constraint in table.constraints)
-    return f"{', '.join(columns)} {''.join(kinds)}"
 
 
 POSTGRES_SCHEMA = """
@@ -1921,11 +1798,13 @@ class Callers:
             await self._database.run_read(self._load)
         row = self._keys.get(prefix)
         # For the line in the log: of a key that is refused too, but of no unknown text.
-        request.key_prefix = row and row["prefix"]
-        caller = self._of_key(credential, row) or self._of_token(credential)
-        if caller is None:
-            raise Unauthorized("The credentials are not valid")
-        return caller
+        request.key_prefix = row["prefix"] if row else None
+        given = key_hash(credential)
+        if self._admin_hash and hmac.compare_digest(given, self._admin_hash):
+            return ADMIN
+        if row and not row["revoked_at"] and hmac.compare_digest(given, row["hash"]):
+            return Caller(f"key:{row['name']}", row["role"])
+        return self._of_token(credential)
 
     def _load(self, connection: Connection) -> None:
         now = time.monotonic()
@@ -1934,26 +1813,18 @@ class Callers:
         self._keys = {row["prefix"]: row for row in rows}
         self._loaded_at = now
 
-    def _of_key(self, credential: bytes, row: Row | None) -> Caller | None:
-        given = key_hash(credential)
-        if self._admin_hash and hmac.compare_digest(given, self._admin_hash):
-            return ADMIN
-        if row is None or row["revoked_at"] or not hmac.compare_digest(given, row["hash"]):
-            return None
-        return Caller(f"key:{row['name']}", row["role"])
-
-    def _of_token(self, credential: bytes) -> Caller | None:
-        if not self._jwt_secret:
-            return None
-        try:
-            claims = jwt.decode(credential, self._jwt_secret, [JWT_ALGORITHM], JWT_OPTIONS)
-        except (jwt.PyJWTError, ValueError, ArithmeticError, RecursionError):
-            # The last three are what the parser of a hostile token may run into.
-            return None
-        sub, role, exp = claims["sub"], claims["role"], claims["exp"]
-        # By its exact type, because to Python True is a number too.
-        is_time = type(exp) in (int, float) and exp < JWT_EXP_MAX
-        return Caller(f"jwt:{sub}", role) if is_time and role in ROLES and is_name(sub) else None
+    def _of_token(self, token: bytes) -> Caller:
+        claims: Row = {}
+        # The last three are what the parser of a hostile token may run into.
+        with suppress(jwt.PyJWTError, ValueError, ArithmeticError, RecursionError):
+            if self._jwt_secret:
+                claims = jwt.decode(token, self._jwt_secret, [JWT_ALGORITHM], JWT_OPTIONS)
+        sub, role, exp = (claims.get(name) for name in ("sub", "role", "exp"))
+        # To Python, True is a number too.
+        is_time = isinstance(exp, int | float) and exp is not True and exp < JWT_EXP_MAX
+        if not (is_time and is_name(sub) and role in ROLES):
+            raise Unauthorized("The credentials are not valid")
+        return Caller(f"jwt:{sub}", role)
 
 
 def is_name(given: object) -> bool:
@@ -1971,7 +1842,7 @@ def add_key(book: Book, **key: Any) -> None:
     if book.ask("SELECT name FROM api_key WHERE name = :name", name=key["name"]):
         raise StartupError(f"there is or was a key {key['name']!r}: choose another name")
     book.insert("api_key", {**key, "created_at": book.now, "revoked_at": None})
-    book.record("key.added", None)
+    book.record("add_key", None)
 
 
 def revoke_key(book: Book, name: str) -> None:
@@ -1979,7 +1850,7 @@ def revoke_key(book: Book, name: str) -> None:
     if not book.ask("SELECT 1 AS one FROM api_key WHERE name = :n AND revoked_at IS NULL", n=name):
         raise StartupError(f"there is no key {name!r} that is still valid")
     book.execute("UPDATE api_key SET revoked_at = :now WHERE name = :n", now=book.now, n=name)
-    book.record("key.revoked", None)
+    book.record("revoke_key", None)
 
 
 def require_local(request: "Request") -> None:
@@ -2022,7 +1893,7 @@ def is_local_host(host: bytes) -> bool:
 # and only then what the books say.
 
 BODY_BYTES_MAX = 65_536
-PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX = 50, 200
+PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
 ERRORS_LISTED_MAX = 20
 UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 
@@ -2053,13 +1924,15 @@ class Request:
         if len(self.headers) < len(scope["headers"]):
             # One that is repeated is wrong wherever it counts: no good value has a line break.
             for name in self.headers:
-                given = [value for other, value in scope["headers"] if other == name]
-                self.headers[name] = b"\n".join(given)
-        given_id = self.headers.get(b"x-request-id", b"")
-        is_sane = re.fullmatch(rb"[\w.:-]{1,128}", given_id)
-        self.id = given_id.decode() if is_sane else secrets.token_hex(16)
+                values = [value for other, value in scope["headers"] if other == name]
+                self.headers[name] = b"\n".join(values)
+        given = self.headers.get(b"x-request-id", b"")
+        is_sane = re.fullmatch(rb"[\w.:-]{1,128}", given)
+        # It is no secret, and this is quicker than asking the system.
+        self.id = given.decode() if is_sane else f"{random.getrandbits(128):032x}"
         self.route: Route | None = None
-        self.path_parameters: Mapping[str, str] = {}
+        self.path_parameters: dict[str, str] = {}
+        self.allowed: list[str] = []
         self.caller: str | None = None
         self.key_prefix: str | None = None
 
@@ -2072,18 +1945,6 @@ class Request:
         if not credential.strip():
             raise Unauthorized("Send one key or token: X-API-Key, or Authorization: Bearer")
         return credential.strip()
-
-    def key(self) -> str | None:
-        """Return the Idempotency-Key of the header, if there is one."""
-        given = self.headers.get(b"idempotency-key")
-        return None if given is None else parse_key(given.decode("latin-1"))
-
-    async def document(self) -> Any:
-        """Return the body, which must be declared to be JSON; no other site's page can do that."""
-        declared = self.headers.get(b"content-type", b"").partition(b";")[0].strip(b" \t").lower()
-        if not re.fullmatch(rb"application/([\w!#$&.^-]+\+)?json", declared):
-            raise UnsupportedMediaType("The Content-Type must be application/json")
-        return parse_json(await self.body())
 
     async def body(self) -> bytes:
         """Return the body, or raise BodyTooLarge without reading on."""
@@ -2120,7 +1981,7 @@ def parse_json(body: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise MalformedJson(f"The body must be one JSON document: {error.msg}") from None
     except (ValueError, ArithmeticError):
-        raise MalformedJson("A number in the body is too large") from None
+        raise MalformedJson("A number in the body is too large, or is none") from None
     return document
 
 
@@ -2132,14 +1993,8 @@ def unique_members(members: list[tuple[str, Any]]) -> Row:
     return unique
 
 
-def refuse_constant(name: str) -> None:
-    """Refuse NaN and the infinities, which Python would take."""
-    raise MalformedJson(f"{name} is not JSON")
-
-
-JSON = json.JSONDecoder(
-    object_pairs_hook=unique_members, parse_constant=refuse_constant, parse_float=Decimal
-)
+# NaN and the infinities, which Python would take, are none of JSON's numbers; nor of int's.
+JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=int, parse_float=Decimal)
 
 
 def parse_key(given: str) -> str:
@@ -2150,13 +2005,13 @@ def parse_key(given: str) -> str:
     return key[1] or key[2]
 
 
+@dataclass
 class Intent:
     """What the arguments of a request tell besides themselves; their types note it here."""
 
-    def __init__(self, key: str | None) -> None:
-        self.key = key
-        self.accounts: list[str] = []
-        self.effective_at: int | None = None
+    key: str | None = None
+    accounts: list[str] = field(default_factory=list)
+    effective_at: int | None = None
 
 
 def names_account(*forms: str) -> AfterValidator:
@@ -2184,34 +2039,43 @@ def note_time(milliseconds: int, info: pydantic.ValidationInfo[Intent]) -> int:
     return milliseconds
 
 
-def require_printable(text: str) -> str:
-    """Refuse control characters."""
-    if re.search(r"[\x00-\x1f\x7f-\x9f]", text):
-        raise PydanticCustomError("control_character", "Text should hold no control characters")
-    return text
+def refuse_text(pattern: str, what: str) -> Callable[[Any], Any]:
+    """Return what refuses text in which a pattern is found."""
+
+    def check(given: Any) -> Any:
+        if isinstance(given, str) and re.search(pattern, given):
+            raise PydanticCustomError("text", what)
+        return given
+
+    return check
 
 
-def require_not_blank(text: str) -> str:
-    """Refuse text of nothing but white space."""
-    if not text.strip():
-        raise PydanticCustomError("blank", "Text should not be blank")
-    return text
+NO_CONTROLS = refuse_text(r"[\x00-\x1f\x7f-\x9f]", "Text should hold no control characters")
+NOT_BLANK = refuse_text(r"^\s*$", "Text should not be blank")
+# Python takes more for an integer than anybody writes as one.
+PLAIN_DIGITS = refuse_text("^(?!-?[0-9]{1,40}$)", "Input should be a valid integer")
 
 
-def require_plain_digits(given: Any) -> Any:
-    """Refuse in a query what Python takes for an integer, but nobody writes as one."""
-    if isinstance(given, str) and not re.fullmatch("-?[0-9]{1,40}", given):
-        raise PydanticCustomError("integer", "Input should be a valid integer")
-    return given
+def parse_decimal(given: Any, *, exponent: int, or_number: bool = False) -> int:
+    """Return decimal text, or a JSON number where those count, as minor units, if it is exact."""
+    try:
+        if or_number and isinstance(given, int | Decimal) and not isinstance(given, bool):
+            number = Decimal(given)
+            # Without the bound, 1e999999 would be written out with a million digits.
+            given = format(number, "f") if abs(number.adjusted()) < 20 else ""
+        return minor_units(given, exponent)
+    except (ValueError, TypeError):
+        message = f"Amount should be plain decimal digits, with at most {exponent} places"
+        raise PydanticCustomError("decimal", message) from None
 
 
 Amount = Annotated[int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units")]
-PrintableText = Annotated[str, AfterValidator(require_printable)]
+PrintableText = Annotated[str, AfterValidator(NO_CONTROLS)]
 Printable = Annotated[PrintableText, pydantic.StringConstraints(max_length=200)]
-Name = Annotated[Printable, AfterValidator(require_not_blank)]
+Name = Annotated[Printable, AfterValidator(NOT_BLANK)]
 Uuid = Annotated[str, pydantic.StringConstraints(pattern=UUID_PATTERN)]
 AccountId = Annotated[Uuid, names_account("{}")]
-PlainInt = Annotated[int, BeforeValidator(require_plain_digits)]
+PlainInt = Annotated[int, BeforeValidator(PLAIN_DIGITS)]
 Limit = Annotated[PlainInt, Query(ge=1, le=PAGE_SIZE_MAX)]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
 
@@ -2236,7 +2100,10 @@ PROBLEM = {"application/problem+json": {"schema": Problem.model_json_schema()}}
 PROBLEMS: dict[int | str, Row] = {
     status: {"description": "A problem", "content": PROBLEM} for status in ("4XX", "5XX")
 }
-CREDENTIALS: Row = {"security": [{"X-API-Key": []}, {"Bearer": []}]}
+CREDENTIALS = [
+    Depends(APIKeyHeader(name="X-API-Key", scheme_name="X-API-Key")),
+    Depends(HTTPBearer(scheme_name="Bearer", description="A key, or a JWT")),
+]
 KEY_HEADER = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -2245,8 +2112,8 @@ KEY_HEADER = {
 Overrides = Mapping[type[LedgerError], tuple[int, str]]
 """How a dialect words some errors: the status, and a template over the error's members."""
 NO_OVERRIDES: Overrides = {}
-FirstAccounts = Callable[["Settings", str, bool], Iterable[Command]]
-"""What makes a dialect's first accounts, from the settings, the caller, and if there is a demo."""
+FirstAccounts = Iterator[tuple[list[str], "partial[None]"]]
+"""The accounts that a dialect begins with, and what opens them."""
 
 
 class Dialect:
@@ -2259,7 +2126,7 @@ class Dialect:
         *,
         errors: Overrides = NO_OVERRIDES,
         exponent: int | None = None,
-        first_accounts: FirstAccounts = lambda settings, caller, demo: (),
+        first_accounts: "Callable[[Settings, bool], FirstAccounts]" = lambda *_: iter(()),
     ) -> None:
         self.name, self.prefix = name, prefix
         self.errors, self.exponent = errors, exponent
@@ -2310,7 +2177,7 @@ class Route(APIRoute):
         fields: Any = {
             p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in others
         }
-        self.arguments = pydantic.create_model(function.__name__, **fields)
+        self.arguments: type[BaseModel] = pydantic.create_model(function.__name__, **fields)
         self.result: TypeAdapter[Any] = TypeAdapter(signature.return_annotation)
         takes_key = {"parameters": [KEY_HEADER | {"required": self.key_is_required}]}
         # FastAPI documents every parameter but the first, which is not the caller's to give.
@@ -2324,7 +2191,8 @@ class Route(APIRoute):
             tags=[dialect.name],
             responses=PROBLEMS,
             include_in_schema=self.writes or self.reads,
-            openapi_extra=(CREDENTIALS if roles else {}) | (takes_key if self.writes else {}),
+            dependencies=CREDENTIALS if roles else None,
+            openapi_extra=takes_key if self.writes else None,
         )
 
     async def serve(self, app: "App", request: Request) -> Answer:
@@ -2333,8 +2201,10 @@ class Route(APIRoute):
             return Answer(*self.function(app))
         caller = await self.admit(app, request)
         began = time.monotonic()
-        intent = Intent(request.key() if self.writes else None)
-        if self.key_is_required and intent.key is None:
+        intent = Intent()
+        if self.writes and b"idempotency-key" in request.headers:
+            intent.key = parse_key(request.headers[b"idempotency-key"].decode("latin-1"))
+        elif self.key_is_required:
             raise IdempotencyKeyMissing("The header Idempotency-Key is required here")
         arguments = self.parse(request, await self.document_of(request), intent)
         if time.monotonic() - began > KEYS_AGE_SECONDS_MAX:
@@ -2368,7 +2238,11 @@ class Route(APIRoute):
     async def document_of(self, request: Request) -> Any:
         """Return the parsed body; where none is expected, refuse what would be ignored."""
         if self.body_field:
-            return await request.document()
+            # No page of another site can declare a body to be JSON.
+            declared = request.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if not re.fullmatch(rb"application/([\w!#$&.^-]+\+)?json", declared):
+                raise UnsupportedMediaType("The Content-Type must be application/json")
+            return parse_json(await request.body())
         if self.writes and (body := await request.body()) and parse_json(body) != {}:
             nothing = {"pointer": "", "detail": "No body is expected here"}
             raise InvalidRequest("The request does not fit: see errors", errors=[nothing])
@@ -2377,11 +2251,19 @@ class Route(APIRoute):
     def parse(self, request: Request, document: Any, intent: Intent) -> BaseModel:
         """Return the function's arguments, each of its declared type."""
         query = dict(parse_qsl(request.scope["query_string"].decode("latin-1"), True))
-        given = {**query, **request.path_parameters, "body": document}
+        # PostgreSQL cannot even ask for a NUL, and no name has one.
+        named = {name: text.replace("\0", "\1") for name, text in request.path_parameters.items()}
+        given = {**query, **named, "body": document}
         try:
             return self.arguments.model_validate(given, context=intent)
         except ValidationError as error:
-            errors = validation_errors(error)
+            found = error.errors(include_url=False, include_input=False)[:ERRORS_LISTED_MAX]
+        errors = []
+        for each in found:
+            # A pointer to what does not fit (RFC 6901), and never its value.
+            path = each["loc"][1:] if each["loc"][0] == "body" else each["loc"]
+            parts = [str(part).replace("~", "~0").replace("/", "~1") for part in path]
+            errors.append({"pointer": "".join(f"/{part}" for part in parts), "detail": each["msg"]})
         raise InvalidRequest("The request does not fit: see errors", errors=errors)
 
     def run(self, books: Any, arguments: BaseModel) -> Answer:
@@ -2402,16 +2284,6 @@ class Route(APIRoute):
             error.status, detail = self.errors[type(error)]
             error.args = (detail.format(**error.members),)
         return error
-
-
-def validation_errors(error: ValidationError) -> list[dict[str, str]]:
-    """Return a pointer (RFC 6901) to each thing that does not fit, and never its value."""
-    errors = []
-    for found in error.errors(include_url=False, include_input=False)[:ERRORS_LISTED_MAX]:
-        path = found["loc"][1:] if found["loc"][0] == "body" else found["loc"]
-        parts = (str(part).replace("~", "~0").replace("/", "~1") for part in path)
-        errors.append({"pointer": "".join(f"/{part}" for part in parts), "detail": found["msg"]})
-    return errors
 
 
 class Page(BaseModel, Generic[T]):
@@ -2469,7 +2341,8 @@ class Health(BaseModel):
 @api.get("/health", roles=ANYONE)
 def get_health(connection: Connection) -> Health:
     """Tell whether the server and its database answer."""
-    connection.require_writable()
+    if not connection.rows(connection.is_writable)[0]["yes"]:
+        raise DatabaseLost
     return Health()
 
 
@@ -2500,8 +2373,8 @@ def post_transfer(book: Book, body: TransferCreate) -> TransferPublic:
     ends = (body.source_account_id, body.dest_account_id)
     transfer_id = transfer(book, *ends, amount=body.amount, memo=body.memo)
     source, dest = (book.account(account_id) for account_id in ends)
-    shown = {"amount": body.amount, "asset": source.asset, "memo": body.memo, "ts": book.now}
-    return TransferPublic(transfer_id=transfer_id, **shown, source=source, dest=dest)
+    shown: Row = {"transfer_id": transfer_id, "asset": source.asset, "ts": book.now}
+    return TransferPublic(**shown, amount=body.amount, memo=body.memo, source=source, dest=dest)
 
 
 class CashCreate(RequestBody):
@@ -2539,7 +2412,7 @@ def post_account(book: Book, body: AccountCreate) -> AccountPublic:
 @api.get("/accounts", roles=READERS)
 def get_accounts(
     connection: Connection,
-    limit: Limit = PAGE_SIZE_DEFAULT,
+    limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     owner_name: Printable | None = None,
     name: Annotated[PrintableText, pydantic.StringConstraints(max_length=220)] | None = None,
@@ -2565,7 +2438,7 @@ def find_account(connection: Connection, reference: str) -> Row:
     """Return an account of any kind by its id, or a dialect's by its name@ASSET."""
     name, _, asset = reference.rpartition("@")
     where = "name = :name AND asset = :asset" if name else "id = :asset"
-    found = connection.rows(f"SELECT * FROM account WHERE {where}", name=name, asset=asset)
+    found = connection.rows(f"SELECT * FROM account WHERE {where}", name=name, asset=asset)  # noqa: S608
     if not found:
         raise AccountNotFound(f"There is no account {reference}")
     return found[0]
@@ -2603,10 +2476,7 @@ ENTRIES = "SELECT entry.*, ts, memo AS ref, kind FROM entry JOIN event ON event.
 
 @api.get("/accounts/{account_id}/statement", roles=READERS)
 def get_statement(
-    connection: Connection,
-    account_id: AccountId,
-    limit: Limit = PAGE_SIZE_DEFAULT,
-    cursor: Cursor = None,
+    connection: Connection, account_id: AccountId, limit: Limit = PAGE_SIZE, cursor: Cursor = None
 ) -> Page[EntryPublic]:
     """List an account's entries, newest first."""
     listing = Listing("statement", account_id)
@@ -2632,7 +2502,8 @@ def get_transaction(connection: Connection, transaction_id: Uuid) -> Transaction
     if not found:
         raise TransactionNotFound(f"There is no transaction {transaction_id}")
     legs = f"{ENTRIES} WHERE transaction_id = :id ORDER BY entry.id"
-    return TransactionPublic(**found[0], entries=connection.rows(legs, id=transaction_id))
+    entries = [EntryPublic(**row) for row in connection.rows(legs, id=transaction_id)]
+    return TransactionPublic(**found[0], entries=entries)
 
 
 class PaymentCreate(RequestBody):
@@ -2682,24 +2553,8 @@ def get_payment(connection: Connection, payment_id: Uuid) -> PaymentPublic:
     return payment_public(found[0], AccountPublic(**account))
 
 
-# What the audit log calls each kind of event.
-ACTIONS = {
-    "DEPOSIT": "deposit",
-    "WITHDRAWAL": "withdraw",
-    "TRANSFER": "transfer",
-    "PAYMENT": "pay",
-    "CASHBACK": "credit_cashback",
-    "TOP_UP": "top_up",
-    "BONUS": "bonus",
-    "SPEND": "spend",
-    "account.opened": "open_account",
-    "account.frozen": "freeze",
-    "account.unfrozen": "unfreeze",
-    "account.closed": "close",
-    "wallets.opened": "open_wallets",
-    "key.added": "add_key",
-    "key.revoked": "revoke_key",
-}
+# What the audit log calls the kinds of events that it does not call by their names.
+ACTIONS = {"WITHDRAWAL": "withdraw", "PAYMENT": "pay", "CASHBACK": "credit_cashback"}
 # All events; and those of an account, which are those of its entries and those without any.
 AUDIT_OF_ALL = "SELECT event.*, :seq AS seq FROM event WHERE id < :id ORDER BY id DESC LIMIT :limit"
 AUDIT_OF_ACCOUNT = (
@@ -2726,7 +2581,7 @@ class AuditEventPublic(BaseModel):
 @api.get("/audit", roles=AUDITORS)
 def get_audit(
     connection: Connection,
-    limit: Limit = PAGE_SIZE_DEFAULT,
+    limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     account_id: AccountId | None = None,
 ) -> Page[AuditEventPublic]:
@@ -2741,7 +2596,8 @@ def get_audit(
     rows = sorted(rows, key=itemgetter("id"), reverse=True)[: limit + 1]
     for row in rows:
         row["seq"] = among["seq"] = min(among["seq"], row["seq"])
-        row["action"], row["details"] = ACTIONS[row["kind"]], row["arguments"]
+        row["action"] = ACTIONS.get(row["kind"], row["kind"].lower())
+        row["details"] = row["arguments"]
         row["transaction_id"] = row["id"] if row["kind"] < "a" else None
     page = listing.page(rows, limit=limit, place="{seq}_{id}")
     return Page[AuditEventPublic].model_validate(page)
@@ -2751,22 +2607,19 @@ def get_audit(
 # Accounts under the caller's own names, by the caller's own clock in milliseconds.
 
 BANK_ACCOUNT = "bank:{}@USD"
-NOT_TRANSFERRED = dict.fromkeys(
-    (AccountNotFound, SameAccount, InsufficientFunds), (400, "Transfer failed")
-)
 NOT_PAID = dict.fromkeys((AccountNotFound, InsufficientFunds), (400, "Payment failed"))
+NOT_TRANSFERRED = dict.fromkeys((*NOT_PAID, SameAccount), (400, "Transfer failed"))
 BANK_OPERATIONS = {
     ("DEPOSIT", "CREDIT"): "deposited",
     ("WITHDRAWAL", "DEBIT"): "withdrawn",
     ("TRANSFER", "DEBIT"): "transferred out",
     ("TRANSFER", "CREDIT"): "transferred in",
 }
-MILLISECONDS_MAX = 2**53
 
 Milliseconds = Annotated[
-    int, pydantic.Field(strict=True, ge=0, le=MILLISECONDS_MAX), AfterValidator(note_time)
+    int, pydantic.Field(strict=True, ge=0, le=2**53), AfterValidator(note_time)
 ]
-QueryMilliseconds = Annotated[PlainInt, Query(ge=0, le=MILLISECONDS_MAX), AfterValidator(note_time)]
+QueryMilliseconds = Annotated[PlainInt, Query(ge=0, le=2**53), AfterValidator(note_time)]
 BankName = Annotated[Name, names_account(BANK_ACCOUNT)]
 
 bank = Dialect(
@@ -2797,7 +2650,8 @@ class BankAccountCreated(BaseModel):
 @bank.post("/accounts", roles=SERVICES, status=201)
 def post_bank_account(book: Book, body: BankAccountCreate) -> BankAccountCreated:
     """Open an account under a name of the caller's own, unique for ever."""
-    open_account(book, owner_name=body.account_id, name=f"bank:{body.account_id}")
+    name = f"bank:{body.account_id}"
+    open_account(book, owner_name=body.account_id, asset="USD", name=name)
     return BankAccountCreated(account_id=body.account_id)
 
 
@@ -2973,7 +2827,7 @@ def get_bank_transactions(
         LEFT JOIN scheduled_cashback AS cashback ON payment_id = event.id
         WHERE entry.account_id = :id AND kind <> 'CASHBACK'
         UNION ALL SELECT 0, kind, '', 0, COALESCE(effective_at, ts) / 1000, NULL, NULL, NULL, NULL
-        FROM event WHERE account_id = :id AND kind >= 'a' AND kind = 'account.opened'""",
+        FROM event WHERE account_id = :id AND kind >= 'a' AND kind = 'open_account'""",
         id=account_id,
     )
     lines = [line for row in movements for line in bank_operations(row, timestamp)]
@@ -2984,7 +2838,7 @@ def get_bank_transactions(
 def bank_operations(row: Row, timestamp: int) -> Iterator[BankOperation]:
     """Return the lines of a movement: line 2n is the nth entry, and 2n + 1 its cashback."""
     number, at = 2 * row["seq"], row["at"]
-    if row["kind"] == "account.opened":
+    if row["kind"] == "open_account":
         yield BankOperation(transaction_id=1, timestamp=at, operation="created", amount=0)
         return
     name = BANK_OPERATIONS.get((row["kind"], row["type"]), f"payment{row['number'] or ''}")
@@ -3018,48 +2872,35 @@ Number = Annotated[str, pydantic.StringConstraints(max_length=200, pattern="^[!-
 PRELOAD = TypeAdapter(dict[Number, Balance])
 
 
-def atm_first_accounts(settings: "Settings", caller: str, demo: bool) -> Iterator[Command]:
-    """Open the accounts of PRELOAD_ACCOUNTS or of the demo, with what they hold."""
+def atm_first_accounts(settings: "Settings", demo: bool) -> FirstAccounts:
+    """Return what opens the accounts of PRELOAD_ACCOUNTS, or of the demo."""
     balances = dict(ATM_DEMO) if demo else {}
     if settings.preload_accounts is not None:
         try:
             balances = PRELOAD.validate_python(parse_json(settings.preload_accounts.encode()))
         except (LedgerError, ValidationError, UnicodeError):
-            example = '{"1001": "500.00"}'
-            raise StartupError(
-                f"PRELOAD_ACCOUNTS must be a JSON object such as {example}"
-            ) from None
+            example = 'a JSON object such as {"1001": "500.00"}'
+            raise StartupError(f"PRELOAD_ACCOUNTS must be {example}") from None
     for number, balance in balances.items():
         cents = Decimal(balance).quantize(Decimal("0.01"), ROUND_HALF_UP, Context(prec=40))
-        opening = {"number": number, "amount": minor_units(str(cents), ATM_EXPONENT)}
-        yield first_account(caller, atm_first_account, [ATM_ACCOUNT.format(number)], opening)
+        amount = minor_units(str(cents), ATM_EXPONENT)
+        yield [ATM_ACCOUNT.format(number)], partial(open_atm_account, number=number, amount=amount)
 
 
-def atm_first_account(book: Book, number: str, amount: int) -> None:
+def open_atm_account(book: Book, *, number: str, amount: int) -> None:
     """Open an account with what it holds."""
-    open_account(book, owner_name=number, name=f"atm:{number}")
+    open_account(book, owner_name=number, asset="USD", name=f"atm:{number}")
     if amount:
         deposit(book, ATM_ACCOUNT.format(number), amount=amount)
 
 
-def parse_dollars(given: Any) -> int:
-    """Return plain decimal text as minor units."""
-    try:
-        return minor_units(given, ATM_EXPONENT)
-    except (ValueError, TypeError):
-        message = "Amount should be a string of plain decimal digits, with at most two places"
-        raise PydanticCustomError("decimal", message) from None
-
-
 DollarsIn = Annotated[
     int,
-    BeforeValidator(parse_dollars),
+    BeforeValidator(partial(parse_decimal, exponent=ATM_EXPONENT)),
     pydantic.Field(ge=1),
     pydantic.WithJsonSchema({"type": "string"}),
 ]
-Dollars = Annotated[
-    int, pydantic.PlainSerializer(partial(decimal_text, exponent=ATM_EXPONENT), str)
-]
+Dollars = Annotated[int, pydantic.PlainSerializer(lambda cents: decimal_text(cents, 2), str)]
 AtmNumber = Annotated[str, names_account(ATM_ACCOUNT)]
 
 atm = Dialect(
@@ -3144,20 +2985,19 @@ WALLET_EXPONENT = ASSETS["GOLD"].exponent
 WALLET_DEMO = {"user_alice": (100, 50, 500), "user_bob": (80, 30, 200)}
 
 
-def wallet_first_accounts(settings: "Settings", caller: str, demo: bool) -> Iterator[Command]:
-    """Open the wallets of the demo, with a bonus in each."""
+def wallet_first_accounts(settings: "Settings", demo: bool) -> FirstAccounts:
+    """Return what opens the wallets of the demo."""
     for user, amounts in WALLET_DEMO.items() if demo else ():
-        opening = {"user": user, "amounts": amounts}
-        references = [form.format(user) for form in WALLETS]
-        yield first_account(caller, wallet_first_account, references, opening)
+        opening = partial(open_funded_wallets, user=user, amounts=amounts)
+        yield [form.format(user) for form in WALLETS], opening
 
 
-def wallet_first_account(book: Book, user: str, amounts: Sequence[int]) -> None:
+def open_funded_wallets(book: Book, *, user: str, amounts: Sequence[int]) -> None:
     """Open a user's wallets with a bonus in each."""
     open_wallets(book, owner_name=user, name=f"wallets:{user}")
     for form, amount in zip(WALLETS, amounts, strict=True):
         units = amount * 10**WALLET_EXPONENT
-        issue_credits(book, form.format(user), amount=units, kind="BONUS")
+        move_credits(book, form.format(user), amount=units, kind="BONUS")
 
 
 def wallet(user: str, asset_type_id: int) -> str:
@@ -3168,28 +3008,13 @@ def wallet(user: str, asset_type_id: int) -> str:
     return f"wallets:{user}@{WALLET_ASSETS[asset_type_id]}"
 
 
-def parse_credits(given: Any) -> int:
-    """Return a JSON string or number as minor units; whatever is not exact is refused."""
-    try:
-        if isinstance(given, int | Decimal) and not isinstance(given, bool):
-            # Without the bound, 1e999999 would be written out with a million digits.
-            number = Decimal(given)
-            given = format(number, "f") if abs(number.adjusted()) < 20 else ""
-        return minor_units(given, WALLET_EXPONENT)
-    except (ValueError, TypeError):
-        message = "Amount should be a decimal number with at most four places"
-        raise PydanticCustomError("decimal", message) from None
-
-
 CreditsIn = Annotated[
     int,
-    BeforeValidator(parse_credits),
+    BeforeValidator(partial(parse_decimal, exponent=WALLET_EXPONENT, or_number=True)),
     pydantic.Field(ge=1, le=AMOUNT_MAX),
     pydantic.WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}]}),
 ]
-Credits = Annotated[
-    int, pydantic.PlainSerializer(partial(decimal_text, exponent=WALLET_EXPONENT), str)
-]
+Credits = Annotated[int, pydantic.PlainSerializer(lambda units: decimal_text(units, 4), str)]
 KeyInBody = Annotated[str | None, AfterValidator(note_key), pydantic.Field(exclude=True)]
 WalletOwner = Annotated[str, names_account(*WALLETS)]
 
@@ -3260,7 +3085,7 @@ class WalletMoved(BaseModel):
 def post_top_up(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
     """Add credits that were bought."""
     reference = wallet(user, body.asset_type_id)
-    transaction_id = issue_credits(book, reference, amount=body.amount, kind="TOP_UP")
+    transaction_id = move_credits(book, reference, amount=+body.amount, kind="TOP_UP")
     return WalletMoved(transaction_id=transaction_id, new_balance=book.account(reference).balance)
 
 
@@ -3268,7 +3093,7 @@ def post_top_up(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMo
 def post_bonus(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
     """Add credits that are a present."""
     reference = wallet(user, body.asset_type_id)
-    transaction_id = issue_credits(book, reference, amount=body.amount, kind="BONUS")
+    transaction_id = move_credits(book, reference, amount=+body.amount, kind="BONUS")
     return WalletMoved(transaction_id=transaction_id, new_balance=book.account(reference).balance)
 
 
@@ -3276,7 +3101,7 @@ def post_bonus(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMov
 def post_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
     """Take credits for a service."""
     reference = wallet(user, body.asset_type_id)
-    transaction_id = spend_credits(book, reference, amount=body.amount)
+    transaction_id = move_credits(book, reference, amount=-body.amount, kind="SPEND")
     return WalletMoved(transaction_id=transaction_id, new_balance=book.account(reference).balance)
 
 
@@ -3290,10 +3115,6 @@ def post_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMov
 # In the order in which a request tries their routes: the heaviest traffic comes first.
 DIALECTS = (api, wallets, bank, atm)
 CASHBACK_POLL_SECONDS = 1.0
-SECURITY_SCHEMES = {
-    "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-    "Bearer": {"type": "http", "scheme": "bearer", "description": "A key, or a JWT"},
-}
 
 
 @dataclass(frozen=True)
@@ -3366,21 +3187,16 @@ class App(FastAPI):
         method, path = request.scope["method"], request.scope["path"]
         request.route = self._exact.get((method, path))
         for route in () if request.route else self._routes:
-            match = route.path_regex.fullmatch(path) if route.method == method else None
-            if match:
-                # PostgreSQL cannot even ask for a NUL, and no name has one.
-                given = {name: value.replace("\0", "\1") for name, value in match.groupdict().items()}
-                request.route, request.path_parameters = route, given
-                break
+            if match := route.path_regex.fullmatch(path):
+                request.allowed.append(route.method)
+                if route.method == method:
+                    request.route, request.path_parameters = route, match.groupdict()
+                    break
         if request.route:
             return request.route
-        if self.methods_at(path):
+        if request.allowed:
             raise MethodNotAllowed(f"{method} is not possible here")
         raise NotFound("There is nothing at this address")
-
-    def methods_at(self, path: str) -> list[str]:
-        """Return what can be done at a path."""
-        return sorted({r.method for r in self._routes if r.path_regex.fullmatch(path)})
 
     def headers(self, request: Request, answer: Answer, length: int) -> list[tuple[bytes, bytes]]:
         """Return the headers of an answer."""
@@ -3400,19 +3216,13 @@ class App(FastAPI):
         if answer.status == 401:
             headers.append((b"www-authenticate", b'Bearer realm="ledger"'))
         if answer.status == 405:
-            headers.append((b"allow", ", ".join(self.methods_at(request.scope["path"])).encode()))
+            headers.append((b"allow", ", ".join(sorted(request.allowed)).encode()))
         if answer.status == 503:
             headers.append((b"retry-after", b"1"))
         if b"upgrade" in request.headers:
             # The HTTP parser takes the body of such a request for the next one.
             headers.append((b"connection", b"close"))
         return headers
-
-    def openapi(self) -> Row:
-        """Describe the API, and how to show who is calling."""
-        document = super().openapi()
-        document["components"]["securitySchemes"] = SECURITY_SCHEMES
-        return document
 
 
 pages = Dialect("pages")
@@ -3446,19 +3256,15 @@ def create_app(settings: Settings, dialects: Sequence[Dialect] = DIALECTS) -> Ap
         raise
 
 
-def first_account(
-    caller: str, run: Callable[..., None], accounts: Sequence[str], arguments: Row
-) -> Command:
-    """Return the command that opens a first account; under a key of its own, it acts once."""
-    key = stored_key(caller, "first account", accounts[0])
-    return Command(caller, json.dumps(arguments), partial(run, **arguments), key, accounts)
-
-
 def open_first_accounts(
     ledger: Ledger, settings: Settings, dialects: Iterable[Dialect], caller: str, demo: bool
 ) -> None:
     """Open the accounts that dialects begin with; those that are there stay as they are."""
-    commands = [c for dialect in dialects for c in dialect.first_accounts(settings, caller, demo)]
+    commands = []
+    for accounts, opening in [a for d in dialects for a in d.first_accounts(settings, demo)]:
+        # An ordinary command, which acts once under a key of its own.
+        key = stored_key(caller, "first account", accounts[0])
+        commands.append(Command(caller, json.dumps(opening.keywords), opening, key, accounts))
     known = (AccountExists.code, IdempotencyKeyReused.code)
     for answer in retry_while_busy(lambda: ledger.commit(commands)) if commands else ():
         if answer.status >= 400 and json.loads(answer.body)["code"] not in known:
@@ -3612,11 +3418,11 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
 
 def require_keys(settings: Settings) -> None:
     """Refuse to serve other machines in open mode."""
-    open_mode = not (settings.admin_key or settings.jwt_secret)
-    if open_mode and database_at(settings.database_url).exists():
+    database, open_mode = database_at(settings.database_url), True
+    if not isinstance(database, SqliteDatabase) or database.path.exists():
         with opened(settings, make=True) as database:
             open_mode = Callers(database, settings).open_mode
-    if open_mode:
+    if open_mode and not (settings.admin_key or settings.jwt_secret):
         raise StartupError(
             "without API keys the ledger serves this machine alone: use --host 127.0.0.1, or make "
             "a key first: python ledger.py key add --name NAME --role admin"
@@ -3664,26 +3470,20 @@ def run_backup(settings: Settings, options: argparse.Namespace) -> None:
     with opened(settings) as database:
         if not isinstance(database, SqliteDatabase):
             raise StartupError(f"{database.name} is no file: back it up with pg_dump")
-        try:
-            options.file.open("x").close()
-        except OSError as error:
-            raise StartupError(f"cannot make {options.file}: {error.strerror}") from None
-        try:
-            with closing(sqlite3.connect(options.file)) as copy, database.read() as connection:
-                # In one step: in smaller ones a busy writer never lets it end.
-                connection.driver.backup(copy, pages=-1)
-                # So that the copy is one file, even where it can only be read.
-                copy.execute("PRAGMA journal_mode = DELETE")
-        except BaseException:
-            options.file.unlink()
-            raise
+        if options.file.exists():
+            raise StartupError(f"cannot make {options.file}: File exists")
+        # Under another name until it is whole.
+        partial_file = options.file.with_name(f"{options.file.name}.{os.getpid()}")
+        with closing(sqlite3.connect(database.path)) as driver:
+            driver.execute("VACUUM INTO ?", [str(partial_file)])
+        partial_file.rename(options.file)
     print(f"copied {database.name} to {options.file}")
 
 
 def run_copy(settings: Settings, options: argparse.Namespace) -> None:
     """Copy a whole ledger into an empty database of either engine, and check it there."""
     target = database_at(options.target)
-    is_new = isinstance(target, SqliteDatabase) and not target.exists()
+    is_new = isinstance(target, SqliteDatabase) and not target.path.exists()
     with opened(replace(settings, database_url=options.source)) as source, closing(target):
         try:
             counts = copy_all(source, target)
@@ -3724,13 +3524,11 @@ def portions(connection: Connection, table: str) -> Iterator[list[Row]]:
     """Return all rows of a table in the order of its key, some at a time."""
     keys = [column.name for column in TABLES[table].primary_key]
     order, behind = ", ".join(keys), ", ".join(f":{key}" for key in keys)
-    where, place = "", {}
-    while rows := connection.rows(
-        f"SELECT * FROM {table} {where} ORDER BY {order} LIMIT {PORTION_ROWS}",
-        **place,  # noqa: S608
-    ):
+    query, place = f"SELECT * FROM {table}", Row()  # noqa: S608
+    while rows := connection.rows(f"{query} ORDER BY {order} LIMIT {PORTION_ROWS}", **place):
         yield rows
-        where, place = f"WHERE ({order}) > ({behind})", {key: rows[-1][key] for key in keys}
+        query = f"SELECT * FROM {table} WHERE ({order}) > ({behind})"  # noqa: S608
+        place = {key: rows[-1][key] for key in keys}
 
 
 def run_seed(settings: Settings, options: argparse.Namespace) -> None:

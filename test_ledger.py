@@ -571,7 +571,7 @@ def test_every_error_has_a_code_of_its_own() -> None:
         ("UPDATE account SET balance = balance + 1", "last entry"),
         ("UPDATE account SET last_seq = 9", "last entry"),
         ("UPDATE account SET balance = 0, last_seq = 0", "last entry"),
-        ("UPDATE api_key SET role = 'service' WHERE name = 'new'", "as it was made"),
+        ("UPDATE api_key SET role = 'service' WHERE name = 'new'", "for ever"),
         ("UPDATE api_key SET revoked_at = NULL WHERE name = 'old'", "revoked once"),
         ("DELETE FROM api_key", "for ever"),
         ("UPDATE asset SET exponent = 3", "for ever"),
@@ -684,7 +684,7 @@ def test_a_write_is_synced_to_disk_and_takes_the_lock_at_its_start(bank: BankIns
 
 
 def test_a_read_cannot_write(bank: BankInside) -> None:
-    with pytest.raises(ledger.DatabaseError), bank.ledger.database.read() as connection:
+    with pytest.raises(ledger.DatabaseUnavailable), bank.ledger.database.read() as connection:
         connection.execute("INSERT INTO asset VALUES ('X', 'X', 0, 0)")
 
 
@@ -1017,22 +1017,25 @@ def test_a_refused_command_does_not_disturb_its_neighbours(bank: BankInside) -> 
     assert bank.wrong() == []
 
 
-POISON = ledger.Trigger(
-    "poison", "BEFORE INSERT ON event", "NEW.memo = 'poison'", "this is poison"
-)
-
-
-def trigger_statements(database: str, trigger: ledger.Trigger) -> list[str]:
-    """Return what makes a trigger."""
-    if database.startswith("postgresql"):
-        return ledger.postgres_trigger(trigger)
-    when = f"{trigger.moment} WHEN {trigger.condition}"
-    return [f"CREATE TRIGGER {trigger.name} {when} BEGIN SELECT RAISE(ABORT, 'no'); END"]
+def poison(database: str) -> list[str]:
+    """Return what makes a trigger that refuses a memo."""
+    if database.startswith("sqlite"):
+        refusal = "BEGIN SELECT RAISE(ABORT, 'this is poison'); END"
+        when = "BEFORE INSERT ON event WHEN NEW.memo = 'poison'"
+        return [f"CREATE TRIGGER poison {when} {refusal}"]
+    body = "IF NEW.memo = 'poison' THEN RAISE 'this is poison'; END IF; RETURN NEW;"
+    call = "BEFORE INSERT ON event FOR EACH ROW EXECUTE FUNCTION poison()"
+    return [
+        f"CREATE FUNCTION poison() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN {body} END'".replace(
+            "'poison'", "''poison''"
+        ).replace("'this is poison'", "''this is poison''"),
+        f"CREATE TRIGGER poison {call}",
+    ]
 
 
 def test_a_command_that_the_database_refuses_sinks_alone(bank: BankInside) -> None:
     bank.given(alice=0)
-    bank.tamper(*trigger_statements(bank.database, POISON))
+    bank.tamper(*poison(bank.database))
     path = f"/accounts/{bank.ids['alice']}/deposit"
     memos = ["fine", "poison", "fine", "fine"]
     requests = [(path, f"k{n}", {"amount": 1, "memo": memo}) for n, memo in enumerate(memos)]
@@ -1143,9 +1146,9 @@ def test_every_change_leaves_one_event(bank: BankInside) -> None:
     alice, bob = bank.ids["alice"], bank.ids["bob"]
     events = bank.rows("SELECT caller, kind, account_id FROM event ORDER BY id")
     assert events == [
-        ("local", "account.opened", alice),
+        ("local", "open_account", alice),
         ("local", "DEPOSIT", alice),
-        ("local", "account.opened", bob),
+        ("local", "open_account", bob),
         ("local", "TRANSFER", alice),
     ]
     last = bank.rows("SELECT id, arguments FROM event ORDER BY id")[-1]
@@ -1231,7 +1234,7 @@ def test_cash_is_kept_for_each_asset(bank: BankInside) -> None:
 def test_a_closed_loop_asset_is_not_moved_by_these_words(bank: BankInside) -> None:
     bank.given(gina=0, greg=0)
     bank.tamper(
-        dropping(bank, "account_identity", "account"),
+        dropping(bank, "account_unchanged", "account"),
         "UPDATE account SET asset = 'GOLD' WHERE owner_name LIKE 'g%'",
     )
     for answer in (
@@ -2900,8 +2903,8 @@ def test_a_cashback_waits_while_the_account_is_frozen(bank: BankInside) -> None:
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
-        ("UPDATE scheduled_cashback SET amount = 99", "as it was scheduled"),
-        ("UPDATE scheduled_cashback SET due_at = 0, status = 'CREDITED'", "as it was scheduled"),
+        ("UPDATE scheduled_cashback SET amount = 99", "for ever"),
+        ("UPDATE scheduled_cashback SET due_at = 0, status = 'CREDITED'", "for ever"),
         ("DELETE FROM scheduled_cashback", "for ever"),
     ],
 )
@@ -3130,7 +3133,7 @@ def test_a_refused_opening_leaves_nothing(every_dialect: BankInside, tmp_path: P
     with pytest.raises(ledger.StartupError, match="balance_limit"):
         ledger.create_app(settings)
     assert bank.rows("SELECT * FROM account WHERE name = 'atm:555'") == []
-    assert bank.rows("SELECT * FROM event WHERE kind = 'account.opened' AND caller = 'system' "
+    assert bank.rows("SELECT * FROM event WHERE kind = 'open_account' AND caller = 'system' "
                      "AND arguments LIKE '%555%'") == []  # fmt: skip
 
 
@@ -3499,7 +3502,9 @@ def test_every_word_of_every_dialect_is_a_balanced_transaction(every_dialect: Ba
     for step in ("freeze", "unfreeze", "close"):
         bank.turn("bob", step)
     done = {kind for (kind,) in bank.rows("SELECT DISTINCT kind FROM event")}
-    assert done == set(ledger.ACTIONS) - {"key.added", "key.revoked"}
+    moving = {"DEPOSIT", "WITHDRAWAL", "TRANSFER", "PAYMENT", "CASHBACK"}
+    moving |= {"TOP_UP", "BONUS", "SPEND"}
+    assert done == moving | {"open_account", "open_wallets", "freeze", "unfreeze", "close"}
     sums = bank.rows(
         "SELECT SUM(CASE type WHEN 'CREDIT' THEN amount ELSE -amount END) FROM entry "
         "JOIN account ON account.id = account_id GROUP BY transaction_id, asset"
