@@ -56,7 +56,6 @@ import re
 import secrets
 import socket
 import sqlite3
-import struct
 import sys
 import threading
 import time
@@ -68,6 +67,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
+from itertools import count
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TextIO, TypeVar
@@ -114,10 +114,7 @@ def decimal_text(amount: int, exponent: int) -> str:
 
 
 def minor_units(decimal: str, exponent: int) -> int:
-    """Return decimal text as minor units: ("10.5", 2) is 1050; raise ValueError for anything odd.
-
-    Good are 1 to 16 digits, and behind a point at most as many more as the asset has places.
-    """
+    """Return decimal text as minor units, or raise ValueError: ("10.5", 2) is 1050."""
     digits = re.fullmatch(rf"([0-9]{{1,16}})(?:\.([0-9]{{1,{exponent}}}))?", decimal)
     if digits is None:
         raise ValueError
@@ -332,10 +329,10 @@ class Book:
     Each change notes how it is taken back, so that a refused command leaves nothing behind.
     """
 
-    def __init__(self, connection: "Connection", now: int, new_id: Callable[[int], str]) -> None:
+    def __init__(self, connection: "Connection", now: int, last_id: str) -> None:
         self.connection = connection
         self.now = now
-        self.new_id = partial(new_id, now)
+        self.new_id = partial(next, new_ids(now, last_id))
         self.command: Command
         self.accounts: dict[str, Account] = {}
         self.inserts: dict[str, list[Row]] = defaultdict(list)
@@ -388,12 +385,10 @@ class Book:
         return str(row["id"])
 
     def account(self, reference: str) -> Account:
-        """Return a customer's account by its id or its name@ASSET, or raise AccountNotFound.
-
-        A system account cannot be named.
-        """
+        """Return a customer's account by its id or its name@ASSET, or raise AccountNotFound."""
         self.lock([reference])
         account = self.accounts.get(reference)
+        # A system account cannot be named.
         if account is None or account.kind != "CUSTOMER":
             raise AccountNotFound(f"There is no account {reference}")
         return account
@@ -403,14 +398,13 @@ class Book:
         self.lock([f"{name}@{asset}"])
         return self.accounts[f"{name}@{asset}"]
 
-    def open(self, owner_name: str, asset: str, name: str | None = None) -> Account:
-        """Add an empty account for a customer, or raise AccountExists."""
+    def open(self, owner_name: str, asset: str, name: str | None, **columns: Any) -> Account:
+        """Add an empty account, or raise AccountExists."""
         self.lock([f"{name}@{asset}"] if name else [])
         if f"{name}@{asset}" in self.accounts:
             raise AccountExists(f"There is an account {name} already")
-        account = Account(
-            id=self.new_id(), name=name, owner_name=owner_name, asset=asset, created_at=self.now
-        )
+        columns |= {"id": self.new_id(), "name": name, "owner_name": owner_name, "asset": asset}
+        account = Account(**columns, created_at=self.now)
         self.hold(account)
         self.insert("account", dict(vars(account)))
         return account
@@ -729,10 +723,7 @@ def open_wallets(book: Book, *, owner_name: str, name: str) -> None:
 
 
 def move_credits(book: Book, reference: str, *, amount: int, kind: str) -> str:
-    """Issue credits, bought (TOP_UP) or given (BONUS): DEBIT treasury, CREDIT the wallet.
-
-    A negative amount takes them back for a service (SPEND).
-    """
+    """Issue credits, bought or given: DEBIT treasury, CREDIT the wallet; SPEND is negative."""
     wallet = book.account(reference)
     treasury = book.system_account("treasury", wallet.asset)
     return book.post(kind, [Leg(treasury, -amount), Leg(wallet, +amount)])
@@ -745,6 +736,9 @@ def move_credits(book: Book, reference: str, *, amount: int, kind: str) -> str:
 COMMITS_MAX = 4
 GATHERING_TURNS_MAX = 8
 DONE = Answer(200, "")
+NO_ID = "00000000-0000-0000-0000-000000000000"
+Loop = asyncio.AbstractEventLoop
+Pending = asyncio.Future[Answer]
 
 
 class IdempotencyKey(SQLModel, table=True):
@@ -802,61 +796,17 @@ def execute(command: Command, book: Book, known: dict[str, Row]) -> Answer:
     return answer
 
 
-class Queue:
-    """The commands of one event loop that wait for the next batch."""
-
-    def __init__(self, ledger: "Ledger") -> None:
-        self.crediting: asyncio.Future[Answer] | None = None
-        self._ledger = ledger
-        self._loop = asyncio.get_running_loop()
-        self._waiting: list[tuple[Command, asyncio.Future[Answer]]] = []
-        self._writing: asyncio.Task[None] | None = None
-
-    def add(self, command: Command) -> "asyncio.Future[Answer]":
-        """Let a command join the next batch; its answer comes after the commit."""
-        answer = self._loop.create_future()
-        self._waiting.append((command, answer))
-        if self._writing is None:
-            self._writing = self._loop.create_task(self._write_batches())
-        return answer
-
-    async def _write_batches(self) -> None:
-        """Write what waits, and what has come meanwhile, until nothing waits."""
-        while self._waiting:
-            for _ in range(GATHERING_TURNS_MAX):
-                # While more arrives, it is worth a turn of the loop.
-                seen = len(self._waiting)
-                await asyncio.sleep(0)
-                if len(self._waiting) == seen:
-                    break
-            # Whoever was told that nothing is known of a command tries it again.
-            batch = [waiting for waiting in self._waiting if not waiting[1].done()]
-            self._waiting = []
-            commands, ledger = [command for command, _ in batch], self._ledger
-            if ledger.database.inline:
-                outcomes = ledger.commit_or_split(commands)
-            else:
-                writer = ledger.database.writer
-                outcomes = await self._loop.run_in_executor(
-                    writer, ledger.commit_or_split, commands
-                )
-            for (_, answer), outcome in zip(batch, outcomes, strict=True):
-                if answer.done():
-                    continue  # The caller has gone; what was done stays done.
-                if isinstance(outcome, Exception):
-                    answer.set_exception(outcome.with_traceback(None))
-                else:
-                    answer.set_result(outcome)
-        self._writing = None
-
-
 class Ledger:
-    """The one function that commits, and the way to it for many callers at once."""
+    """The one function that commits, and the way to it for many callers at once.
+
+    They may be on several event loops: what waits, and who writes or credits it, is by loop.
+    """
 
     def __init__(self, database: "Database") -> None:
         self.database = database
-        self._ids = IdSource()
-        self._queues: dict[asyncio.AbstractEventLoop, Queue] = {}
+        self._waiting: defaultdict[Loop, list[tuple[Command, Pending]]] = defaultdict(list)
+        self._writing: dict[Loop, asyncio.Task[None]] = {}
+        self._crediting: dict[Loop, asyncio.Task[Answer]] = {}
 
     def commit(self, commands: Sequence[Command]) -> list[Answer]:
         """Execute commands in one write and return their answers, or raise with nothing done."""
@@ -869,9 +819,8 @@ class Ledger:
                 ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {}),
             )
             # Times and ids never go back, whatever the clock does.
-            now = max([utc_now(), *(event["ts"] for event in newest)])
-            self._ids.follow([event["id"] for event in newest])
-            book = Book(connection, now, self._ids.new)
+            last_id, last_ts = [*newest[0].values()] if newest else (NO_ID, 0)
+            book = Book(connection, max(utc_now(), last_ts), last_id)
             book.load(accounts)
             known = {row["id"]: row for row in stored}
             answers = [execute(command, book, known) for command in commands]
@@ -903,30 +852,50 @@ class Ledger:
 
     async def submit(self, command: Command) -> Answer:
         """Have a command executed in the next batch; return its answer after the commit."""
-        deadline = time.monotonic() + BUSY_SECONDS_MAX
+        loop, deadline = asyncio.get_running_loop(), time.monotonic() + BUSY_SECONDS_MAX
         while True:
+            answer = loop.create_future()
+            self._waiting[loop].append((command, answer))
+            if loop not in self._writing:
+                self._writing[loop] = loop.create_task(self._write_batches(loop))
             try:
-                answer = self._queue().add(command)
                 return await (answer if self.database.inline else in_time(answer))
             except DatabaseBusy:
                 if time.monotonic() > deadline:
                     raise
             await asyncio.sleep(BUSY_RETRY_SECONDS)
 
+    async def _write_batches(self, loop: Loop) -> None:
+        """Write what waits, and what has come meanwhile, until nothing waits."""
+        while self._waiting[loop]:
+            for _ in range(GATHERING_TURNS_MAX):
+                # While more arrives, it is worth a turn of the loop.
+                seen = len(self._waiting[loop])
+                await asyncio.sleep(0)
+                if len(self._waiting[loop]) == seen:
+                    break
+            # Whoever was told that nothing is known of a command tries it again.
+            batch = [waiting for waiting in self._waiting.pop(loop) if not waiting[1].done()]
+            commands = [command for command, _ in batch]
+            outcomes = await self.database.run_write(self.commit_or_split, commands)
+            for (_, answer), outcome in zip(batch, outcomes, strict=True):
+                if answer.done():
+                    continue  # The caller has gone; what was done stays done.
+                if isinstance(outcome, Exception):
+                    answer.set_exception(outcome.with_traceback(None))
+                else:
+                    answer.set_result(outcome)
+        del self._writing[loop]
+
     async def credit_due(self, clock: str, until: int, caller: str = "system") -> None:
         """Credit what is due by a clock; one pass at a time serves all who wait for it."""
-        queue, run = self._queue(), partial(credit_cashbacks, clock=clock, until=until)
+        loop, run = asyncio.get_running_loop(), partial(credit_cashbacks, clock=clock, until=until)
         due = {"clock": clock, "until": until, "limit": 1}
         while await self.database.run_read(lambda books: books.rows(DUE_CASHBACKS, **due)):
-            if queue.crediting is None or queue.crediting.done():
-                queue.crediting = asyncio.ensure_future(self.submit(Command(caller, "{}", run)))
-            await asyncio.shield(queue.crediting)
-
-    def _queue(self) -> Queue:
-        loop = asyncio.get_running_loop()
-        if loop not in self._queues:
-            self._queues[loop] = Queue(self)
-        return self._queues[loop]
+            if loop not in self._crediting or self._crediting[loop].done():
+                crediting = self.submit(Command(caller, "{}", run))
+                self._crediting[loop] = loop.create_task(crediting)
+            await asyncio.shield(self._crediting[loop])
 
 
 def utc_now() -> int:
@@ -934,29 +903,15 @@ def utc_now() -> int:
     return time.time_ns() // 1_000
 
 
-class IdSource:
-    """New version 7 UUIDs (RFC 9562): 60 bits of time that rise at every call, and 62 at random.
+def new_ids(now: int, last_id: str) -> Iterator[str]:
+    """Yield version 7 UUIDs (RFC 9562): 60 bits of time that rise from id to id, and 62 at random.
 
     They rise, so that what is written together lies together; nobody can guess the next one.
     """
-
-    def __init__(self) -> None:
-        self._last = 0
-        self._random: list[int] = []
-
-    def follow(self, ids: Iterable[str]) -> None:
-        """Go on behind ids that were given before, perhaps by another server."""
-        for other in ids:
-            self._last = max(self._last, int(other[:8] + other[9:13] + other[15:18], 16))
-
-    def new(self, now: int) -> str:
-        """Return an id of a time in microseconds."""
-        if not self._random:
-            # The system takes as long over one number as over many.
-            self._random = list(struct.unpack("256Q", os.urandom(2_048)))
-        self._last = max(self._last + 1, (now << 12) // 1_000)
-        head, tail = f"{self._last:015x}", f"{2 << 62 | self._random.pop() >> 2:016x}"
-        return f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
+    last = int(last_id[:8] + last_id[9:13] + last_id[15:18], 16)
+    for number in count(max(last + 1, (now << 12) // 1_000)):
+        head, tail = f"{number:015x}", f"{2 << 62 | secrets.randbits(62):016x}"
+        yield f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
 
 
 # ===== Part two: storage
@@ -1003,6 +958,7 @@ POSTGRES_ERRORS = {
 CHANGING_COLUMNS = {
     "account": ("status", "balance", "last_seq"),
     "scheduled_cashback": ("status", "transaction_id"),
+    "api_key": ("revoked_at",),
 }
 
 
@@ -1021,10 +977,19 @@ class Connection:
 
     def execute(self, statement: str, **values: Any) -> Any:
         """Run a statement, and return the driver's cursor."""
-        for name, value in values.items():
-            if isinstance(value, list):
-                values[name] = json.dumps(value)
-        return self.driver.execute(sqlite_text(statement), values)
+        return self.driver.execute(self.text(statement), self.adapt(values))
+
+    @staticmethod
+    @lru_cache
+    def text(statement: str) -> str:
+        """Return a statement as the driver reads it."""
+        listed = re.sub(r"= ANY\((:\w+)\)", r"IN (SELECT value FROM json_each(\1))", statement)
+        return listed.replace(" FOR UPDATE", "")
+
+    @staticmethod
+    def adapt(values: Row) -> Row:
+        """Return values as the driver takes them; a list comes as JSON, whatever its length."""
+        return {n: json.dumps(v) if isinstance(v, list) else v for n, v in values.items()}
 
     def insert(self, table: str, rows: list[Row]) -> None:
         """Insert rows that all have the same columns."""
@@ -1038,7 +1003,7 @@ class Connection:
         self.driver.executemany(f"UPDATE {table} SET {changes} WHERE {key} = :{key}", rows)  # noqa: S608
 
     def pipeline(self) -> Any:
-        """Wait in a block only for the results that it looks at."""
+        """Wait in a block only for the results that it looks at: each wait is a thread's switch."""
         return nullcontext()
 
     def rows(self, statement: str, **values: Any) -> list[Row]:
@@ -1065,13 +1030,6 @@ class Connection:
                 self.update(table, columns, list(changed.values()))
 
 
-@lru_cache
-def sqlite_text(statement: str) -> str:
-    """Return a statement as SQLite reads it; a list comes as JSON, whatever its length."""
-    listed = re.sub(r"= ANY\((:\w+)\)", r"IN (SELECT value FROM json_each(\1))", statement)
-    return listed.replace(" FOR UPDATE", "")
-
-
 class PostgresConnection(Connection):
     """A connection to PostgreSQL, which is written to in statements of one parameter, of JSON."""
 
@@ -1081,31 +1039,27 @@ class PostgresConnection(Connection):
         "AND current_setting('default_transaction_read_only') = 'off' AS yes"
     )
 
-    def execute(self, statement: str, **values: Any) -> Any:
-        """Run a statement, which the driver prepares once it has come a few times."""
-        return self.driver.execute(postgres_text(statement), values)
+    @staticmethod
+    @lru_cache
+    def text(statement: str) -> str:
+        return re.sub(r"(?<!:):(\w+)", r"%(\1)s", statement.replace("%", "%%"))
+
+    @staticmethod
+    def adapt(values: Row) -> Row:
+        return values
 
     def insert(self, table: str, rows: list[Row]) -> None:
-        """Insert rows, all in one statement."""
         source = f"json_populate_recordset(NULL::{table}, :rows)"
         self.execute(f"INSERT INTO {table} SELECT * FROM {source}", rows=to_json(rows).decode())  # noqa: S608
 
     def update(self, table: str, columns: Sequence[str], rows: list[Row]) -> None:
-        """Update rows, all in one statement."""
         changes, key = ", ".join(f"{name} = new.{name}" for name in columns), PRIMARY_KEYS[table]
         source = f"json_populate_recordset(NULL::{table}, :rows) AS new"
         source = f"{source} WHERE {table}.{key} = new.{key}"
         self.execute(f"UPDATE {table} SET {changes} FROM {source}", rows=to_json(rows).decode())  # noqa: S608
 
     def pipeline(self) -> Any:
-        """Wait in a block only for the results that it looks at: each wait is a thread's switch."""
         return self.driver.pipeline()
-
-
-@lru_cache
-def postgres_text(statement: str) -> str:
-    """Return a statement as psycopg reads it."""
-    return re.sub(r"(?<!:):(\w+)", r"%(\1)s", statement.replace("%", "%%"))
 
 
 class Database:
@@ -1155,10 +1109,7 @@ class Database:
             self.after_commit()
 
     async def run_read(self, function: Callable[..., T], *arguments: Any, long: bool = False) -> T:
-        """Run a function of a connection: inline in a library, in a thread for a server.
-
-        What is `long` reads without a bound, and gets a thread on both.
-        """
+        """Run a function of a connection, in a thread for a server or if it takes `long`."""
 
         def read() -> T:
             with self.read() as connection:
@@ -1169,6 +1120,12 @@ class Database:
         threads = self._long_readers if long else self._readers
         reading = asyncio.get_running_loop().run_in_executor(threads, read)
         return await (reading if long else in_time(reading))
+
+    async def run_write(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function that writes: inline in a library, in a thread for a server."""
+        if self.inline:
+            return function(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.writer, function, *arguments)
 
     def open(self, *, make: bool) -> None:
         """Accept a ledger of this version; with `make`, make one where there is nothing yet."""
@@ -1294,7 +1251,6 @@ class SqliteDatabase(Database):
         self._checkpoint: Future[None] | None = None
 
     def connect(self, *, write: bool) -> Connection:
-        """Open the file."""
         driver = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
             for pragma in WRITER_PRAGMAS if write else READER_PRAGMAS:
@@ -1305,7 +1261,6 @@ class SqliteDatabase(Database):
         return Connection(driver)
 
     def translate_error(self, error: Any) -> LedgerError:
-        """Return the ledger's error for one of SQLite's."""
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
         full = StorageFull() if code == sqlite3.SQLITE_FULL else DatabaseUnavailable()
         return DatabaseBusy() if code in SQLITE_BUSY else full
@@ -1392,7 +1347,6 @@ class PostgresDatabase(Database):
         return PostgresConnection(driver)
 
     def translate_error(self, error: Any) -> LedgerError:
-        """Return the ledger's error for one of PostgreSQL's, or of its driver's."""
         known = POSTGRES_ERRORS.get(error.sqlstate, DatabaseUnavailable)
         if error.sqlstate is None:
             is_lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
@@ -1475,26 +1429,19 @@ TRIGGERS = {
            AND 'ACTIVE' NOT IN (OLD.status, NEW.status)""",
         "a closed account never comes back, and only an active one moves money",
     ),
-    "cashback_once": (
-        "BEFORE UPDATE ON scheduled_cashback",
-        "OLD.status = 'CREDITED'",
-        "a cashback is credited once",
-    ),
-    "api_key_revoked": (
-        "BEFORE UPDATE ON api_key",
-        "OLD.revoked_at IS NOT NULL",
-        "a key is revoked once",
-    ),
 }
-FIXED_COLUMNS = {
-    "account": "id, asset, kind",
-    "scheduled_cashback": "payment_id, account_id, amount, clock, due_at, number",
-    "api_key": "name, prefix, hash, role, created_at",
+ENDS = {
+    "scheduled_cashback": ("OLD.status = 'CREDITED'", "a cashback is credited once"),
+    "api_key": ("OLD.revoked_at IS NOT NULL", "a key is revoked once"),
 }
+for name, (ended, message) in ENDS.items():
+    TRIGGERS[f"{name}_ended"] = (f"BEFORE UPDATE ON {name}", ended, message)
 for name in TABLES.keys() - {"schema_version"}:
-    columns = f"OF {FIXED_COLUMNS[name]} " if name in FIXED_COLUMNS else ""
+    changing = CHANGING_COLUMNS.get(name, ())
+    fixed = [column.name for column in TABLES[name].columns if column.name not in changing]
     message = f"what {name} holds is for ever"
-    TRIGGERS[f"{name}_unchanged"] = (f"BEFORE UPDATE {columns}ON {name}", "TRUE", message)
+    unchanged = f"BEFORE UPDATE OF {', '.join(fixed)} ON {name}"
+    TRIGGERS[f"{name}_unchanged"] = (unchanged, "TRUE", message)
     TRIGGERS[f"{name}_kept"] = (f"BEFORE DELETE ON {name}", "TRUE", message)
 
 
@@ -1507,37 +1454,32 @@ def create_schema(connection: Connection) -> None:
 
 def create_tables(connection: Connection) -> None:
     """Make the tables and indexes, in the engine's own words."""
-
-    def run(statement: Any, *_: Any, **__: Any) -> None:
-        connection.driver.execute(str(statement.compile(dialect=engine.dialect)))
-
-    driver = "postgresql+psycopg" if connection.engine == "postgresql" else "sqlite"
-    engine = sa.create_mock_engine(f"{driver}://", run)
-    SQLModel.metadata.create_all(engine, checkfirst=False)
+    dialect = sa.make_url(f"{connection.engine}://").get_dialect()()
+    for table in TABLES.values():
+        made: list[Any] = [sa.schema.CreateTable(table)]
+        for statement in made + [sa.schema.CreateIndex(index) for index in table.indexes]:
+            connection.driver.execute(str(statement.compile(dialect=dialect)))
 
 
 def create_triggers(connection: Connection) -> None:
-    """Make the triggers, which refuse what they are told to."""
+    """Make the triggers, which refuse what they are told to; PostgreSQL's are functions."""
     for name, (moment, condition, message) in TRIGGERS.items():
-        refusal = f"BEGIN SELECT RAISE(ABORT, '{message}'); END"
-        statements = [f"CREATE TRIGGER {name} {moment} WHEN {condition} {refusal}"]
-        if connection.engine == "postgresql":
-            statements = postgres_trigger(name)
-        for statement in statements:
+        if connection.engine == "sqlite":
+            refusal = f"BEGIN SELECT RAISE(ABORT, '{message}'); END"
+            connection.driver.execute(f"CREATE TRIGGER {name} {moment} WHEN {condition} {refusal}")
+            continue
+        body = f"RETURNS trigger LANGUAGE plpgsql AS $${postgres_body(name)}$$"
+        connection.driver.execute(f"CREATE FUNCTION {name}() {body}")
+        for statement in postgres_triggers(name):
             connection.driver.execute(statement)
 
 
-def postgres_trigger(name: str) -> list[str]:
-    """Return what makes a trigger and its function on PostgreSQL; TRUNCATE is a kind of DELETE."""
+def postgres_triggers(name: str) -> list[str]:
+    """Return what calls a trigger's function on PostgreSQL; TRUNCATE is a kind of DELETE."""
     moment, call = TRIGGERS[name][0], f"EXECUTE FUNCTION {name}()"
-    made = [
-        f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $${postgres_body(name)}$$",
-        f"CREATE TRIGGER {name} {moment} FOR EACH ROW {call}",
-    ]
-    if "BEFORE DELETE" in moment:
-        whole = moment.replace("DELETE", "TRUNCATE")
-        made.append(f"CREATE TRIGGER {name}_whole {whole} FOR EACH STATEMENT {call}")
-    return made
+    whole = f"{moment.replace('DELETE', 'TRUNCATE')} FOR EACH STATEMENT {call}"
+    of_all = [f"CREATE TRIGGER {name}_whole {whole}"] if "BEFORE DELETE" in moment else []
+    return [f"CREATE TRIGGER {name} {moment} FOR EACH ROW {call}", *of_all]
 
 
 def postgres_body(name: str) -> str:
@@ -1572,19 +1514,12 @@ def complete_schema(database: Database) -> None:
         if not stored_version(connection):
             create_schema(connection)
         known = {row["code"] for row in connection.rows("SELECT code FROM asset")}
-        assets = [asset.model_dump() for code, asset in ASSETS.items() if code not in known]
-        ids, now, accounts = IdSource(), utc_now(), []
+        book = Book(connection, utc_now(), NO_ID)
+        for code in ASSETS.keys() - known:
+            book.insert("asset", ASSETS[code].model_dump())
         for name, code in sorted(SYSTEM_ACCOUNTS - system_accounts(connection)):
-            account = Account(
-                id=ids.new(now),
-                name=name,
-                owner_name="system",
-                asset=code,
-                kind="SYSTEM",
-                created_at=now,
-            )
-            accounts.append(vars(account))
-        connection.save({"asset": assets, "account": accounts}, {})
+            book.open("system", code, name, kind="SYSTEM")
+        connection.save(book.inserts, book.updates)
 
 
 def system_accounts(connection: Connection) -> set[tuple[str, str]]:
@@ -1601,6 +1536,13 @@ class CheckResult(NamedTuple):
     wrong: list[str]
 
 
+# For each reference, the query that finds a row without the row that it refers to.
+REFERENCES = [
+    f"SELECT 'table {here.table}: a row refers to a missing row of {there.table}' AS wrong "  # noqa: S608
+    f"FROM {here.table} WHERE {here} IS NOT NULL AND NOT EXISTS "
+    f"(SELECT 1 FROM {there.table} WHERE {there} = {here}) LIMIT 1"
+    for here, there in [(k.parent, k.column) for t in TABLES.values() for k in t.foreign_keys]
+]
 # Each rule with the query that counts its rows, and the queries that find one that breaks it.
 CHECKS = [
     (
@@ -1650,7 +1592,7 @@ CHECKS = [
 
 def check(connection: Connection) -> Iterator[CheckResult]:
     """Verify the invariants that stored rows can show, each over all rows."""
-    damage = lost_references(connection)
+    damage = [row["wrong"] for query in REFERENCES for row in connection.rows(query)]
     if connection.engine == "sqlite":
         [found] = connection.rows("PRAGMA integrity_check(1)")
         damage += [text for text in found.values() if text != "ok"]
@@ -1664,18 +1606,6 @@ def check(connection: Connection) -> Iterator[CheckResult]:
     stored, expected = stored_schema(connection), expected_schema(connection)
     differing = sorted({f"{name} is not as it was made" for name, _ in stored ^ expected})
     yield CheckResult("tables and triggers are as they were made", len(expected), differing)
-
-
-def lost_references(connection: Connection) -> list[str]:
-    """Return where rows refer to missing ones."""
-    lost = []
-    for key in [key for table in TABLES.values() for key in table.foreign_keys]:
-        here, there = key.parent, key.column
-        exists = f"EXISTS (SELECT 1 FROM {there.table} WHERE {there} = {here})"  # noqa: S608
-        dangling = f"FROM {here.table} WHERE {here} IS NOT NULL AND NOT {exists}"
-        if connection.rows(f"SELECT 1 AS one {dangling} LIMIT 1"):
-            lost.append(f"table {here.table}: a row refers to a missing row of {there.table}")
-    return lost
 
 
 def stored_schema(connection: Connection) -> set[tuple[str, str]]:
@@ -1702,7 +1632,7 @@ def expected_schema(connection: Connection) -> set[tuple[str, str]]:
         schema |= {(name, f"{', '.join(columns)} {''.join(kinds)}")}
         schema |= {(str(index.name), "") for index in table.indexes}
     for name in TRIGGERS:
-        for statement in postgres_trigger(name)[1:]:
+        for statement in postgres_triggers(name):
             schema |= {(statement.split()[2], f"{statement} O {postgres_body(name)}")}
     return schema
 
@@ -2111,27 +2041,20 @@ KEY_HEADER = {
 }
 Overrides = Mapping[type[LedgerError], tuple[int, str]]
 """How a dialect words some errors: the status, and a template over the error's members."""
-NO_OVERRIDES: Overrides = {}
 FirstAccounts = Iterator[tuple[list[str], "partial[None]"]]
 """The accounts that a dialect begins with, and what opens them."""
 
 
+@dataclass(frozen=True)
 class Dialect:
     """A set of routes in one kind of caller's terms; `exponent` are its amounts' decimal places."""
 
-    def __init__(
-        self,
-        name: str,
-        prefix: str = "",
-        *,
-        errors: Overrides = NO_OVERRIDES,
-        exponent: int | None = None,
-        first_accounts: "Callable[[Settings, bool], FirstAccounts]" = lambda *_: iter(()),
-    ) -> None:
-        self.name, self.prefix = name, prefix
-        self.errors, self.exponent = errors, exponent
-        self.first_accounts = first_accounts
-        self.routes: list[Route] = []
+    name: str
+    prefix: str = ""
+    errors: Overrides = field(default_factory=dict)
+    exponent: int | None = None
+    first_accounts: Callable[["Settings", bool], FirstAccounts] = lambda *_: iter(())
+    routes: list["Route"] = field(default_factory=list)
 
     def get(self, path: str, **options: Any) -> Callable[[F], F]:
         """Declare a function of a connection as a route that reads."""
@@ -2165,7 +2088,7 @@ class Route(APIRoute):
         key: Literal["required", "optional"] = "optional",
         status: int = 200,
         location: str = "",
-        errors: Overrides = NO_OVERRIDES,
+        errors: Overrides | None = None,
         long: bool = False,
     ) -> None:
         signature = inspect.signature(function)
@@ -2173,7 +2096,7 @@ class Route(APIRoute):
         self.function, self.dialect, self.method, self.roles = function, dialect, method, roles
         self.writes, self.reads = first.annotation is Book, first.annotation is Connection
         self.key_is_required, self.location, self.long = key == "required", location, long
-        self.errors = {**dialect.errors, **errors}
+        self.errors = {**dialect.errors, **(errors or {})}
         fields: Any = {
             p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in others
         }
@@ -2199,17 +2122,14 @@ class Route(APIRoute):
         """Return the answer, or raise a LedgerError that says what is wrong."""
         if not (self.writes or self.reads):
             return Answer(*self.function(app))
-        caller = await self.admit(app, request)
-        began = time.monotonic()
-        intent = Intent()
+        # First, because it may take its time, and a key may be revoked meanwhile.
+        body = await request.body() if self.writes else b""
+        caller, intent = await self.admit(app, request), Intent()
         if self.writes and b"idempotency-key" in request.headers:
             intent.key = parse_key(request.headers[b"idempotency-key"].decode("latin-1"))
         elif self.key_is_required:
             raise IdempotencyKeyMissing("The header Idempotency-Key is required here")
-        arguments = self.parse(request, await self.document_of(request), intent)
-        if time.monotonic() - began > KEYS_AGE_SECONDS_MAX:
-            # The body took its time, and the key may have been revoked since.
-            await self.admit(app, request)
+        arguments = self.parse(request, self.document_of(request, body), intent)
         if intent.effective_at is not None:
             await app.ledger.credit_due("CALLER", intent.effective_at, caller.name)
         if self.reads:
@@ -2235,15 +2155,15 @@ class Route(APIRoute):
             raise Forbidden(f"The role {caller.role} may not do this: it takes {allowed}")
         return caller
 
-    async def document_of(self, request: Request) -> Any:
+    def document_of(self, request: Request, body: bytes) -> Any:
         """Return the parsed body; where none is expected, refuse what would be ignored."""
         if self.body_field:
             # No page of another site can declare a body to be JSON.
             declared = request.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if not re.fullmatch(rb"application/([\w!#$&.^-]+\+)?json", declared):
                 raise UnsupportedMediaType("The Content-Type must be application/json")
-            return parse_json(await request.body())
-        if self.writes and (body := await request.body()) and parse_json(body) != {}:
+            return parse_json(body)
+        if body and parse_json(body) != {}:
             nothing = {"pointer": "", "detail": "No body is expected here"}
             raise InvalidRequest("The request does not fit: see errors", errors=[nothing])
         return None
@@ -2313,10 +2233,7 @@ class Listing:
         return place
 
     def page(self, rows: list[Row], *, limit: int, place: str) -> Row:
-        """Return `limit` rows, and a cursor behind them if there are more.
-
-        `place` is a template over the last row, such as "{seq}".
-        """
+        """Return `limit` rows, and a cursor to their last one's place if there are more."""
         items, more = rows[:limit], len(rows) > limit
         cursor = self._cursor(place.format(**items[-1])) if more else None
         return {"items": items, "next_cursor": cursor}
@@ -2506,12 +2423,10 @@ def get_transaction(connection: Connection, transaction_id: Uuid) -> Transaction
     return TransactionPublic(**found[0], entries=entries)
 
 
-class PaymentCreate(RequestBody):
+class PaymentCreate(CashCreate):
     """A payment to a merchant."""
 
     account_id: AccountId
-    amount: Amount
-    memo: Printable | None = None
 
 
 class PaymentPublic(BaseModel):
@@ -2743,10 +2658,9 @@ def post_bank_payment(book: Book, body: BankMovement) -> BankPayment:
     return BankPayment(payment_id=f"payment{cashback['number']}")
 
 
-class BankPaymentStatus(BaseModel):
+class BankPaymentStatus(BankPayment):
     """Where a payment stands: IN_PROGRESS or CASHBACK_RECEIVED."""
 
-    payment_id: str
     status: str
 
 
@@ -3152,9 +3066,7 @@ class App(FastAPI):
         about = "A double-entry ledger: durable, idempotent, never negative, always balanced."
         super().__init__(title="ledger.py", description=about, openapi_url=None, lifespan=lifespan)
         self.ledger, self.callers, self.log = ledger, callers, Log()
-        self._routes = [route for dialect in (*dialects, pages) for route in dialect.routes]
-        self._exact = {(route.method, route.path): route for route in self._routes}
-        self.router.routes[:] = self._routes
+        self.router.routes[:] = [r for dialect in (*dialects, pages) for r in dialect.routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -3185,15 +3097,12 @@ class App(FastAPI):
     def find(self, request: Request) -> Route:
         """Return the route of a request, or raise NotFound or MethodNotAllowed."""
         method, path = request.scope["method"], request.scope["path"]
-        request.route = self._exact.get((method, path))
-        for route in () if request.route else self._routes:
-            if match := route.path_regex.fullmatch(path):
-                request.allowed.append(route.method)
+        for route in self.router.routes:
+            if isinstance(route, Route) and (match := route.path_regex.fullmatch(path)):
                 if route.method == method:
                     request.route, request.path_parameters = route, match.groupdict()
-                    break
-        if request.route:
-            return request.route
+                    return route
+                request.allowed.append(route.method)
         if request.allowed:
             raise MethodNotAllowed(f"{method} is not possible here")
         raise NotFound("There is nothing at this address")
@@ -3241,12 +3150,19 @@ def get_docs(app: App) -> Answer:
     return Answer(200, bytes(page.body).decode(), media_type="text/html; charset=utf-8")
 
 
-def create_app(settings: Settings, dialects: Sequence[Dialect] = DIALECTS) -> App:
-    """Open the ledger and return its application; raise StartupError if it cannot be opened."""
+def create_app(
+    settings: Settings, dialects: Sequence[Dialect] = DIALECTS, *, for_others: bool = False
+) -> App:
+    """Open the ledger and return its application; `for_others` than this machine it needs keys."""
     database = database_at(settings.database_url)
     database.open(make=True)
     try:
         ledger, callers = Ledger(database), Callers(database, settings)
+        if for_others and callers.open_mode:
+            raise StartupError(
+                "without API keys the ledger serves this machine alone: use --host 127.0.0.1, "
+                "or make a key first: python ledger.py key add --name NAME --role admin"
+            )
         with database.read() as connection:
             is_new = not connection.rows("SELECT id FROM event LIMIT 1")
         open_first_accounts(ledger, settings, dialects, "system", is_new and callers.open_mode)
@@ -3389,11 +3305,9 @@ PORTION_ROWS = 2_000
 
 def serve(settings: Settings, options: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what was accepted."""
-    if not is_loopback("127.0.0.1" if options.host == "localhost" else options.host):
-        require_keys(settings)
-    port = port_number(os.environ.get("PORT") or "8000") if options.port is None else options.port
-    listener = listen(options.host, port)
-    app = create_app(settings)
+    listener = listen(options.host, options.port)
+    is_local = options.host == "localhost" or is_loopback(options.host)
+    app = create_app(settings, for_others=not is_local)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"ledger.py serves on {address}")
@@ -3414,19 +3328,6 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     )
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def require_keys(settings: Settings) -> None:
-    """Refuse to serve other machines in open mode."""
-    database, open_mode = database_at(settings.database_url), True
-    if not isinstance(database, SqliteDatabase) or database.path.exists():
-        with opened(settings, make=True) as database:
-            open_mode = Callers(database, settings).open_mode
-    if open_mode and not (settings.admin_key or settings.jwt_secret):
-        raise StartupError(
-            "without API keys the ledger serves this machine alone: use --host 127.0.0.1, or make "
-            "a key first: python ledger.py key add --name NAME --role admin"
-        )
 
 
 @contextmanager
@@ -3493,8 +3394,8 @@ def run_copy(settings: Settings, options: argparse.Namespace) -> None:
                 target.path.unlink(missing_ok=True)
             raise
     print(f"copied {source.name} to {target.name}, and checked it there:")
-    for name, count in counts.items():
-        print(f"{count:>12,}  {name}")
+    for name, row_count in counts.items():
+        print(f"{row_count:>12,}  {name}")
 
 
 def copy_all(source: Database, target: Database) -> dict[str, int]:
@@ -3508,10 +3409,6 @@ def copy_all(source: Database, target: Database) -> dict[str, int]:
             for rows in portions(old, table):
                 new.insert(table, rows)
                 counts[table] += len(rows)
-                if sys.stderr.isatty():
-                    print(
-                        f"\r{counts[table]:>12,}  {table:24}", end="", file=sys.stderr, flush=True
-                    )
         # Not before, because they would refuse what frozen and closed accounts once did.
         create_triggers(new)
         wrong = [found for result in check(new) for found in result.wrong]
@@ -3581,7 +3478,8 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands")
     serving = add_command(commands, "serve", serve)
     serving.add_argument("--host", default="127.0.0.1")
-    serving.add_argument("--port", type=port_number, help="default: $PORT, or 8000")
+    port = os.environ.get("PORT") or "8000"
+    serving.add_argument("--port", type=port_number, default=port, help="default: $PORT, or 8000")
     add_command(commands, "check", run_check)
     add_command(commands, "seed", run_seed)
     add_command(commands, "backup", run_backup).add_argument("file", type=Path, metavar="FILE")
