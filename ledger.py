@@ -215,6 +215,7 @@ def partial_index(name: str, *columns: str, where: str) -> sa.Index:
 class Public(SQLModel):
     """What callers see of stored rows, and the base of the tables that hold more of them."""
 
+    model_config = {"json_schema_serialization_defaults_required": True}
     # SQLModel's own is made for tables, and takes five times as long.
     __init__ = BaseModel.__init__
 
