@@ -27,7 +27,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import psycopg
-from harness import BENCH, Server, call, connect, serving, tell
+from harness import PROGRAM, Server, call, connect, serving, tell
 from postgres import Postgres, find_programs, wait_for_standby
 
 ACCOUNTS = 100
@@ -117,10 +117,10 @@ def verdict(standby: Postgres, story: Story, transfers: int) -> list[str]:
     with psycopg.connect(standby.url) as connection:
         rows = connection.execute("SELECT id, balance FROM account WHERE owner_name LIKE 'owner %'")
         differing = [row for row in rows if row[1] != story.balances.get(row[0], 0)]
-        query = "SELECT count(*) FROM \"transaction\" WHERE kind = 'TRANSFER'"
+        query = "SELECT count(*) FROM event WHERE kind = 'TRANSFER'"
         counted = connection.execute(query).fetchone()
-    check = [sys.executable, "ledger.py", "check", "--database-url", standby.url]
-    checked = subprocess.run(check, cwd=BENCH.parent, capture_output=True, text=True, check=False)
+    check = [sys.executable, str(PROGRAM), "check", "--database-url", standby.url]
+    checked = subprocess.run(check, capture_output=True, text=True, check=False)
     print(checked.stdout)
     wrong = [f"{len(differing)} balances differ"] if differing else []
     if counted != (transfers,):
