@@ -37,13 +37,12 @@ class Report:
 
     def __init__(self) -> None:
         """Start with the two headers alone."""
-        self.measured = [
-            ("measured", "connections", "rate", "of the ceiling", "CPU", "p50", "p99"),
-        ]
+        self.measured = [("measured in turn", "rate", "of the ceiling", "CPU", "p50", "p99")]
         self.targets = [("target", "measured", "must", "aim", "met")]
 
-    def add(self, rounds: Rounds, connections: int) -> None:
-        """Add a row for each case."""
+    def add(self, what: str, rounds: Rounds) -> None:
+        """Add a row for each case, below one that says what they have in common."""
+        self.measured.append((f"**{what}**", "", "", "", "", ""))
         for name in rounds.loads:
             row = (
                 f"{rounds.median(name, 'rate_per_second'):,.0f} /s",
@@ -52,7 +51,7 @@ class Report:
                 with_unit(rounds.median(name, "p50_ms"), ".2f", "ms"),
                 with_unit(rounds.median(name, "p99_ms"), ".2f", "ms"),
             )
-            self.measured.append((name, str(connections), *row))
+            self.measured.append((name, *row))
 
     def at_least(self, name: str, value: float, must: float, aim: float | None = None) -> None:
         """Add a figure that should be high."""
