@@ -15,10 +15,13 @@ LOADS = (("spread", 32), ("hot", 32), ("spread", 1))
 def check_out(commit: str, folder: Path) -> Path:
     """Write the ledger.py of a commit into a folder of its own, and return where it is."""
     show = ["git", "show", f"{commit}:ledger.py"]
-    source = subprocess.run(show, cwd=PROGRAM.parent, check=True, stdout=subprocess.PIPE).stdout
+    shown = subprocess.run(show, cwd=PROGRAM.parent, check=False, stdout=subprocess.PIPE)
+    if shown.returncode:
+        # Git has said why.
+        raise SystemExit(shown.returncode)
     program = folder / "commit" / "ledger.py"
     program.parent.mkdir()
-    program.write_bytes(source)
+    program.write_bytes(shown.stdout)
     return program
 
 

@@ -1,12 +1,4 @@
-"""Kill the primary of two PostgreSQL servers under load, promote the other, and count the money.
-
-    python bench/failover.py [--transfers 9000]
-
-Two servers replicate synchronously on this machine; a ledger serves from whichever of them can
-be written to. Callers send transfers, each under a key of its own. After two thirds of them the
-primary gets SIGKILL and the standby is promoted; what got no answer is sent again under its key.
-In the end every transfer must have happened exactly once, and the integrity check must pass.
-"""
+"""Kill the primary of two PostgreSQL servers under load, promote the other, and count the money."""
 
 import argparse
 import contextlib
@@ -166,7 +158,7 @@ def run(programs: Path, folder: Path, transfers: int) -> int:
 
 def main() -> int:
     """Read the options and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--transfers", type=int, default=9_000)
     options = parser.parse_args()
     programs = find_programs()
