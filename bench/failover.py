@@ -1,12 +1,4 @@
-"""Kill the primary of two PostgreSQL servers under load, promote the other, and count the money.
-
-    python bench/failover.py [--transfers 9000]
-
-Two servers replicate synchronously on this machine; a ledger serves from whichever of them can
-be written to. Callers send transfers, each under a key of its own. After two thirds of them the
-primary gets SIGKILL and the standby is promoted; what got no answer is sent again under its key.
-In the end every transfer must have happened exactly once, and the integrity check must pass.
-"""
+"""Kill the primary of two PostgreSQL servers under load, promote the other, and count the money."""
 
 import argparse
 import contextlib
@@ -27,7 +19,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import psycopg
-from harness import BENCH, Server, call, connect, serving, tell
+from harness import PROGRAM, Server, call, connect, serving, tell
 from postgres import Postgres, find_programs, wait_for_standby
 
 ACCOUNTS = 100
@@ -117,10 +109,10 @@ def verdict(standby: Postgres, story: Story, transfers: int) -> list[str]:
     with psycopg.connect(standby.url) as connection:
         rows = connection.execute("SELECT id, balance FROM account WHERE owner_name LIKE 'owner %'")
         differing = [row for row in rows if row[1] != story.balances.get(row[0], 0)]
-        query = "SELECT count(*) FROM \"transaction\" WHERE kind = 'TRANSFER'"
+        query = "SELECT count(*) FROM event WHERE kind = 'TRANSFER'"
         counted = connection.execute(query).fetchone()
-    check = [sys.executable, "ledger.py", "check", "--database-url", standby.url]
-    checked = subprocess.run(check, cwd=BENCH.parent, capture_output=True, text=True, check=False)
+    check = [sys.executable, str(PROGRAM), "check", "--database-url", standby.url]
+    checked = subprocess.run(check, capture_output=True, text=True, check=False)
     print(checked.stdout)
     wrong = [f"{len(differing)} balances differ"] if differing else []
     if counted != (transfers,):
@@ -166,7 +158,7 @@ def run(programs: Path, folder: Path, transfers: int) -> int:
 
 def main() -> int:
     """Read the options and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--transfers", type=int, default=9_000)
     options = parser.parse_args()
     programs = find_programs()

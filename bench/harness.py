@@ -12,14 +12,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import nan
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 BENCH = Path(__file__).resolve().parent
+PROGRAM = BENCH.with_name("ledger.py")
 ACCOUNTS = 1_000
 FUNDS = 10**9
+PAGE_ENTRIES = 50
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Load:
     rate_per_second: float
     p50_ms: float
     p99_ms: float
+    cpu_us: float = nan
+    """Microseconds of the server's CPU for each request."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def command_for(kind: str, port: int, url: str) -> list[str]:
+def command_for(kind: str, port: int, url: str, program: Path) -> list[str]:
     """Return the command that starts one kind of server."""
     if kind in ("ledger", "keyed"):
-        return [sys.executable, "ledger.py", "serve", "--port", str(port), "--database-url", url]
+        return [sys.executable, str(program), "serve", "--port", str(port), "--database-url", url]
     options = ["--loop", "uvloop", "--http", "httptools", "--no-access-log"]
     app = [f"{kind}:app", "--app-dir", str(BENCH), "--port", str(port)]
     return [sys.executable, "-m", "uvicorn", *app, *options]
@@ -76,23 +81,23 @@ def wait_until_open(port: int, process: subprocess.Popen[bytes], log: Path) -> N
 
 def make_key(url: str) -> str:
     """Make an API key, which ends open mode."""
-    command = [sys.executable, "ledger.py", "key", "add", "--name", "bench", "--role", "admin"]
-    made = subprocess.run(
-        [*command, "--database-url", url], cwd=BENCH.parent, check=True, capture_output=True
-    )
+    command = [sys.executable, str(PROGRAM), "key", "add", "--name", "bench", "--role", "admin"]
+    made = subprocess.run([*command, "--database-url", url], check=True, capture_output=True)
     return made.stdout.decode().strip()
 
 
 @contextmanager
-def serving(kind: str, folder: Path, database: str, url: str = "") -> Iterator[Server]:
+def serving(
+    kind: str, folder: Path, database: str, url: str = "", program: Path = PROGRAM
+) -> Iterator[Server]:
     """Run a server as a process until the block ends; a keyed ledger is not in open mode."""
     port, log = free_port(), folder / f"{database}.log"
     url = url or f"sqlite:///{folder / database}.db"
     api_key = make_key(url) if kind == "keyed" else ""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command_for(kind, port, url),
-            cwd=BENCH.parent,
+            command_for(kind, port, url, program),
+            cwd=folder,
             env={**os.environ, "DATABASE_URL": url},
             stdout=output,
             stderr=output,
@@ -160,6 +165,22 @@ def fund(server: Server) -> None:
     server.accounts_file.write_text("\n".join(ids) + "\n")
 
 
+def invent_accounts(server: Server) -> None:
+    """Name accounts for a server that looks none of them up."""
+    server.accounts_file.write_text("".join(f"{uuid4()}\n" for _ in range(ACCOUNTS)))
+
+
+def fill_page(server: Server) -> None:
+    """Give the first account more entries than its statement shows on a page."""
+    account_id = server.accounts_file.read_text().split()[0]
+    with closing(connect(server)) as link:
+        for _ in range(PAGE_ENTRIES + 10):
+            call(link, "POST", f"/accounts/{account_id}/deposit", {"amount": 1})
+        page = call(link, "GET", f"/accounts/{account_id}/statement?limit={PAGE_ENTRIES}")
+    if len(page["items"]) != PAGE_ENTRIES:
+        raise RuntimeError(f"a statement has {len(page['items'])} entries on its page")
+
+
 def open_wallets(server: Server) -> None:
     """Open wallets for users who are named like the accounts."""
     with closing(connect(server)) as link:
@@ -189,10 +210,13 @@ def parse_load(returncode: int, output: str) -> Load:
 def run_load(server: Server, mode: str, connections: int, seconds: int) -> Load:
     """Run the load generator to its end."""
     command = wrk_command(server, mode, connections, seconds)
+    cpu_before = cpu_seconds(server.pid)
     run = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
-    return parse_load(run.returncode, run.stdout)
+    spent = cpu_seconds(server.pid) - cpu_before
+    load = parse_load(run.returncode, run.stdout)
+    return replace(load, cpu_us=spent / load.requests * 1e6)
 
 
 @contextmanager
@@ -209,7 +233,25 @@ def background_transfers(server: Server, seconds: int) -> Iterator[None]:
         stop(process)
 
 
+def process_file(pid: int, name: str) -> str:
+    """Return what Linux tells of a process, and nothing on other systems."""
+    file = Path(f"/proc/{pid}/{name}")
+    return file.read_text() if file.exists() else ""
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used, its own and the system's for it."""
+    # The second field is the program's name, which may hold blanks.
+    fields = process_file(pid, "stat").rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") if fields else nan
+
+
 def resident_mebibytes(pid: int) -> float:
     """Return the resident memory of a process."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return int(found.group(1)) / 1024 if found else float("nan")
+    found = re.search(r"VmRSS:\s+(\d+) kB", process_file(pid, "status"))
+    return int(found.group(1)) / 1024 if found else nan
+
+
+def wal_megabytes(database: Path) -> float:
+    """Return the size of what SQLite writes ahead of a database."""
+    return database.with_name(f"{database.name}-wal").stat().st_size / 1e6
