@@ -1226,7 +1226,8 @@ WRITER_PRAGMAS = (
     "wal_autocheckpoint = 0",
 )
 READER_PRAGMAS = ("busy_timeout = 1000", "query_only = ON", "cache_size = -1024")
-CHECKPOINT_COMMITS = 100
+CHECKPOINT_ROWS = 6_000
+"""As many rows are some 25 MB of log in large batches, and 40 in batches of one."""
 
 
 class SqliteDatabase(Database):
@@ -1248,7 +1249,7 @@ class SqliteDatabase(Database):
         self.path = Path(file).absolute()
         self.name = str(self.path)
         self._file: tuple[int, int] | None = None
-        self._commits = 0
+        self._rows_moved = 0
         self._checkpoint: Future[None] | None = None
 
     def connect(self, *, write: bool) -> Connection:
@@ -1284,11 +1285,11 @@ class SqliteDatabase(Database):
         What was committed meanwhile the writer moves itself: only when all of it was moved does
         the log begin anew.
         """
-        self._commits += 1
+        driver = self._writing[0].driver
         if self._checkpoint and self._checkpoint.done():
-            self._writing[0].driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            self._checkpoint, self._commits = None, 0
-        elif self._checkpoint is None and self._commits >= CHECKPOINT_COMMITS:
+            driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self._checkpoint, self._rows_moved = None, driver.total_changes
+        elif not self._checkpoint and driver.total_changes - self._rows_moved > CHECKPOINT_ROWS:
             self._checkpoint = self.writer.submit(self._move_pages)
 
     def _move_pages(self) -> None:
