@@ -449,11 +449,6 @@ class Book:
         self.write()
         return self.connection.rows(statement, **values)
 
-    def execute(self, statement: str, **values: Any) -> None:
-        """Change rows in the database that are not loaded."""
-        self.write()
-        self.connection.execute(statement, **values)
-
     def write(self) -> None:
         """Write what was gathered, behind a savepoint to which a refusal goes back."""
         inserts, updates = self.inserts, self.updates
@@ -711,8 +706,9 @@ def change_status(book: Book, reference: str, status: str) -> Account:
     book.change("account", vars(account), status=status)
     if status == "ACTIVE":
         # Written at once, because the database takes entries of active accounts alone.
+        book.write()
         again = "SET status = 'SCHEDULED' WHERE account_id = :id AND status = 'WAITING'"
-        book.execute(f"UPDATE scheduled_cashback {again}", id=account.id)
+        book.connection.execute(f"UPDATE scheduled_cashback {again}", id=account.id)
     return account
 
 
@@ -828,23 +824,17 @@ class Ledger:
             connection.save(book.inserts, book.updates)
         return answers
 
-    def commit_with_retry(self, commands: Sequence[Command]) -> list[Answer]:
-        """Commit a batch, and do it again where it met another server's.
+    def commit_or_split(self, commands: Sequence[Command], attempt: int = 1) -> list[Any]:
+        """Commit a batch, or else each command alone, so that none sinks its neighbours.
 
-        It is a function of its commands alone, and it is known that nothing was committed.
+        One that met another server's is committed again: nothing of it was, and it is a function
+        of its commands alone.
         """
-        for number in range(1, COMMITS_MAX):
-            try:
-                return self.commit(commands)
-            except DatabaseConflict:
-                log.info("a batch of %d met another, attempt %d", len(commands), number)
-        return self.commit(commands)
-
-    def commit_or_split(self, commands: Sequence[Command]) -> list[Answer | Exception]:
-        """Commit a batch, or else each command alone, so that none sinks its neighbours."""
         try:
-            return [*self.commit_with_retry(commands)]
+            return self.commit(commands)
         except Exception as error:
+            if isinstance(error, DatabaseConflict) and attempt < COMMITS_MAX:
+                return self.commit_or_split(commands, attempt + 1)
             of_all = isinstance(error, DatabaseLost) or type(error) is DatabaseBusy
             if of_all or len(commands) == 1:
                 return [error] * len(commands)
@@ -944,7 +934,11 @@ class StorageFull(LedgerError, status=507, detail="The disk is full, and nothing
 # fmt: on
 
 
-SQLITE_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+SQLITE_ERRORS = {
+    sqlite3.SQLITE_BUSY: DatabaseBusy,
+    sqlite3.SQLITE_LOCKED: DatabaseBusy,
+    sqlite3.SQLITE_FULL: StorageFull,
+}
 # By SQLSTATE; a unique violation is what a key brings that is used on two servers.
 POSTGRES_ERRORS = {
     "23505": DatabaseConflict,
@@ -1138,11 +1132,8 @@ class Database:
                 retry_while_busy(partial(complete_schema, self))
             elif not version:
                 raise StartupError(f"{self.name} is empty")
-        except BaseException as error:
-            self.close()
-            if isinstance(error, LedgerError):
-                raise StartupError(f"cannot open {self.name}: {one_line(error)}") from error
-            raise
+        except LedgerError as error:
+            raise StartupError(f"cannot open {self.name}: {one_line(error)}") from error
 
     def close(self) -> None:
         """End the threads and close every connection, after the last answer."""
@@ -1238,13 +1229,8 @@ class SqliteDatabase(Database):
 
     def __init__(self, url: str) -> None:
         super().__init__()
-        try:
-            parsed = sa.make_url(url)
-        except (sa.exc.ArgumentError, ValueError):
-            raise StartupError("the database URL must look like sqlite:///ledger.db") from None
-        file = parsed.database or ""
-        is_plain = parsed == sa.URL.create("sqlite", database=file)
-        if not is_plain or re.match(":memory:|file:|.*\0|$", file):
+        file = url.removeprefix("sqlite:///")
+        if file == url or re.match(r":memory:|file:|.*[?\0]|$", file):
             raise StartupError("the database must be a plain file, such as sqlite:///ledger.db")
         self.path = Path(file).absolute()
         self.name = str(self.path)
@@ -1264,8 +1250,7 @@ class SqliteDatabase(Database):
 
     def translate_error(self, error: Any) -> LedgerError:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        full = StorageFull() if code == sqlite3.SQLITE_FULL else DatabaseUnavailable()
-        return DatabaseBusy() if code in SQLITE_BUSY else full
+        return SQLITE_ERRORS.get(code, DatabaseUnavailable)()
 
     def open(self, *, make: bool) -> None:
         """Open as any database, and remember which file it was."""
@@ -1378,12 +1363,13 @@ class ApiKey(SQLModel, table=True):
 
 
 class SchemaVersion(SQLModel, table=True):
-    """The version of the tables, in one row."""
+    """The version of the tables, in one row, and how the database describes what was made."""
 
     __tablename__ = "schema_version"
     __table_args__ = (STRICT,)
 
     version: int = Field(primary_key=True)
+    description: str
 
 
 SCHEMA_VERSION = 1
@@ -1438,20 +1424,13 @@ ENDS = {
 }
 for name, (ended, message) in ENDS.items():
     TRIGGERS[f"{name}_ended"] = (f"BEFORE UPDATE ON {name}", ended, message)
-for name in TABLES.keys() - {"schema_version"}:
+for name in TABLES:
     changing = CHANGING_COLUMNS.get(name, ())
     fixed = [column.name for column in TABLES[name].columns if column.name not in changing]
     message = f"what {name} holds is for ever"
     unchanged = f"BEFORE UPDATE OF {', '.join(fixed)} ON {name}"
     TRIGGERS[f"{name}_unchanged"] = (unchanged, "TRUE", message)
     TRIGGERS[f"{name}_kept"] = (f"BEFORE DELETE ON {name}", "TRUE", message)
-
-
-def create_schema(connection: Connection) -> None:
-    """Make the tables and triggers of a new ledger."""
-    create_tables(connection)
-    create_triggers(connection)
-    connection.insert("schema_version", [{"version": SCHEMA_VERSION}])
 
 
 def create_tables(connection: Connection) -> None:
@@ -1464,31 +1443,22 @@ def create_tables(connection: Connection) -> None:
 
 
 def create_triggers(connection: Connection) -> None:
-    """Make the triggers, which refuse what they are told to; PostgreSQL's are functions."""
+    """Make the triggers, which refuse what they are told to, and record what was made."""
+    execute = connection.driver.execute
     for name, (moment, condition, message) in TRIGGERS.items():
         if connection.engine == "sqlite":
             refusal = f"BEGIN SELECT RAISE(ABORT, '{message}'); END"
-            connection.driver.execute(f"CREATE TRIGGER {name} {moment} WHEN {condition} {refusal}")
+            execute(f"CREATE TRIGGER {name} {moment} WHEN {condition} {refusal}")
             continue
-        body = f"RETURNS trigger LANGUAGE plpgsql AS $${postgres_body(name)}$$"
-        connection.driver.execute(f"CREATE FUNCTION {name}() {body}")
-        for statement in postgres_triggers(name):
-            connection.driver.execute(statement)
-
-
-def postgres_triggers(name: str) -> list[str]:
-    """Return what calls a trigger's function on PostgreSQL; TRUNCATE is a kind of DELETE."""
-    moment, call = TRIGGERS[name][0], f"EXECUTE FUNCTION {name}()"
-    whole = f"{moment.replace('DELETE', 'TRUNCATE')} FOR EACH STATEMENT {call}"
-    of_all = [f"CREATE TRIGGER {name}_whole {whole}"] if "BEFORE DELETE" in moment else []
-    return [f"CREATE TRIGGER {name} {moment} FOR EACH ROW {call}", *of_all]
-
-
-def postgres_body(name: str) -> str:
-    """Return a trigger's function as PostgreSQL stores it."""
-    _, condition, message = TRIGGERS[name]
-    refusal = f"RAISE EXCEPTION '{message}' USING ERRCODE = 'check_violation'"
-    return f"BEGIN IF {condition} THEN {refusal}; END IF; RETURN NEW; END"
+        refusal = f"RAISE EXCEPTION '{message}' USING ERRCODE = 'check_violation'"
+        body = f"BEGIN IF {condition} THEN {refusal}; END IF; RETURN NEW; END"
+        execute(f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $${body}$$")
+        execute(f"CREATE TRIGGER {name} {moment} FOR EACH ROW EXECUTE FUNCTION {name}()")
+        if "BEFORE DELETE" in moment:
+            whole = f"{moment.replace('DELETE', 'TRUNCATE')} EXECUTE FUNCTION {name}()"
+            execute(f"CREATE TRIGGER {name}_whole {whole}")
+    version = {"version": SCHEMA_VERSION, "description": json.dumps(schema_now(connection))}
+    connection.insert("schema_version", [version])
 
 
 def stored_version(connection: Connection) -> int:
@@ -1514,7 +1484,8 @@ def complete_schema(database: Database) -> None:
             # One server at a time, until the write has ended.
             connection.execute("SELECT pg_advisory_xact_lock(:lock)", lock=SCHEMA_LOCK)
         if not stored_version(connection):
-            create_schema(connection)
+            create_tables(connection)
+            create_triggers(connection)
         known = {row["code"] for row in connection.rows("SELECT code FROM asset")}
         book = Book(connection, utc_now(), NO_ID)
         for code in ASSETS.keys() - known:
@@ -1528,14 +1499,6 @@ def system_accounts(connection: Connection) -> set[tuple[str, str]]:
     """Return the name and the asset of each system account that there is."""
     rows = connection.rows("SELECT name, asset FROM account WHERE kind = 'SYSTEM'")
     return {(row["name"], row["asset"]) for row in rows}
-
-
-class CheckResult(NamedTuple):
-    """What one check looked at, and what it found that is wrong."""
-
-    rule: str
-    row_count: int
-    wrong: list[str]
 
 
 # For each reference, the query that finds a row without the row that it refers to.
@@ -1592,74 +1555,50 @@ CHECKS = [
 ]
 
 
-def check(connection: Connection) -> Iterator[CheckResult]:
-    """Verify the invariants that stored rows can show, each over all rows."""
+def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
+    """Verify what stored rows can show: yield each rule, the rows it is for, and what is wrong."""
     damage = [row["wrong"] for query in REFERENCES for row in connection.rows(query)]
     if connection.engine == "sqlite":
         [found] = connection.rows("PRAGMA integrity_check(1)")
         damage += [text for text in found.values() if text != "ok"]
-    yield CheckResult("pages, constraints and references are sound", len(TABLES), damage)
+    yield "pages, constraints and references are sound", len(TABLES), damage
     for rule, counting, *findings in CHECKS:
         wrong = [row["wrong"] for query in findings for row in connection.rows(f"{query} LIMIT 1")]
-        yield CheckResult(rule, connection.rows(counting)[0]["n"], wrong)
+        yield rule, connection.rows(counting)[0]["n"], wrong
     held = system_accounts(connection)
     strange = [f"{account} is no system account" for account in sorted(held - SYSTEM_ACCOUNTS)]
-    yield CheckResult("system accounts are the known ones", len(held), strange)
-    stored, expected = stored_schema(connection), expected_schema(connection)
-    differing = sorted({f"{name} is not as it was made" for name, _ in stored ^ expected})
-    yield CheckResult("tables and triggers are as they were made", len(expected), differing)
+    yield "system accounts are the known ones", len(held), strange
+    [made] = connection.rows("SELECT description FROM schema_version")
+    now, then = set(schema_now(connection)), {*map(tuple, json.loads(made["description"]))}
+    differing = sorted({f"{name} is not as it was made" for name, _ in now ^ then})
+    yield "tables and triggers are as they were made", len(then), differing
 
 
-def stored_schema(connection: Connection) -> set[tuple[str, str]]:
-    """Return what the database says of its own schema: names and descriptions."""
+def schema_now(connection: Connection) -> list[tuple[str, str]]:
+    """Return the names and descriptions of what there is, as the database tells them."""
     sqlite = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"
     query = sqlite if connection.engine == "sqlite" else POSTGRES_SCHEMA
-    return {(name, text.replace('"', "")) for name, text in connection.driver.execute(query)}
-
-
-def expected_schema(connection: Connection) -> set[tuple[str, str]]:
-    """Return what a database says of the schema that this program makes."""
-    if connection.engine == "sqlite":
-        with closing(sqlite3.connect(":memory:")) as driver:
-            create_schema(Connection(driver))
-            return stored_schema(Connection(driver))
-    schema = set()
-    for name, table in TABLES.items():
-        columns = [
-            f"{c.name} {'text' if c.type is PLAIN_TEXT else 'bigint'} {'f' if c.nullable else 't'}"
-            for c in sorted(table.columns, key=attrgetter("name"))
-        ]
-        # The kinds of constraints, by the letters that PostgreSQL has for them.
-        kinds = sorted(type(constraint).__name__[0].lower() for constraint in table.constraints)
-        schema |= {(name, f"{', '.join(columns)} {''.join(kinds)}")}
-        schema |= {(str(index.name), "") for index in table.indexes}
-    for name in TRIGGERS:
-        for statement in postgres_triggers(name):
-            schema |= {(statement.split()[2], f"{statement} O {postgres_body(name)}")}
-    return schema
+    return connection.driver.execute(query).fetchall()  # type: ignore[no-any-return]
 
 
 POSTGRES_SCHEMA = """
     WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
-    SELECT relname::text, (
-        SELECT string_agg(concat_ws(' ', attname, format_type(atttypid, atttypmod), attnotnull),
-            ', ' ORDER BY attname COLLATE "C")
-        FROM pg_attribute WHERE attrelid = pg_class.oid AND attnum > 0 AND NOT attisdropped
-    ) || ' ' || (
-        SELECT string_agg(contype::text, '' ORDER BY contype)
-        FROM pg_constraint WHERE conrelid = pg_class.oid AND convalidated AND contype <> 'n'
-    )
-    FROM pg_class WHERE relkind = 'r' AND relnamespace = (SELECT oid FROM here)
+    SELECT relname::text, concat_ws(' ', attname, format_type(atttypid, atttypmod), attnotnull)
+    FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
+    WHERE relkind = 'r' AND relnamespace = (SELECT oid FROM here)
+    AND attnum > 0 AND NOT attisdropped
     UNION ALL
-    SELECT indexrelid::regclass::text, '' FROM pg_index
-    JOIN pg_class ON pg_class.oid = indrelid AND relnamespace = (SELECT oid FROM here)
-    WHERE indisvalid AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)
+    SELECT relname::text, concat_ws(' ', convalidated, pg_get_constraintdef(pg_constraint.oid))
+    FROM pg_constraint JOIN pg_class ON pg_class.oid = conrelid
+    WHERE contype <> 'n' AND connamespace = (SELECT oid FROM here)
     UNION ALL
-    SELECT tgname::text, concat_ws(' ', replace(pg_get_triggerdef(pg_trigger.oid),
-        quote_ident(current_schema()) || '.', ''), tgenabled, prosrc)
+    SELECT relname::text, concat_ws(' ', indkey, indisvalid, indisunique)
+    FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+    WHERE relnamespace = (SELECT oid FROM here)
+    UNION ALL
+    SELECT tgname::text, concat_ws(' ', tgtype, tgattr, tgenabled, prosrc)
     FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
-    JOIN pg_class ON pg_class.oid = tgrelid AND relnamespace = (SELECT oid FROM here)
-    WHERE NOT tgisinternal
+    WHERE NOT tgisinternal AND pronamespace = (SELECT oid FROM here)
 """
 
 
@@ -1685,9 +1624,22 @@ JWT_EXP_MAX = 253_402_300_800
 PROXY_HEADERS = (b"forwarded", b"x-forwarded", b"x-real-ip", b"via")
 
 
+# What a request is refused with before the books are asked.
 # fmt: off
 class Unauthorized(LedgerError, status=401): ...
 class Forbidden(LedgerError, status=403): ...
+class MalformedJson(LedgerError, status=400): ...
+class IdempotencyKeyMissing(LedgerError, status=400): ...
+class IdempotencyKeyInvalid(LedgerError, status=400): ...
+class InvalidCursor(LedgerError, status=400): ...
+class NotFound(LedgerError, status=404): ...
+class TransactionNotFound(LedgerError, status=404): ...
+class PaymentNotFound(LedgerError, status=404): ...
+class MethodNotAllowed(LedgerError, status=405): ...
+class BodyTooLarge(LedgerError, status=413): ...
+class UnsupportedMediaType(LedgerError, status=415): ...
+class InvalidRequest(LedgerError, status=422): ...
+class InternalError(LedgerError, status=500): ...
 # fmt: on
 
 
@@ -1779,9 +1731,10 @@ def add_key(book: Book, **key: Any) -> None:
 
 def revoke_key(book: Book, name: str) -> None:
     """End a key, or raise StartupError where none of that name is valid."""
-    if not book.ask("SELECT 1 AS one FROM api_key WHERE name = :n AND revoked_at IS NULL", n=name):
+    found = book.ask("SELECT * FROM api_key WHERE name = :name AND revoked_at IS NULL", name=name)
+    if not found:
         raise StartupError(f"there is no key {name!r} that is still valid")
-    book.execute("UPDATE api_key SET revoked_at = :now WHERE name = :n", now=book.now, n=name)
+    book.change("api_key", found[0], revoked_at=book.now)
     book.record("revoke_key", None)
 
 
@@ -1830,22 +1783,6 @@ ERRORS_LISTED_MAX = 20
 UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 
 
-# fmt: off
-class MalformedJson(LedgerError, status=400): ...
-class IdempotencyKeyMissing(LedgerError, status=400): ...
-class IdempotencyKeyInvalid(LedgerError, status=400): ...
-class InvalidCursor(LedgerError, status=400): ...
-class NotFound(LedgerError, status=404): ...
-class TransactionNotFound(LedgerError, status=404): ...
-class PaymentNotFound(LedgerError, status=404): ...
-class MethodNotAllowed(LedgerError, status=405): ...
-class BodyTooLarge(LedgerError, status=413): ...
-class UnsupportedMediaType(LedgerError, status=415): ...
-class InvalidRequest(LedgerError, status=422): ...
-class InternalError(LedgerError, status=500): ...
-# fmt: on
-
-
 class Request:
     """A request on its way to its answer."""
 
@@ -1883,7 +1820,7 @@ class Request:
         if b"upgrade" in self.headers:
             # The HTTP parser drops such a body, and takes what follows for the next request.
             raise MalformedJson("This server stays with HTTP/1.1: send no Upgrade with a body")
-        declared = self.headers.get(b"content-length", b"").lstrip(b"0")
+        declared = self.headers.get(b"content-length", b"0").lstrip(b"0")
         too_long = len(declared) > len(str(BODY_BYTES_MAX)) or int(declared or 0) > BODY_BYTES_MAX
         body, more = b"", not too_long
         while more:
@@ -2215,34 +2152,31 @@ class Page(BaseModel, Generic[T]):
     next_cursor: str | None
 
 
-class Listing:
-    """One list with its filters: it makes its cursors, and accepts no other list's.
+# A cursor is a place in a list and a checksum over the list, its filters and the place. There is no
+# secret in it: it keeps mistakes out, and what it points to is checked like any input.
 
-    A cursor is a place in the list and a checksum over list, filters and place. There is no
-    secret in it: it keeps mistakes out, and what it points to is checked like any input.
-    """
 
-    def __init__(self, *name_and_filters: str | None) -> None:
-        self._scope = name_and_filters
+def place_of(cursor: str | None, scope: Sequence[Any], *, start: str, form: str) -> str:
+    """Return the place that a cursor of this list points to, or `start` where there is none."""
+    if cursor is None:
+        return start
+    place = cursor.rpartition(".")[0]
+    if cursor != cursor_to(place, scope) or not re.fullmatch(form, place):
+        raise InvalidCursor("Invalid cursor")
+    return place
 
-    def place(self, cursor: str | None, *, start: str, form: str) -> str:
-        """Return the place that a cursor points to, or `start` where there is none."""
-        if cursor is None:
-            return start
-        place = cursor.rpartition(".")[0]
-        if cursor != self._cursor(place) or not re.fullmatch(form, place):
-            raise InvalidCursor("Invalid cursor")
-        return place
 
-    def page(self, rows: list[Row], *, limit: int, place: str) -> Row:
-        """Return `limit` rows, and a cursor to their last one's place if there are more."""
-        items, more = rows[:limit], len(rows) > limit
-        cursor = self._cursor(place.format(**items[-1])) if more else None
-        return {"items": items, "next_cursor": cursor}
+def page_of(rows: list[Row], limit: int, scope: Sequence[Any], place: str) -> Row:
+    """Return `limit` rows, and a cursor to their last one's place if there are more."""
+    items, more = rows[:limit], len(rows) > limit
+    cursor = cursor_to(place.format(**items[-1]), scope) if more else None
+    return {"items": items, "next_cursor": cursor}
 
-    def _cursor(self, place: str) -> str:
-        scope = json.dumps([*self._scope, place])
-        return f"{place}.{hashlib.sha256(scope.encode()).hexdigest()[:16]}"
+
+def cursor_to(place: str, scope: Sequence[Any]) -> str:
+    """Return a place as a cursor of this list alone."""
+    checked = json.dumps([*scope, place])
+    return f"{place}.{hashlib.sha256(checked.encode()).hexdigest()[:16]}"
 
 
 # ----- The API
@@ -2337,14 +2271,14 @@ def get_accounts(
     name: Annotated[PrintableText, pydantic.StringConstraints(max_length=220)] | None = None,
 ) -> Page[AccountPublic]:
     """List the customers' accounts, oldest first."""
-    listing, after = Listing("accounts", owner_name, name), ""
     query = "SELECT * FROM account WHERE kind = 'CUSTOMER' AND id > :after"
     query += " AND owner_name = :owner_name" if owner_name is not None else ""
     query += " AND name = :name" if name is not None else ""
-    after = listing.place(cursor, start="", form=UUID_PATTERN)
+    scope = ("accounts", owner_name, name)
+    after = place_of(cursor, scope, start="", form=UUID_PATTERN)
     among = {"owner_name": owner_name, "name": name, "after": after, "limit": limit + 1}
     rows = connection.rows(f"{query} ORDER BY id LIMIT :limit", **among)
-    return Page[AccountPublic].model_validate(listing.page(rows, limit=limit, place="{id}"))
+    return Page[AccountPublic].model_validate(page_of(rows, limit, scope, "{id}"))
 
 
 @api.get("/accounts/{account_id}", roles=READERS)
@@ -2398,13 +2332,13 @@ def get_statement(
     connection: Connection, account_id: AccountId, limit: Limit = PAGE_SIZE, cursor: Cursor = None
 ) -> Page[EntryPublic]:
     """List an account's entries, newest first."""
-    listing = Listing("statement", account_id)
-    before = int(listing.place(cursor, start=str(BALANCE_MAX), form="[0-9]{1,18}"))
+    scope = ("statement", account_id)
+    before = int(place_of(cursor, scope, start=str(BALANCE_MAX), form="[0-9]{1,18}"))
     find_account(connection, account_id)
     earlier = f"{ENTRIES} WHERE entry.account_id = :id AND seq < :before ORDER BY seq DESC"
     among = {"id": account_id, "before": before, "limit": limit + 1}
     rows = connection.rows(f"{earlier} LIMIT :limit", **among)
-    return Page[EntryPublic].model_validate(listing.page(rows, limit=limit, place="{seq}"))
+    return Page[EntryPublic].model_validate(page_of(rows, limit, scope, "{seq}"))
 
 
 class TransactionPublic(TransactionBase):
@@ -2503,10 +2437,9 @@ def get_audit(
     account_id: AccountId | None = None,
 ) -> Page[AuditEventPublic]:
     """List what was done, newest first; of one account, all that touched it."""
-    listing = Listing("audit", account_id)
     # A place is an event, and the last of the account's entries that was listed before it.
-    form, start = "[0-9]{1,19}_[0-9a-g-]{1,36}", f"{BALANCE_MAX}_g"
-    seq, event_id = listing.place(cursor, start=start, form=form).split("_")
+    form, start, scope = "[0-9]{1,19}_[0-9a-g-]{1,36}", f"{BALANCE_MAX}_g", ("audit", account_id)
+    seq, event_id = place_of(cursor, scope, start=start, form=form).split("_")
     among = {"account_id": account_id, "seq": int(seq), "id": event_id, "limit": limit + 1}
     queries = AUDIT_OF_ACCOUNT if account_id else (AUDIT_OF_ALL,)
     rows = [row for query in queries for row in connection.rows(query, **among)]
@@ -2516,8 +2449,7 @@ def get_audit(
         row["action"] = ACTIONS.get(row["kind"], row["kind"].lower())
         row["details"] = row["arguments"]
         row["transaction_id"] = row["id"] if row["kind"] < "a" else None
-    page = listing.page(rows, limit=limit, place="{seq}_{id}")
-    return Page[AuditEventPublic].model_validate(page)
+    return Page[AuditEventPublic].model_validate(page_of(rows, limit, scope, "{seq}_{id}"))
 
 
 # ----- Dialect: /bank, the banking kata
@@ -2581,15 +2513,15 @@ class BankAccounts(BaseModel):
 @bank.get("/accounts", roles=READERS, long=True)
 def get_bank_accounts(connection: Connection) -> BankAccounts:
     """List the names of all accounts."""
-    return BankAccounts(accounts=list(named_balances(connection, "bank:")))
+    return BankAccounts(accounts=list(named_balances(connection, "bank")))
 
 
 def named_balances(connection: Connection, prefix: str) -> dict[str, int]:
     """Return the balances of a dialect's accounts by its own names, sorted."""
-    end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-    query = "SELECT name, balance FROM account WHERE name >= :prefix AND name < :end ORDER BY name"
-    rows = connection.rows(query, prefix=prefix, end=end)
-    return {row["name"].removeprefix(prefix): row["balance"] for row in rows}
+    among = {"first": f"{prefix}:", "end": f"{prefix};"}
+    query = "SELECT name, balance FROM account WHERE name >= :first AND name < :end ORDER BY name"
+    rows = connection.rows(query, **among)
+    return {row["name"].removeprefix(f"{prefix}:"): row["balance"] for row in rows}
 
 
 class BankAccountBalance(BaseModel):
@@ -2842,20 +2774,19 @@ class AtmWelcome(BaseModel):
 @atm.get("/", roles=READERS, long=True)
 def get_atm_welcome(connection: Connection) -> AtmWelcome:
     """Show all accounts with their balances."""
-    return AtmWelcome(sample_accounts=named_balances(connection, "atm:"))
+    return AtmWelcome(sample_accounts=named_balances(connection, "atm"))
 
 
-class AtmHealth(BaseModel):
+class AtmHealth(Health):
     """That the database answers, and which accounts there are."""
 
-    status: str = "ok"
     accounts: list[str]
 
 
 @atm.get("/health", roles=READERS, long=True)
 def get_atm_health(connection: Connection) -> AtmHealth:
     """Tell whether the cash machine works, and for which accounts."""
-    return AtmHealth(accounts=list(named_balances(connection, "atm:")))
+    return AtmHealth(accounts=list(named_balances(connection, "atm")))
 
 
 class AtmBalance(BaseModel):
@@ -2968,18 +2899,12 @@ class WalletUserCreate(RequestBody):
     external_user_id: Annotated[Name, names_account(*WALLETS)]
 
 
-class WalletUser(BaseModel):
-    """A user who has wallets."""
-
-    external_user_id: str
-
-
 @wallets.post("/users", roles=SERVICES, status=201)
-def post_wallet_user(book: Book, body: WalletUserCreate) -> WalletUser:
+def post_wallet_user(book: Book, body: WalletUserCreate) -> WalletUserCreate:
     """Open a user's three wallets, all empty."""
     user = body.external_user_id
     open_wallets(book, owner_name=user, name=f"wallets:{user}")
-    return WalletUser(external_user_id=user)
+    return body
 
 
 class WalletMovement(RequestBody):
@@ -3157,8 +3082,8 @@ def create_app(
 ) -> App:
     """Open the ledger and return its application; `for_others` than this machine it needs keys."""
     database = database_at(settings.database_url)
-    database.open(make=True)
     try:
+        database.open(make=True)
         ledger, callers = Ledger(database), Callers(database, settings)
         if for_others and callers.open_mode:
             raise StartupError(
@@ -3336,8 +3261,8 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
 def opened(settings: Settings, *, make: bool = False) -> Iterator[Database]:
     """Open a ledger for a command, which never makes one by mistake."""
     database = database_at(settings.database_url)
-    database.open(make=make)
     with closing(database):
+        database.open(make=make)
         yield database
 
 
@@ -3365,7 +3290,7 @@ def run_check(settings: Settings, options: argparse.Namespace) -> int:
     for rule, row_count, wrong in results:
         print(f"{'WRONG' if wrong else 'ok':5}  {row_count:>9,}  {rule}")
         print("".join(f"       {found}\n" for found in wrong[:1]), end="")
-    return int(any(result.wrong for result in results))
+    return int(any(wrong for _, _, wrong in results))
 
 
 def run_backup(settings: Settings, options: argparse.Namespace) -> None:
@@ -3402,18 +3327,18 @@ def run_copy(settings: Settings, options: argparse.Namespace) -> None:
 
 def copy_all(source: Database, target: Database) -> dict[str, int]:
     """Copy all tables in one write, and return how many rows each has."""
-    counts = dict.fromkeys(TABLES, 0)
+    counts = {table: 0 for table in TABLES if table != "schema_version"}
     with source.read() as old, target.write() as new:
         if stored_version(new):
             raise StartupError(f"{target.name} is not empty")
         create_tables(new)
-        for table in TABLES:
+        for table in counts:
             for rows in portions(old, table):
                 new.insert(table, rows)
                 counts[table] += len(rows)
         # Not before, because they would refuse what frozen and closed accounts once did.
         create_triggers(new)
-        wrong = [found for result in check(new) for found in result.wrong]
+        wrong = [found for _, _, all_found in check(new) for found in all_found]
         if wrong:
             raise StartupError(f"nothing was copied: {wrong[0]}")
     return counts

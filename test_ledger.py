@@ -1289,7 +1289,7 @@ def test_a_strangers_file_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_unknown_schema_version_is_refused(bank: "Bank") -> None:
-    bank.tamper("UPDATE schema_version SET version = 99")
+    bank.tamper_freely("UPDATE schema_version SET version = 99")
     assert refused_start(bank.database) == "schema version 99 is not 1, the known one"
 
 
@@ -1443,7 +1443,7 @@ def test_the_check_finds_a_trigger_that_does_nothing(bank: "Bank", statements: l
         ("ALTER TABLE account DROP CONSTRAINT account_check", "account"),
         ("ALTER TABLE entry DROP CONSTRAINT entry_transaction_id_fkey", "entry"),
         ("ALTER TABLE account ALTER COLUMN balance DROP NOT NULL", "account"),
-        ("ALTER TABLE schema_version ALTER COLUMN version TYPE integer", "schema_version"),
+        ("ALTER TABLE event ADD COLUMN more text", "event"),
     ],
 )
 def test_the_check_finds_a_constraint_that_is_gone(bank: "Bank", statement: str, name: str) -> None:
@@ -1981,7 +1981,7 @@ def test_a_cursor_is_given_only_where_there_is_more(
 
 def forged(place: str, *scope: str) -> str:
     """Return a cursor as somebody can make it who has read the source."""
-    return ledger.Listing(*scope)._cursor(place)
+    return ledger.cursor_to(place, scope)
 
 
 def test_a_cursor_is_good_for_its_own_list_alone(bank: "Bank") -> None:
@@ -3385,6 +3385,7 @@ class Bank:
             found = {
                 table: connection.execute(f"SELECT * FROM {table}").fetchall()
                 for table in ledger.TABLES
+                if table != "schema_version"  # It describes itself in the engine's own words.
             }
         return {table: sorted(rows, key=str) for table, rows in found.items()}
 
@@ -3494,7 +3495,7 @@ def findings(database: ledger.Database, *, rows_only: bool = False) -> list[str]
     with database.read() as connection:
         # The check of the schema takes longest, and comes last.
         results = itertools.islice(ledger.check(connection), 5 if rows_only else None)
-        return [found for result in results for found in result.wrong]
+        return [found for _, _, wrong in results for found in wrong]
 
 
 def key_command(database: str, *arguments: str) -> str:
