@@ -83,6 +83,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import dict_row
 from pydantic import AfterValidator, BaseModel, BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError, to_json
 from sqlmodel import Field, SQLModel
@@ -276,11 +277,9 @@ class TransactionBase(Public):
 
 
 class Event(TransactionBase, table=True):
-    """Who asked for what, and when; one with entries is a transaction, and its kind in capitals.
+    """Who asked for what, and when; one with entries is a transaction, and its kind in capitals."""
 
-    Those of an account are found by its entries: an index of them all would cost a page for each.
-    """
-
+    # A transaction is found by its entries: an index of them all would cost a page for each.
     __table_args__ = (partial_index("event_other", "account_id", "id", where=NO_ENTRIES), CLUSTERED)
 
     effective_at: int | None = None
@@ -895,14 +894,17 @@ def utc_now() -> int:
 
 
 def new_ids(now: int, last_id: str) -> Iterator[str]:
-    """Yield version 7 UUIDs (RFC 9562): 60 bits of time that rise from id to id, and 62 at random.
+    """Yield version 7 UUIDs (RFC 9562): 60 bits of time that rise from id to id, and 60 at random.
 
     They rise, so that what is written together lies together; nobody can guess the next one.
     """
     last = int(last_id[:8] + last_id[9:13] + last_id[15:18], 16)
+    # Hashed under a new secret, because asking the system for each takes several times as long.
+    secret = secrets.token_bytes()
     for number in count(max(last + 1, (now << 12) // 1_000)):
-        head, tail = f"{number:015x}", f"{2 << 62 | secrets.randbits(62):016x}"
-        yield f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
+        head = f"{number:015x}"
+        drawn = hashlib.blake2b(head.encode(), key=secret, digest_size=8).hexdigest()
+        yield f"{head[:8]}-{head[8:12]}-7{head[12:]}-8{drawn[1:4]}-{drawn[4:]}"
 
 
 # ===== Part two: storage
@@ -1008,12 +1010,7 @@ class Connection:
     def all_rows(self, *queries: tuple[str, Row]) -> list[list[Row]]:
         """Return the rows of several queries, which are sent together."""
         cursors = [self.execute(statement, **values) for statement, values in queries]
-        found = []
-        for cursor in cursors:
-            rows = cursor.fetchall()
-            names = [column[0] for column in cursor.description]
-            found.append([dict(zip(names, row, strict=True)) for row in rows])
-        return found
+        return [[dict(row) for row in cursor.fetchall()] for cursor in cursors]
 
     def save(self, inserts: Mapping[str, list[Row]], updates: Mapping[str, dict[int, Row]]) -> None:
         """Write what a batch has gathered, in the order that keys and triggers require."""
@@ -1240,6 +1237,7 @@ class SqliteDatabase(Database):
 
     def connect(self, *, write: bool) -> Connection:
         driver = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        driver.row_factory = sqlite3.Row
         try:
             for pragma in WRITER_PRAGMAS if write else READER_PRAGMAS:
                 driver.execute(f"PRAGMA {pragma}")
@@ -1265,13 +1263,10 @@ class SqliteDatabase(Database):
             raise DatabaseLost("The database file was moved or replaced: restart the server")
 
     def after_commit(self) -> None:
-        """Move committed pages into the file, in a thread, while the event loop goes on.
-
-        What was committed meanwhile the writer moves itself: only when all of it was moved does
-        the log begin anew.
-        """
+        """Move committed pages into the file, in a thread, while the event loop goes on."""
         driver = self._writing[0].driver
         if self._checkpoint and self._checkpoint.done():
+            # The log begins anew only when what was committed meanwhile was moved, too.
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
             self._checkpoint, self._rows_moved = None, driver.total_changes
         elif not self._checkpoint and driver.total_changes - self._rows_moved > CHECKPOINT_ROWS:
@@ -1325,7 +1320,7 @@ class PostgresDatabase(Database):
 
     def connect(self, *, write: bool) -> Connection:
         """Open a session, in which BEGIN and COMMIT are ours to send."""
-        driver = psycopg.connect(self._conninfo, autocommit=True)
+        driver = psycopg.connect(self._conninfo, autocommit=True, row_factory=dict_row)
         if driver.info.parameter_status("server_encoding") != "UTF8":
             driver.close()
             raise StartupError(f"{self.name} must be made with the encoding UTF8")
@@ -1465,13 +1460,13 @@ def stored_version(connection: Connection) -> int:
     """Return a ledger's schema version, or 0 for an empty database; else raise StartupError."""
     names = "SELECT name FROM sqlite_schema WHERE type = 'table'"
     if connection.engine == "postgresql":
-        names = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()"
-    found = {name for (name,) in connection.driver.execute(names)}
+        names = "SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()"
+    found = {row["name"] for row in connection.rows(names)}
     if not found:
         return 0
     if not found.issuperset(TABLES):
         raise StartupError("the database holds something other than a ledger")
-    [(version,)] = connection.driver.execute("SELECT version FROM schema_version")
+    [version] = connection.rows("SELECT version FROM schema_version")[0].values()
     if version != SCHEMA_VERSION:
         raise StartupError(f"schema version {version} is not {SCHEMA_VERSION}, the known one")
     return SCHEMA_VERSION
@@ -1545,12 +1540,11 @@ CHECKS = [
     (
         "accounts stand where their last entries leave them",
         "SELECT count(*) AS n FROM account",
-        """SELECT 'account ' || id || ': its row says ' || last_seq || ' entries and balance '
-        || balance || ', its entries say ' || seq || ' and ' || after AS wrong FROM (
-            SELECT account.*, COALESCE((SELECT seq FROM entry WHERE account_id = account.id
-            ORDER BY seq DESC LIMIT 1), 0) AS seq, COALESCE((SELECT entry.balance FROM entry
-            WHERE account_id = account.id ORDER BY seq DESC LIMIT 1), 0) AS after FROM account
-        ) AS stood WHERE last_seq <> seq OR balance <> after""",
+        """SELECT 'account ' || account.id || ': its row says ' || last_seq || ' entries and '
+        || account.balance || ', its entries say ' || COALESCE(seq, 0) || ' and '
+        || COALESCE(entry.balance, 0) AS wrong FROM account LEFT JOIN entry ON account_id =
+        account.id AND seq = (SELECT max(seq) FROM entry WHERE account_id = account.id)
+        WHERE last_seq <> COALESCE(seq, 0) OR account.balance <> COALESCE(entry.balance, 0)""",
     ),
 ]
 
@@ -1569,21 +1563,23 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
     strange = [f"{account} is no system account" for account in sorted(held - SYSTEM_ACCOUNTS)]
     yield "system accounts are the known ones", len(held), strange
     [made] = connection.rows("SELECT description FROM schema_version")
-    now, then = set(schema_now(connection)), {*map(tuple, json.loads(made["description"]))}
-    differing = sorted({f"{name} is not as it was made" for name, _ in now ^ then})
+    now, then = schema_now(connection), json.loads(made["description"])
+    changed = [row for row in now + then if row not in now or row not in then]
+    differing = sorted({f"{row['name']} is not as it was made" for row in changed})
     yield "tables and triggers are as they were made", len(then), differing
 
 
-def schema_now(connection: Connection) -> list[tuple[str, str]]:
+def schema_now(connection: Connection) -> list[Row]:
     """Return the names and descriptions of what there is, as the database tells them."""
     sqlite = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"
     query = sqlite if connection.engine == "sqlite" else POSTGRES_SCHEMA
-    return connection.driver.execute(query).fetchall()  # type: ignore[no-any-return]
+    return connection.rows(query)
 
 
 POSTGRES_SCHEMA = """
     WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
-    SELECT relname::text, concat_ws(' ', attname, format_type(atttypid, atttypmod), attnotnull)
+    SELECT relname::text AS name,
+        concat_ws(' ', attname, format_type(atttypid, atttypmod), attnotnull) AS sql
     FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
     WHERE relkind = 'r' AND relnamespace = (SELECT oid FROM here)
     AND attnum > 0 AND NOT attisdropped
@@ -2199,13 +2195,18 @@ def get_health(connection: Connection) -> Health:
     return Health()
 
 
-class TransferCreate(RequestBody):
+class CashCreate(RequestBody):
+    """An amount that comes in or goes out."""
+
+    amount: Amount
+    memo: Printable | None = None
+
+
+class TransferCreate(CashCreate):
     """A transfer between two accounts of one asset."""
 
     source_account_id: AccountId
     dest_account_id: AccountId
-    amount: Amount
-    memo: Printable | None = None
 
 
 class TransferPublic(BaseModel):
@@ -2228,13 +2229,6 @@ def post_transfer(book: Book, body: TransferCreate) -> TransferPublic:
     source, dest = (book.account(account_id) for account_id in ends)
     shown: Row = {"transfer_id": transfer_id, "asset": source.asset, "ts": book.now}
     return TransferPublic(**shown, amount=body.amount, memo=body.memo, source=source, dest=dest)
-
-
-class CashCreate(RequestBody):
-    """An amount that comes in or goes out."""
-
-    amount: Amount
-    memo: Printable | None = None
 
 
 @api.post("/accounts/{account_id}/deposit", roles=SERVICES, key="required")
@@ -2707,14 +2701,10 @@ def bank_operations(row: Row, timestamp: int) -> Iterator[BankOperation]:
 
 ATM_ACCOUNT = "atm:{}@USD"
 ATM_EXPONENT = ASSETS["USD"].exponent
-ATM_DEMO = {
-    "1001": "1000.00",
-    "1002": "250.50",
-    "1003": "0.00",
-    "1004": "500.00",
-    "1005": "123.45",
-    "1006": "9999.99",
-}
+ATM_DEMO = """{
+    "1001": "1000.00", "1002": "250.50", "1003": "0.00",
+    "1004": "500.00", "1005": "123.45", "1006": "9999.99"
+}"""
 Balance = Annotated[str, pydantic.StringConstraints(pattern="^[0-9]{1,13}([.][0-9]{1,20})?$")]
 Number = Annotated[str, pydantic.StringConstraints(max_length=200, pattern="^[!-~]+$")]
 PRELOAD = TypeAdapter(dict[Number, Balance])
@@ -2722,13 +2712,13 @@ PRELOAD = TypeAdapter(dict[Number, Balance])
 
 def atm_first_accounts(settings: "Settings", demo: bool) -> FirstAccounts:
     """Return what opens the accounts of PRELOAD_ACCOUNTS, or of the demo."""
-    balances = dict(ATM_DEMO) if demo else {}
-    if settings.preload_accounts is not None:
-        try:
-            balances = PRELOAD.validate_python(parse_json(settings.preload_accounts.encode()))
-        except (LedgerError, ValidationError, UnicodeError):
-            example = 'a JSON object such as {"1001": "500.00"}'
-            raise StartupError(f"PRELOAD_ACCOUNTS must be {example}") from None
+    given = settings.preload_accounts
+    given = (ATM_DEMO if demo else "{}") if given is None else given
+    try:
+        balances = PRELOAD.validate_python(parse_json(given.encode()))
+    except (LedgerError, ValidationError, UnicodeError):
+        example = 'a JSON object such as {"1001": "500.00"}'
+        raise StartupError(f"PRELOAD_ACCOUNTS must be {example}") from None
     for number, balance in balances.items():
         cents = Decimal(balance).quantize(Decimal("0.01"), ROUND_HALF_UP, Context(prec=40))
         amount = minor_units(str(cents), ATM_EXPONENT)
@@ -2889,8 +2879,8 @@ class WalletBalance(BaseModel):
 def get_wallet_balance(connection: Connection, user: str, asset_type_id: PlainInt) -> WalletBalance:
     """Show what a user has of an asset."""
     held = find_account(connection, wallet(user, asset_type_id))
-    shown = {"balance": held["balance"], "account_id": held["id"]}
-    return WalletBalance(**shown, asset_type_id=asset_type_id)
+    shown = held | {"account_id": held["id"], "asset_type_id": asset_type_id}
+    return WalletBalance(**shown)
 
 
 class WalletUserCreate(RequestBody):
@@ -3103,14 +3093,13 @@ def open_first_accounts(
     ledger: Ledger, settings: Settings, dialects: Iterable[Dialect], caller: str, demo: bool
 ) -> None:
     """Open the accounts that dialects begin with; those that are there stay as they are."""
-    commands = []
-    for accounts, opening in [a for d in dialects for a in d.first_accounts(settings, demo)]:
-        # An ordinary command, which acts once under a key of its own.
-        key = stored_key(caller, "first account", accounts[0])
-        commands.append(Command(caller, json.dumps(opening.keywords), opening, key, accounts))
-    known = (AccountExists.code, IdempotencyKeyReused.code)
+    commands = [
+        Command(caller, json.dumps(opening.keywords), opening, accounts=accounts)
+        for dialect in dialects
+        for accounts, opening in dialect.first_accounts(settings, demo)
+    ]
     for answer in retry_while_busy(lambda: ledger.commit(commands)) if commands else ():
-        if answer.status >= 400 and json.loads(answer.body)["code"] not in known:
+        if answer.status >= 400 and json.loads(answer.body)["code"] != AccountExists.code:
             raise StartupError(f"the first accounts cannot be opened: {answer.body}")
 
 
