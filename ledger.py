@@ -713,8 +713,7 @@ def change_status(book: Book, reference: str, status: str) -> Account:
 
 def open_wallets(book: Book, *, owner_name: str, name: str) -> None:
     """Open a customer's wallets, an empty one of each closed-loop asset."""
-    codes = [asset.code for asset in ASSETS.values() if asset.closed_loop]
-    wallets = [book.open(owner_name, code, name) for code in codes]
+    wallets = [book.open(owner_name, a.code, name) for a in ASSETS.values() if a.closed_loop]
     book.record("open_wallets", wallets[0])
 
 
@@ -1244,18 +1243,12 @@ class SqliteDatabase(Database):
         except sqlite3.Error:
             driver.close()
             raise
+        self._file = self._file or self._identity()
         return Connection(driver)
 
     def translate_error(self, error: Any) -> LedgerError:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
         return SQLITE_ERRORS.get(code, DatabaseUnavailable)()
-
-    def open(self, *, make: bool) -> None:
-        """Open as any database, and remember which file it was."""
-        if not make and not self.path.exists():
-            raise StartupError(f"there is no ledger at {self.name}")
-        super().open(make=make)
-        self._file = self._identity()
 
     def require_present(self) -> None:
         """Raise DatabaseLost if another file has the name: the open one ends with us."""
@@ -1309,8 +1302,9 @@ class PostgresDatabase(Database):
         try:
             given: Any = conninfo_to_dict(url)
         except psycopg.ProgrammingError:
-            example = "postgresql://user@host/name"
-            raise StartupError(f"the database URL must look like {example}") from None
+            raise StartupError(
+                "the database URL must look like postgresql://user@host/name"
+            ) from None
         settings: Any = conninfo_to_dict(POSTGRES_DEFAULTS) | given
         self._conninfo = make_conninfo(**settings, client_encoding="utf8")
         self.name = f"{given.get('dbname', 'PostgreSQL')} at {given.get('host', 'localhost')}"
@@ -1541,7 +1535,7 @@ CHECKS = [
         "accounts stand where their last entries leave them",
         "SELECT count(*) AS n FROM account",
         """SELECT 'account ' || account.id || ': its row says ' || last_seq || ' entries and '
-        || account.balance || ', its entries say ' || COALESCE(seq, 0) || ' and '
+        || 'balance ' || account.balance || ', its entries say ' || COALESCE(seq, 0) || ' and '
         || COALESCE(entry.balance, 0) AS wrong FROM account LEFT JOIN entry ON account_id =
         account.id AND seq = (SELECT max(seq) FROM entry WHERE account_id = account.id)
         WHERE last_seq <> COALESCE(seq, 0) OR account.balance <> COALESCE(entry.balance, 0)""",
@@ -1564,7 +1558,7 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
     yield "system accounts are the known ones", len(held), strange
     [made] = connection.rows("SELECT description FROM schema_version")
     now, then = schema_now(connection), json.loads(made["description"])
-    changed = [row for row in now + then if row not in now or row not in then]
+    changed = [row for row in now + then if (row in now) != (row in then)]
     differing = sorted({f"{row['name']} is not as it was made" for row in changed})
     yield "tables and triggers are as they were made", len(then), differing
 
@@ -1578,23 +1572,18 @@ def schema_now(connection: Connection) -> list[Row]:
 
 POSTGRES_SCHEMA = """
     WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
-    SELECT relname::text AS name,
-        concat_ws(' ', attname, format_type(atttypid, atttypmod), attnotnull) AS sql
-    FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
-    WHERE relkind = 'r' AND relnamespace = (SELECT oid FROM here)
-    AND attnum > 0 AND NOT attisdropped
+    SELECT table_name::text AS name, concat_ws(' ', column_name, data_type, is_nullable) AS sql
+    FROM information_schema.columns WHERE table_schema = current_schema()
     UNION ALL
-    SELECT relname::text, concat_ws(' ', convalidated, pg_get_constraintdef(pg_constraint.oid))
-    FROM pg_constraint JOIN pg_class ON pg_class.oid = conrelid
-    WHERE contype <> 'n' AND connamespace = (SELECT oid FROM here)
+    SELECT conrelid::regclass::text, concat_ws(' ', convalidated, pg_get_constraintdef(oid))
+    FROM pg_constraint WHERE connamespace = (SELECT oid FROM here) AND contype <> 'n'
     UNION ALL
-    SELECT relname::text, concat_ws(' ', indkey, indisvalid, indisunique)
-    FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
-    WHERE relnamespace = (SELECT oid FROM here)
+    SELECT indexname::text, replace(indexdef, current_schema() || '.', '') FROM pg_indexes
+    WHERE schemaname = current_schema()
     UNION ALL
-    SELECT tgname::text, concat_ws(' ', tgtype, tgattr, tgenabled, prosrc)
-    FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
-    WHERE NOT tgisinternal AND pronamespace = (SELECT oid FROM here)
+    SELECT tgname::text, concat_ws(' ', tgtype, tgattr, tgenabled, prosrc) FROM pg_trigger
+    JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
+    WHERE NOT tgisinternal
 """
 
 
@@ -1763,10 +1752,8 @@ def is_loopback(address: str) -> bool:
 @lru_cache(maxsize=1_000)
 def is_local_host(host: bytes) -> bool:
     """Tell whether a Host header names this machine, as a page of another site cannot make it."""
-    form = r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::[0-9]*)?"
-    parts = re.fullmatch(form, host.decode("latin-1").lower())
-    name = parts and (parts[1] or parts[2])
-    return name in ("localhost", "testserver") or is_loopback(name or "")
+    name = re.sub(":[0-9]*$", "", host.decode("latin-1").lower())
+    return name in ("localhost", "testserver") or is_loopback(name.strip("[]"))
 
 
 # ----- Requests
@@ -2493,8 +2480,7 @@ class BankAccountCreated(BaseModel):
 @bank.post("/accounts", roles=SERVICES, status=201)
 def post_bank_account(book: Book, body: BankAccountCreate) -> BankAccountCreated:
     """Open an account under a name of the caller's own, unique for ever."""
-    name = f"bank:{body.account_id}"
-    open_account(book, owner_name=body.account_id, asset="USD", name=name)
+    open_account(book, owner_name=body.account_id, asset="USD", name=f"bank:{body.account_id}")
     return BankAccountCreated(account_id=body.account_id)
 
 
@@ -2717,8 +2703,9 @@ def atm_first_accounts(settings: "Settings", demo: bool) -> FirstAccounts:
     try:
         balances = PRELOAD.validate_python(parse_json(given.encode()))
     except (LedgerError, ValidationError, UnicodeError):
-        example = 'a JSON object such as {"1001": "500.00"}'
-        raise StartupError(f"PRELOAD_ACCOUNTS must be {example}") from None
+        raise StartupError(
+            'PRELOAD_ACCOUNTS must be a JSON object such as {"1001": "500.00"}'
+        ) from None
     for number, balance in balances.items():
         cents = Decimal(balance).quantize(Decimal("0.01"), ROUND_HALF_UP, Context(prec=40))
         amount = minor_units(str(cents), ATM_EXPONENT)
@@ -3250,6 +3237,8 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
 def opened(settings: Settings, *, make: bool = False) -> Iterator[Database]:
     """Open a ledger for a command, which never makes one by mistake."""
     database = database_at(settings.database_url)
+    if not make and isinstance(database, SqliteDatabase) and not database.path.exists():
+        raise StartupError(f"there is no ledger at {database.name}")
     with closing(database):
         database.open(make=make)
         yield database
