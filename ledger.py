@@ -417,9 +417,9 @@ class Book:
 
     def load(self, rows: Iterable[Row]) -> None:
         """Take in accounts that were locked; one that is held already stays as it is."""
-        for account in ACCOUNTS.validate_python(rows):
-            if account.id not in self.accounts:
-                self.hold(account)
+        for row in rows:
+            if row["id"] not in self.accounts:
+                self.hold(Account(**row))
 
     def hold(self, account: Account) -> None:
         """Let an account be found by its id, and by its name if it has one."""
@@ -472,9 +472,6 @@ class Book:
             while len(self._undo) > mark:
                 self._undo.pop()()
             raise
-
-
-ACCOUNTS = TypeAdapter(list[Account])
 
 
 def lock_accounts(references: Sequence[str]) -> tuple[str, Row]:
@@ -588,8 +585,7 @@ def transfer(book: Book, source: str, dest: str, *, amount: int, memo: str | Non
 
 
 CASHBACK_PERCENT = 2
-CASHBACK_DELAY = 24 * 60 * 60 * 1_000_000
-"""Microseconds from a payment to its cashback."""
+CASHBACK_DELAY = 24 * 60 * 60 * 1_000_000  # Microseconds from a payment to its cashback.
 SCHEDULED = "status = 'SCHEDULED' AND amount > 0"
 
 
@@ -754,15 +750,11 @@ class Command(NamedTuple):
     """What one caller wants done, once."""
 
     caller: str
-    arguments: str
-    """The parsed arguments as JSON: two requests that mean the same have the same."""
+    arguments: str  # As JSON: two requests that mean the same have the same.
     run: Callable[[Book], Answer | None]
-    key: str | None = None
-    """The idempotency key as it is stored."""
-    accounts: Sequence[str] = ()
-    """The accounts that are named, so that a batch loads them all at once."""
-    effective_at: int | None = None
-    """The caller's own time, where its dialect has a clock."""
+    key: str | None = None  # The idempotency key as it is stored.
+    accounts: Sequence[str] = ()  # Those that are named, so that a batch loads them all at once.
+    effective_at: int | None = None  # The caller's own time, where its dialect has a clock.
 
 
 def stored_key(caller: str, operation: str, key: str) -> str:
@@ -1056,10 +1048,8 @@ class PostgresConnection(Connection):
 class Database:
     """Where a ledger is stored: connections that read, and one that writes."""
 
-    inline: bool
-    """Whether it is called on the event loop itself."""
-    name: str
-    """What the operator knows it by, without any password."""
+    inline: bool  # Whether it is called on the event loop itself.
+    name: str  # What the operator knows it by, without any password.
     begin_read: str
     begin_write: str
 
@@ -1213,8 +1203,7 @@ WRITER_PRAGMAS = (
     "wal_autocheckpoint = 0",
 )
 READER_PRAGMAS = ("busy_timeout = 1000", "query_only = ON", "cache_size = -1024")
-CHECKPOINT_ROWS = 6_000
-"""As many rows are some 25 MB of log in large batches, and 40 in batches of one."""
+CHECKPOINT_ROWS = 6_000  # Some 25 MB of log in large batches, and 40 in batches of one.
 
 
 class SqliteDatabase(Database):
@@ -1302,9 +1291,7 @@ class PostgresDatabase(Database):
         try:
             given: Any = conninfo_to_dict(url)
         except psycopg.ProgrammingError:
-            raise StartupError(
-                "the database URL must look like postgresql://user@host/name"
-            ) from None
+            raise StartupError("the database must be like postgresql://user@host/name") from None
         settings: Any = conninfo_to_dict(POSTGRES_DEFAULTS) | given
         self._conninfo = make_conninfo(**settings, client_encoding="utf8")
         self.name = f"{given.get('dbname', 'PostgreSQL')} at {given.get('host', 'localhost')}"
@@ -1602,14 +1589,11 @@ SERVICES, ADMINS = ("service", "admin"), ("admin",)
 KEY_PREFIX, KEY_PREFIX_LENGTH = "lk_", 11
 KEYS_AGE_SECONDS_MAX = 0.5
 JWT_ALGORITHM = "HS256"
-JWT_OPTIONS: Any = {"require": ["sub", "role", "exp"]}
-JWT_SECRET_BYTES_MIN = 32
-JWT_EXP_MAX = 253_402_300_800
-"""The end of the year 9999."""
+JWT = jwt.PyJWT({"require": ["sub", "role", "exp"], "enforce_minimum_key_length": True})
+JWT_EXP_MAX = 253_402_300_800  # The end of the year 9999.
 PROXY_HEADERS = (b"forwarded", b"x-forwarded", b"x-real-ip", b"via")
 
 
-# What a request is refused with before the books are asked.
 # fmt: off
 class Unauthorized(LedgerError, status=401): ...
 class Forbidden(LedgerError, status=403): ...
@@ -1687,7 +1671,7 @@ class Callers:
         # The last three are what the parser of a hostile token may run into.
         with suppress(jwt.PyJWTError, ValueError, ArithmeticError, RecursionError):
             if self._jwt_secret:
-                claims = jwt.decode(token, self._jwt_secret, [JWT_ALGORITHM], JWT_OPTIONS)
+                claims = JWT.decode(token, self._jwt_secret, [JWT_ALGORITHM])
         sub, role, exp = (claims.get(name) for name in ("sub", "role", "exp"))
         # To Python, True is a number too.
         is_time = isinstance(exp, int | float) and exp is not True and exp < JWT_EXP_MAX
@@ -1949,9 +1933,7 @@ class Problem(BaseModel):
 
 
 PROBLEM = {"application/problem+json": {"schema": Problem.model_json_schema()}}
-PROBLEMS: dict[int | str, Row] = {
-    status: {"description": "A problem", "content": PROBLEM} for status in ("4XX", "5XX")
-}
+PROBLEMS: Any = {key: {"description": "A problem", "content": PROBLEM} for key in ("4XX", "5XX")}
 CREDENTIALS = [
     Depends(APIKeyHeader(name="X-API-Key", scheme_name="X-API-Key")),
     Depends(HTTPBearer(scheme_name="Bearer", description="A key, or a JWT")),
@@ -1963,8 +1945,6 @@ KEY_HEADER = {
 }
 Overrides = Mapping[type[LedgerError], tuple[int, str]]
 """How a dialect words some errors: the status, and a template over the error's members."""
-FirstAccounts = Iterator[tuple[list[str], "partial[None]"]]
-"""The accounts that a dialect begins with, and what opens them."""
 
 
 @dataclass(frozen=True)
@@ -1975,7 +1955,7 @@ class Dialect:
     prefix: str = ""
     errors: Overrides = field(default_factory=dict)
     exponent: int | None = None
-    first_accounts: Callable[["Settings", bool], FirstAccounts] = lambda *_: iter(())
+    first_accounts: Callable[["Settings", bool], Iterator["partial[None]"]] = lambda *_: iter(())
     routes: list["Route"] = field(default_factory=list)
 
     def get(self, path: str, **options: Any) -> Callable[[F], F]:
@@ -2135,10 +2115,6 @@ class Page(BaseModel, Generic[T]):
     next_cursor: str | None
 
 
-# A cursor is a place in a list and a checksum over the list, its filters and the place. There is no
-# secret in it: it keeps mistakes out, and what it points to is checked like any input.
-
-
 def place_of(cursor: str | None, scope: Sequence[Any], *, start: str, form: str) -> str:
     """Return the place that a cursor of this list points to, or `start` where there is none."""
     if cursor is None:
@@ -2157,7 +2133,7 @@ def page_of(rows: list[Row], limit: int, scope: Sequence[Any], place: str) -> Ro
 
 
 def cursor_to(place: str, scope: Sequence[Any]) -> str:
-    """Return a place as a cursor of this list alone."""
+    """Return a place with a checksum over list, filters and place: no secret, but no mistake."""
     checked = json.dumps([*scope, place])
     return f"{place}.{hashlib.sha256(checked.encode()).hexdigest()[:16]}"
 
@@ -2446,10 +2422,8 @@ BANK_OPERATIONS = {
     ("TRANSFER", "CREDIT"): "transferred in",
 }
 
-Milliseconds = Annotated[
-    int, pydantic.Field(strict=True, ge=0, le=2**53), AfterValidator(note_time)
-]
-QueryMilliseconds = Annotated[PlainInt, Query(ge=0, le=2**53), AfterValidator(note_time)]
+BankTime = Annotated[int, pydantic.Field(strict=True, ge=0, le=2**53), AfterValidator(note_time)]
+BankTimeInQuery = Annotated[PlainInt, Query(ge=0, le=2**53), AfterValidator(note_time)]
 BankName = Annotated[Name, names_account(BANK_ACCOUNT)]
 
 bank = Dialect(
@@ -2466,7 +2440,7 @@ bank.get("/health", roles=ANYONE)(get_health)
 class BankAccountCreate(RequestBody):
     """A new account under a name of the caller's own."""
 
-    timestamp: Milliseconds
+    timestamp: BankTime
     account_id: BankName
 
 
@@ -2498,9 +2472,8 @@ def get_bank_accounts(connection: Connection) -> BankAccounts:
 
 def named_balances(connection: Connection, prefix: str) -> dict[str, int]:
     """Return the balances of a dialect's accounts by its own names, sorted."""
-    among = {"first": f"{prefix}:", "end": f"{prefix};"}
     query = "SELECT name, balance FROM account WHERE name >= :first AND name < :end ORDER BY name"
-    rows = connection.rows(query, **among)
+    rows = connection.rows(query, first=f"{prefix}:", end=f"{prefix};")
     return {row["name"].removeprefix(f"{prefix}:"): row["balance"] for row in rows}
 
 
@@ -2513,7 +2486,7 @@ class BankAccountBalance(BaseModel):
 
 @bank.get("/accounts/{name:path}/balance", roles=READERS)
 def get_bank_balance(
-    connection: Connection, name: str, timestamp: QueryMilliseconds | None = None
+    connection: Connection, name: str, timestamp: BankTimeInQuery | None = None
 ) -> BankAccountBalance:
     """Show a balance, after what is due by then was credited."""
     account = find_account(connection, BANK_ACCOUNT.format(name))
@@ -2523,7 +2496,7 @@ def get_bank_balance(
 class BankMovement(RequestBody):
     """An amount for an account, at the caller's time."""
 
-    timestamp: Milliseconds
+    timestamp: BankTime
     account_id: BankName
     amount: Amount
 
@@ -2544,7 +2517,7 @@ def post_bank_deposit(book: Book, body: BankMovement) -> BankBalance:
 class BankTransfer(RequestBody):
     """A transfer between two names, at the caller's time."""
 
-    timestamp: Milliseconds
+    timestamp: BankTime
     source_account_id: BankName
     target_account_id: BankName
     amount: Amount
@@ -2580,7 +2553,7 @@ class BankPaymentStatus(BankPayment):
 
 @bank.get("/payments/{payment_id}", roles=READERS)
 def get_bank_payment(
-    connection: Connection, payment_id: str, account_id: Printable, timestamp: QueryMilliseconds
+    connection: Connection, payment_id: str, account_id: Printable, timestamp: BankTimeInQuery
 ) -> BankPaymentStatus:
     """Show where a payment of an account stands."""
     number = re.fullmatch("payment([1-9][0-9]{0,17})", payment_id)
@@ -2606,7 +2579,7 @@ class BankTopSpenders(BaseModel):
 @bank.get("/top-spenders", roles=READERS, long=True)
 def get_bank_top_spenders(
     connection: Connection,
-    timestamp: QueryMilliseconds,
+    timestamp: BankTimeInQuery,
     n: Annotated[PlainInt, Query(ge=1, le=200)],
 ) -> BankTopSpenders:
     """List who has sent and paid the most, and then by name."""
@@ -2644,7 +2617,7 @@ class BankOperations(BaseModel):
 
 @bank.get("/accounts/{name:path}/transactions", roles=READERS, long=True)
 def get_bank_transactions(
-    connection: Connection, name: str, timestamp: QueryMilliseconds
+    connection: Connection, name: str, timestamp: BankTimeInQuery
 ) -> BankOperations:
     """List everything that happened to an account, and the cashbacks that are to come."""
     account_id = find_account(connection, BANK_ACCOUNT.format(name))["id"]
@@ -2696,20 +2669,18 @@ Number = Annotated[str, pydantic.StringConstraints(max_length=200, pattern="^[!-
 PRELOAD = TypeAdapter(dict[Number, Balance])
 
 
-def atm_first_accounts(settings: "Settings", demo: bool) -> FirstAccounts:
+def atm_first_accounts(settings: "Settings", demo: bool) -> Iterator["partial[None]"]:
     """Return what opens the accounts of PRELOAD_ACCOUNTS, or of the demo."""
     given = settings.preload_accounts
     given = (ATM_DEMO if demo else "{}") if given is None else given
     try:
         balances = PRELOAD.validate_python(parse_json(given.encode()))
     except (LedgerError, ValidationError, UnicodeError):
-        raise StartupError(
-            'PRELOAD_ACCOUNTS must be a JSON object such as {"1001": "500.00"}'
-        ) from None
+        raise StartupError('PRELOAD_ACCOUNTS must be JSON such as {"1001": "500.00"}') from None
     for number, balance in balances.items():
         cents = Decimal(balance).quantize(Decimal("0.01"), ROUND_HALF_UP, Context(prec=40))
         amount = minor_units(str(cents), ATM_EXPONENT)
-        yield [ATM_ACCOUNT.format(number)], partial(open_atm_account, number=number, amount=amount)
+        yield partial(open_atm_account, number=number, amount=amount)
 
 
 def open_atm_account(book: Book, *, number: str, amount: int) -> None:
@@ -2809,11 +2780,10 @@ WALLET_EXPONENT = ASSETS["GOLD"].exponent
 WALLET_DEMO = {"user_alice": (100, 50, 500), "user_bob": (80, 30, 200)}
 
 
-def wallet_first_accounts(settings: "Settings", demo: bool) -> FirstAccounts:
+def wallet_first_accounts(settings: "Settings", demo: bool) -> Iterator["partial[None]"]:
     """Return what opens the wallets of the demo."""
     for user, amounts in WALLET_DEMO.items() if demo else ():
-        opening = partial(open_funded_wallets, user=user, amounts=amounts)
-        yield [form.format(user) for form in WALLETS], opening
+        yield partial(open_funded_wallets, user=user, amounts=amounts)
 
 
 def open_funded_wallets(book: Book, *, user: str, amounts: Sequence[int]) -> None:
@@ -2953,11 +2923,9 @@ class Settings:
         settings = cls(url, *(environment.get(name) or None for name in names))
         if not re.fullmatch("[!-~]*", settings.admin_key or ""):
             raise StartupError("LEDGER_ADMIN_KEY must be visible ASCII characters, without blanks")
-        secret = os.fsencode(settings.jwt_secret or "-" * JWT_SECRET_BYTES_MIN)
-        if len(secret) < JWT_SECRET_BYTES_MIN:
-            raise StartupError(f"LEDGER_JWT_SECRET must have {JWT_SECRET_BYTES_MIN} bytes or more")
         try:
-            jwt.encode({}, secret, JWT_ALGORITHM)
+            if settings.jwt_secret:
+                JWT.encode({}, os.fsencode(settings.jwt_secret), JWT_ALGORITHM)
         except jwt.PyJWTError as error:
             raise StartupError(f"LEDGER_JWT_SECRET cannot be used: {error}") from None
         return settings
@@ -3081,9 +3049,9 @@ def open_first_accounts(
 ) -> None:
     """Open the accounts that dialects begin with; those that are there stay as they are."""
     commands = [
-        Command(caller, json.dumps(opening.keywords), opening, accounts=accounts)
+        Command(caller, json.dumps(opening.keywords), opening)
         for dialect in dialects
-        for accounts, opening in dialect.first_accounts(settings, demo)
+        for opening in dialect.first_accounts(settings, demo)
     ]
     for answer in retry_while_busy(lambda: ledger.commit(commands)) if commands else ():
         if answer.status >= 400 and json.loads(answer.body)["code"] != AccountExists.code:
