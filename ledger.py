@@ -908,7 +908,7 @@ def new_ids(now: int, last_id: str) -> Iterator[str]:
 
 READERS_MAX, LONG_READERS_MAX = 4, 3
 BUSY_SECONDS_MAX, BUSY_RETRY_SECONDS = 5.0, 0.001
-ANSWER_SECONDS_MAX = 10.0
+ANSWER_SECONDS_MAX, CLOSING_SECONDS_MAX = 10.0, 2.0
 # The driver's errors, which leave this section as errors of the ledger.
 DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)
 
@@ -994,6 +994,10 @@ class Connection:
         """Wait in a block only for the results that it looks at: each wait is a thread's switch."""
         return nullcontext()
 
+    def interrupt(self) -> None:
+        """End what another thread waits for on this connection."""
+        self.driver.interrupt()
+
     def rows(self, statement: str, **values: Any) -> list[Row]:
         """Return the rows of a query."""
         return self.all_rows((statement, values))[0]
@@ -1044,6 +1048,13 @@ class PostgresConnection(Connection):
     def pipeline(self) -> Any:
         return self.driver.pipeline()
 
+    def interrupt(self) -> None:
+        with (
+            suppress(OSError, psycopg.Error),
+            socket.socket(fileno=os.dup(self.driver.fileno())) as s,
+        ):
+            s.shutdown(socket.SHUT_RDWR)
+
 
 class Database:
     """Where a ledger is stored: connections that read, and one that writes."""
@@ -1059,6 +1070,7 @@ class Database:
         self._long_readers = ThreadPoolExecutor(LONG_READERS_MAX, "long-reader")
         self._reading: list[Connection] = []
         self._writing: list[Connection] = []
+        self._busy: set[Connection] = set()
         self._turn = threading.Lock()
 
     def connect(self, *, write: bool) -> Connection:
@@ -1068,6 +1080,9 @@ class Database:
     def translate_error(self, error: Any) -> LedgerError:
         """Return the ledger's error for one of the driver's."""
         raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Make the place of a new ledger, or raise StartupError."""
 
     def require_present(self) -> None:
         """Raise DatabaseLost where a write would go into nothing."""
@@ -1110,6 +1125,8 @@ class Database:
 
     def open(self, *, make: bool) -> None:
         """Accept a ledger of this version; with `make`, make one where there is nothing yet."""
+        if make:
+            self.prepare()
         try:
             # Looking first through a connection that only reads leaves a stranger's file alone.
             with self.read() as connection:
@@ -1123,9 +1140,17 @@ class Database:
 
     def close(self) -> None:
         """End the threads and close every connection, after the last answer."""
+        hanging_up = threading.Timer(CLOSING_SECONDS_MAX, self.hang_up)
+        hanging_up.start()
         for threads in (self.writer, self._readers, self._long_readers):
-            threads.shutdown()
+            threads.shutdown(cancel_futures=True)
+        hanging_up.cancel()
         self.disconnect()
+
+    def hang_up(self) -> None:
+        """End what a thread still waits for, as a server that does not answer."""
+        for connection in [*self._busy]:
+            connection.interrupt()
 
     def disconnect(self) -> None:
         """Close the connections that are not in use; the next use opens new ones."""
@@ -1139,6 +1164,7 @@ class Database:
         try:
             self.require_present()
             connection = idle.pop() if idle else self.connect(write=idle is self._writing)
+            self._busy.add(connection)
             with connection.pipeline():
                 connection.execute(begin)
                 yield connection
@@ -1157,6 +1183,7 @@ class Database:
             # A connection that is lost cannot roll back, and is not used again.
             with suppress(*DRIVER_ERRORS):
                 if connection:
+                    self._busy.remove(connection)
                     connection.driver.rollback()
                     idle.append(connection)
 
@@ -1195,7 +1222,6 @@ def database_at(url: str) -> Database:
 # from the log into the file.
 WRITER_PRAGMAS = (
     "busy_timeout = 0",
-    "journal_mode = WAL",
     "synchronous = FULL",
     "foreign_keys = ON",
     "recursive_triggers = ON",
@@ -1219,30 +1245,53 @@ class SqliteDatabase(Database):
             raise StartupError("the database must be a plain file, such as sqlite:///ledger.db")
         self.path = Path(file).absolute()
         self.name = str(self.path)
-        self._file: tuple[int, int] | None = None
+        self._files = [str(self.path) + suffix for suffix in ("", "-wal", "-shm")]
+        self._opened: list[Any] = []
         self._rows_moved = 0
         self._checkpoint: Future[None] | None = None
 
     def connect(self, *, write: bool) -> Connection:
-        driver = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        uri = f"{self.path.as_uri()}?mode=rw"  # It never makes a file.
+        driver = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
         driver.row_factory = sqlite3.Row
         try:
             for pragma in WRITER_PRAGMAS if write else READER_PRAGMAS:
                 driver.execute(f"PRAGMA {pragma}")
+            # A new ledger is made without a log, so that a crash leaves all of it or no page.
+            if write and driver.execute("PRAGMA page_count").fetchone()[0]:
+                driver.execute("PRAGMA journal_mode = WAL")
         except sqlite3.Error:
             driver.close()
             raise
-        self._file = self._file or self._identity()
         return Connection(driver)
+
+    def prepare(self) -> None:
+        """Make the file, which its owner alone may read, unless it is the rest of a ledger."""
+        path, log = self._files[:2]
+        with suppress(FileNotFoundError):
+            if os.path.getsize(log) and not (self.path.exists() and os.path.getsize(path)):
+                raise StartupError(f"{log} is there without its ledger: restore both files")
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        except OSError as error:
+            raise StartupError(f"cannot open {path}: {error.strerror}") from None
+
+    def open(self, *, make: bool) -> None:
+        super().open(make=make)
+        if make:
+            # From its second opening on, a new file has a log: both are watched.
+            self.disconnect()
+            super().open(make=make)
+            self._opened = self._identities()
 
     def translate_error(self, error: Any) -> LedgerError:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
         return SQLITE_ERRORS.get(code, DatabaseUnavailable)()
 
     def require_present(self) -> None:
-        """Raise DatabaseLost if another file has the name: the open one ends with us."""
-        if self._file and self._file != self._identity():
-            raise DatabaseLost("The database file was moved or replaced: restart the server")
+        """Raise DatabaseLost if other files have the names: the open ones end with us."""
+        if self._opened and self._opened != self._identities():
+            raise DatabaseLost("The database's files were moved or replaced: restart the server")
 
     def after_commit(self) -> None:
         """Move committed pages into the file, in a thread, while the event loop goes on."""
@@ -1258,11 +1307,11 @@ class SqliteDatabase(Database):
         with closing(sqlite3.connect(self.path)) as driver:
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
-    def _identity(self) -> tuple[int, int]:
-        with suppress(OSError):
-            status = os.stat(self.path)
-            return (status.st_dev, status.st_ino)
-        return (0, 0)
+    def _identities(self) -> list[Any]:
+        try:
+            return [os.stat(file)[1:3] for file in self._files]
+        except OSError:
+            return [None]
 
 
 # What a URL may say otherwise: a server that does not answer is given up within some seconds.
@@ -1272,6 +1321,9 @@ POSTGRES_DEFAULTS = (
 )
 SESSION_SETTINGS = (
     "SET lock_timeout = '5s'",
+    # Tables are made in the first schema of the path, which must not be the catalog.
+    r"SELECT set_config('search_path', regexp_replace(current_setting('search_path'), "
+    r"'^(\s*\"?pg_catalog\"?\s*,)+', ''), false)",
     "SET idle_in_transaction_session_timeout = '60s'",
     # Nothing is acknowledged that is not on disk, whatever the server's own default is.
     "SELECT set_config('synchronous_commit', 'on', false) "
@@ -1444,6 +1496,8 @@ def stored_version(connection: Connection) -> int:
         names = "SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()"
     found = {row["name"] for row in connection.rows(names)}
     if not found:
+        if connection.engine == "sqlite" and connection.rows("PRAGMA page_count")[0]["page_count"]:
+            raise StartupError("the file has no tables, but is not empty: is its -wal missing?")
         return 0
     if not found.issuperset(TABLES):
         raise StartupError("the database holds something other than a ledger")
@@ -3248,6 +3302,7 @@ def run_backup(settings: Settings, options: argparse.Namespace) -> None:
             raise StartupError(f"cannot make {options.file}: File exists")
         # Under another name until it is whole.
         partial_file = options.file.with_name(f"{options.file.name}.{os.getpid()}")
+        os.close(os.open(partial_file, os.O_CREAT | os.O_EXCL, 0o600))
         with closing(sqlite3.connect(database.path)) as driver:
             driver.execute("VACUUM INTO ?", [str(partial_file)])
         partial_file.rename(options.file)
@@ -3274,6 +3329,7 @@ def run_copy(settings: Settings, options: argparse.Namespace) -> None:
 def copy_all(source: Database, target: Database) -> dict[str, int]:
     """Copy all tables in one write, and return how many rows each has."""
     counts = {table: 0 for table in TABLES if table != "schema_version"}
+    target.prepare()
     with source.read() as old, target.write() as new:
         if stored_version(new):
             raise StartupError(f"{target.name} is not empty")
@@ -3287,6 +3343,7 @@ def copy_all(source: Database, target: Database) -> dict[str, int]:
         wrong = [found for _, _, all_found in check(new) for found in all_found]
         if wrong:
             raise StartupError(f"nothing was copied: {wrong[0]}")
+        new.execute("ANALYZE")
     return counts
 
 
