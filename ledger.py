@@ -12,7 +12,7 @@ Terms, with an example of each:
     account          a balance of one asset, of a customer or of the system    Alice's dollars
     leg              a requested entry: an account and a signed amount         (alice, -300)
     entry            one immutable, numbered line of one account               DEBIT 300, 750 left
-    event            who asked for what, when, and with what result            account opened
+    event            who asked for what, and when                              account opened
     transaction      an event with entries, whose credits equal its debits     a transfer
     operation        what can happen to money or to an account                 deposit, transfer
     contra account   the system account on the other side of an operation      cash
@@ -24,15 +24,15 @@ Sign convention: every account is credit-normal. CREDIT raises a balance, DEBIT 
 leg's amount is positive for CREDIT and negative for DEBIT. A deposit of 500 is DEBIT cash 500,
 CREDIT alice 500: so cash, which is the money outside, goes negative, and all balances sum to zero.
 
-Invariants. The code keeps them all; the database keeps 3, 4, 5, 7 and the uniqueness in 6 once
-more, and 2 wherever an account is written; `check` verifies what stored rows can show.
+Invariants. The code keeps them all. The database keeps 3, 4, 5, 7 and the uniqueness in 6 too, and
+2 wherever an account is written. `check` verifies what stored rows can show.
 
     1. The entries of every transaction sum to zero per asset, and so does the whole ledger.
     2. A balance equals the sum of its entries; every entry carries the balance after it.
     3. The entries of an account are numbered 1, 2, 3 ... without a gap.
     4. No customer's account is ever below zero.
     5. Entries and events are never changed or deleted.
-    6. An idempotency key of a caller acts at most once, and is always answered the same.
+    6. An idempotency key of a caller acts at most once; the same request gets the same answer.
     7. Frozen accounts move no money; closed accounts are empty and never come back.
     8. Nothing is acknowledged before it is committed to disk.
 
@@ -98,7 +98,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # ===== Part one: the ledger
 # What money, accounts and transactions are, how money moves, and how it is committed. Nothing here
-# knows a URL, a dialect, or how the rows are stored.
+# knows a URL or a dialect, and its SQL is what both engines take.
 
 
 # ----- Money
@@ -111,19 +111,19 @@ BALANCE_MAX = 2**63 - 1
 def decimal_text(amount: int, exponent: int) -> str:
     """Return minor units as decimal text: (-1050, 2) is "-10.50"."""
     whole, fraction = divmod(abs(amount), 10**exponent)
-    return f"{'-' if amount < 0 else ''}{whole}.{fraction:0{exponent}}"
+    return f"{'-' if amount < 0 else ''}{whole}" + (f".{fraction:0{exponent}}" if exponent else "")
 
 
 def minor_units(decimal: str, exponent: int) -> int:
     """Return decimal text as minor units, or raise ValueError: ("10.5", 2) is 1050."""
-    digits = re.fullmatch(rf"([0-9]{{1,16}})(?:\.([0-9]{{1,{exponent}}}))?", decimal)
-    if digits is None:
+    digits = re.fullmatch(r"([0-9]{1,16})(?:\.([0-9]+))?", decimal)
+    if digits is None or len(digits[2] or "") > exponent:
         raise ValueError
     return int(digits[1] + (digits[2] or "").ljust(exponent, "0"))
 
 
 # ----- Refusals
-# What the books themselves refuse. A refusal is an answer like any other, stored under its key.
+# What the ledger refuses. A refusal is an answer like any other, stored under its key.
 
 
 class Answer(NamedTuple):
@@ -200,12 +200,11 @@ def utc_text(microseconds: int) -> str:
     return moment.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
-IsTime = pydantic.WithJsonSchema({"type": "string", "format": "date-time"})
-Timestamp = Annotated[int, pydantic.PlainSerializer(utc_text, return_type=str), IsTime]
+TIME_SCHEMA = pydantic.WithJsonSchema({"type": "string", "format": "date-time"})
+Timestamp = Annotated[int, pydantic.PlainSerializer(utc_text, return_type=str), TIME_SCHEMA]
 STRICT = {"sqlite_strict": True}
-CLUSTERED = STRICT | {"sqlite_with_rowid": False}
-NO_ENTRIES = "kind >= 'a'"
-"""What holds for all events but transactions, whose kinds are in capitals."""
+NO_ROWID = STRICT | {"sqlite_with_rowid": False}
+NO_ENTRIES = "kind >= 'a'"  # Capitals, which transactions have, come before.
 
 
 def partial_index(name: str, *columns: str, where: str) -> sa.Index:
@@ -279,8 +278,8 @@ class TransactionBase(Public):
 class Event(TransactionBase, table=True):
     """Who asked for what, and when; one with entries is a transaction, and its kind in capitals."""
 
-    # A transaction is found by its entries: an index of them all would cost a page for each.
-    __table_args__ = (partial_index("event_other", "account_id", "id", where=NO_ENTRIES), CLUSTERED)
+    # An account's transactions are found by its entries: to index them too costs each a page.
+    __table_args__ = (partial_index("event_other", "account_id", "id", where=NO_ENTRIES), NO_ROWID)
 
     effective_at: int | None = None
     caller: str
@@ -313,7 +312,7 @@ class Entry(EntryBase, table=True):
 
 
 # ----- Posting
-# The only code that moves money. It knows accounts, legs and rows, and neither caller nor URL.
+# The only code that moves money. It knows accounts, legs and rows, and no URL.
 
 
 class Leg(NamedTuple):
@@ -333,7 +332,7 @@ class Book:
         self.connection = connection
         self.now = now
         self.new_id = partial(next, new_ids(now, last_id))
-        self.command: Command
+        self.command: Command  # The one whose turn it is.
         self.accounts: dict[str, Account] = {}
         self.inserts: dict[str, list[Row]] = defaultdict(list)
         self.updates: dict[str, dict[int, Row]] = defaultdict(dict)
@@ -388,7 +387,7 @@ class Book:
         """Return a customer's account by its id or its name@ASSET, or raise AccountNotFound."""
         self.lock([reference])
         account = self.accounts.get(reference)
-        # A system account cannot be named.
+        # No caller may reach a system account.
         if account is None or account.kind != "CUSTOMER":
             raise AccountNotFound(f"There is no account {reference}")
         return account
@@ -401,7 +400,7 @@ class Book:
     def open(self, owner_name: str, asset: str, name: str | None, **columns: Any) -> Account:
         """Add an empty account, or raise AccountExists."""
         self.lock([f"{name}@{asset}"] if name else [])
-        if f"{name}@{asset}" in self.accounts:
+        if name and f"{name}@{asset}" in self.accounts:
             raise AccountExists(f"There is an account {name} already")
         columns |= {"id": self.new_id(), "name": name, "owner_name": owner_name, "asset": asset}
         account = Account(**columns, created_at=self.now)
@@ -475,7 +474,7 @@ class Book:
 
 
 def lock_accounts(references: Sequence[str]) -> tuple[str, Row]:
-    """Return the query for accounts, in ascending order so that no two batches deadlock."""
+    """Return the query for accounts, in ascending order so that two batches rarely deadlock."""
     names = [reference.rpartition("@")[0] for reference in references if "@" in reference]
     by_name = "OR name = ANY(:names) AND name || '@' || asset = ANY(:references)" if names else ""
     query = f"SELECT * FROM account WHERE id = ANY(:references) {by_name} ORDER BY id FOR UPDATE"  # noqa: S608
@@ -490,7 +489,8 @@ def require_balanced(legs: Sequence[Leg]) -> None:
     if any(totals.values()) and len(totals) > 1:
         raise AssetMismatch("The accounts hold different assets")
     are_distinct = len({account.id for account, _ in legs}) == len(legs)
-    if any(totals.values()) or not are_distinct or not legs or 0 in [leg.amount for leg in legs]:
+    are_proper = legs and are_distinct and all(leg.amount for leg in legs)
+    if any(totals.values()) or not are_proper:
         raise Unbalanced(legs)
 
 
@@ -518,7 +518,7 @@ def require_funds(leg: Leg) -> None:
 
 # ----- Operations
 # What can happen to money and to accounts, each as bookkeeping over `post`. An operation may post
-# and ask as often as it needs; it knows no URL, no dialect and no caller.
+# and ask as often as it needs; it knows no URL and no dialect.
 
 ASSETS = {
     asset.code: asset
@@ -532,7 +532,7 @@ ASSETS = {
         Asset(code="PTS", name="Loyalty Points", exponent=4, closed_loop=1),
     )
 }
-# Cash is the money outside. Payments go to merchants, those by the caller's clock to "payments".
+# Cash is the money outside. Payments go to "merchants"; to "payments" where the caller has a clock.
 # Cashbacks come out of our own pocket, and the treasury issues closed-loop assets.
 SYSTEM_ACCOUNTS = {
     (name, code)
@@ -586,7 +586,7 @@ def transfer(book: Book, source: str, dest: str, *, amount: int, memo: str | Non
 
 CASHBACK_PERCENT = 2
 CASHBACK_DELAY = 24 * 60 * 60 * 1_000_000  # Microseconds from a payment to its cashback.
-SCHEDULED = "status = 'SCHEDULED' AND amount > 0"
+TO_CREDIT = "status = 'SCHEDULED' AND amount > 0"
 
 
 class CashbackPublic(Public):
@@ -605,12 +605,12 @@ class ScheduledCashback(CashbackPublic, table=True):
 
     __tablename__ = "scheduled_cashback"
     __table_args__ = (
-        partial_index("cashback_due", "clock", "due_at", where=SCHEDULED),
+        partial_index("cashback_due", "clock", "due_at", where=TO_CREDIT),
         partial_index("cashback_to_come", "account_id", where="status <> 'CREDITED'"),
         sa.CheckConstraint("clock IN ('SERVER', 'CALLER')"),
         sa.CheckConstraint("status IN ('SCHEDULED', 'WAITING', 'CREDITED')"),
         sa.CheckConstraint("amount >= 0"),
-        CLUSTERED,
+        NO_ROWID,
     )
 
     payment_id: str = Field(primary_key=True, foreign_key="event.id")
@@ -630,7 +630,7 @@ def pay(
     payment_id = book.post("PAYMENT", [Leg(account, -amount), Leg(contra, +amount)], memo)
     told_at, number = book.command.effective_at, None
     if told_at is not None:
-        # Without a gap, because the payee's account is locked by now.
+        # Without a gap: since the post, the payee's account is locked until the commit.
         [last] = book.ask("SELECT max(number) AS number FROM scheduled_cashback")
         number = (last["number"] or 0) + 1
     cashback = {
@@ -648,15 +648,15 @@ def pay(
 
 
 DUE_CASHBACKS = f"""
-    SELECT * FROM scheduled_cashback WHERE clock = :clock AND due_at <= :until AND {SCHEDULED}
+    SELECT * FROM scheduled_cashback WHERE clock = :clock AND due_at <= :until AND {TO_CREDIT}
     ORDER BY due_at, payment_id LIMIT :limit
 """  # noqa: S608
 
 
 def credit_cashbacks(book: Book, *, clock: str, until: int) -> None:
-    """Credit some that are due by a clock, oldest first: DEBIT cashback, CREDIT the account.
+    """Credit up to 500 that are due by a clock, oldest first: DEBIT cashback, CREDIT the account.
 
-    What a frozen account was promised waits, and is not looked at until it is unfrozen.
+    What an account cannot take, as a frozen one, waits, and is not looked at until it is unfrozen.
     """
     due = book.ask(f"{DUE_CASHBACKS} FOR UPDATE", clock=clock, until=until, limit=500)
     book.lock({row["account_id"] for row in due})
@@ -673,8 +673,8 @@ def credit_cashbacks(book: Book, *, clock: str, until: int) -> None:
         except LedgerError:
             book.change("scheduled_cashback", row, status="WAITING")
         else:
-            changes = {"status": "CREDITED", "transaction_id": transaction_id}
-            book.change("scheduled_cashback", row, **changes)
+            credited = {"status": "CREDITED", "transaction_id": transaction_id}
+            book.change("scheduled_cashback", row, **credited)
 
 
 # From each state, where an account may go, and what that is called.
@@ -714,7 +714,7 @@ def open_wallets(book: Book, *, owner_name: str, name: str) -> None:
 
 
 def move_credits(book: Book, reference: str, *, amount: int, kind: str) -> str:
-    """Issue credits, bought or given: DEBIT treasury, CREDIT the wallet; SPEND is negative."""
+    """Issue credits: DEBIT treasury, CREDIT the wallet; of a SPEND, `amount` is negative."""
     wallet = book.account(reference)
     treasury = book.system_account("treasury", wallet.asset)
     return book.post(kind, [Leg(treasury, -amount), Leg(wallet, +amount)])
@@ -796,7 +796,7 @@ class Ledger:
         self._crediting: dict[Loop, asyncio.Task[Answer]] = {}
 
     def commit(self, commands: Sequence[Command]) -> list[Answer]:
-        """Execute commands in one write and return their answers, or raise with nothing done."""
+        """Execute commands in one write, or raise; nothing was done then, unless DatabaseLost."""
         references = {reference for command in commands for reference in command.accounts}
         keys = [command.key for command in commands if command.key is not None]
         with self.database.write() as connection:
@@ -817,8 +817,8 @@ class Ledger:
     def commit_or_split(self, commands: Sequence[Command], attempt: int = 1) -> list[Any]:
         """Commit a batch, or else each command alone, so that none sinks its neighbours.
 
-        One that met another server's is committed again: nothing of it was, and it is a function
-        of its commands alone.
+        One that met another server's is tried again: none of it was committed, and it is a
+        function of its commands alone.
         """
         try:
             return self.commit(commands)
@@ -855,7 +855,7 @@ class Ledger:
                 await asyncio.sleep(0)
                 if len(self._waiting[loop]) == seen:
                     break
-            # Whoever was told that nothing is known of a command tries it again.
+            # Some were answered 503 meanwhile, by `in_time`, and are not begun.
             batch = [waiting for waiting in self._waiting.pop(loop) if not waiting[1].done()]
             commands = [command for command, _ in batch]
             outcomes = await self.database.run_write(self.commit_or_split, commands)
@@ -1102,7 +1102,10 @@ class Database:
         with self._turn:
             with self._transaction(self._writing, self.begin_write) as connection:
                 yield connection
-            self.after_commit()
+            try:
+                self.after_commit()
+            except DRIVER_ERRORS as error:
+                log.warning("committed, but what follows failed: %s", error)
 
     async def run_read(self, function: Callable[..., T], *arguments: Any, long: bool = False) -> T:
         """Run a function of a connection, in a thread for a server or if it takes `long`."""
@@ -1297,9 +1300,9 @@ class SqliteDatabase(Database):
         """Move committed pages into the file, in a thread, while the event loop goes on."""
         driver = self._writing[0].driver
         if self._checkpoint and self._checkpoint.done():
+            self._checkpoint, self._rows_moved = None, driver.total_changes
             # The log begins anew only when what was committed meanwhile was moved, too.
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            self._checkpoint, self._rows_moved = None, driver.total_changes
         elif not self._checkpoint and driver.total_changes - self._rows_moved > CHECKPOINT_ROWS:
             self._checkpoint = self.writer.submit(self._move_pages)
 
@@ -1810,12 +1813,10 @@ class Request:
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.scope = scope
         self.receive = receive
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        if len(self.headers) < len(scope["headers"]):
-            # One that is repeated is wrong wherever it counts: no good value has a line break.
-            for name in self.headers:
-                values = [value for other, value in scope["headers"] if other == name]
-                self.headers[name] = b"\n".join(values)
+        self.headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            # One that is repeated is wrong wherever it counts: no good value is a line break.
+            self.headers[name] = b"\n" if name in self.headers else value
         given = self.headers.get(b"x-request-id", b"")
         is_sane = re.fullmatch(rb"[\w.:-]{1,128}", given)
         # It is no secret, and this is quicker than asking the system.

@@ -138,6 +138,13 @@ def test_a_negative_amount_has_its_sign_in_front() -> None:
     assert ledger.decimal_text(-5, 2) == "-0.05"
 
 
+def test_an_asset_without_smaller_units_has_no_point() -> None:
+    assert (ledger.decimal_text(1050, 0), ledger.minor_units("1050", 0)) == ("1050", 1050)
+    for fraction in ("1.0", "1."):
+        with pytest.raises(ValueError, match=r"^$"):
+            ledger.minor_units(fraction, 0)
+
+
 def test_decimal_text_may_leave_places_out() -> None:
     assert [ledger.minor_units(text, 2) for text in ("10", "10.5", "10.50")] == [1000, 1050, 1050]
 
@@ -1101,6 +1108,21 @@ def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
 def test_a_database_of_another_encoding_is_refused(postgresql: str) -> None:
     with new_postgresql(postgresql, "ENCODING 'SQL_ASCII' LOCALE 'C'") as other:
         assert "must be made with the encoding UTF8" in refused_start(other)
+
+
+@on_sqlite
+def test_a_commit_stands_whatever_fails_after_it(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    bank.given(alice=100, bob=100)
+    monkeypatch.setattr(bank.ledger.database, "after_commit", fail)
+    answers = bank.together(*[("/accounts", {"owner_name": n}, None) for n in ("carol", "dan")])
+    assert [answer.status_code for answer in answers] == [201, 201]
+    assert bank.balances() == {"alice": 100, "bob": 100, "carol": 0, "dan": 0}
+    assert "committed, but what follows failed: disk I/O error" in caplog.text
 
 
 @on_sqlite
