@@ -67,7 +67,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
-from itertools import count
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TextIO, TypeVar
@@ -88,6 +87,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, TypeAdapter, Va
 from pydantic_core import PydanticCustomError, to_json
 from sqlmodel import Field, SQLModel
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 log = logging.getLogger("ledger")
 
@@ -328,10 +328,10 @@ class Book:
     Each change notes how it is taken back, so that a refused command leaves nothing behind.
     """
 
-    def __init__(self, connection: "Connection", now: int, last_id: str) -> None:
+    def __init__(self, connection: "Connection") -> None:
         self.connection = connection
-        self.now = now
-        self.new_id = partial(next, new_ids(now, last_id))
+        self.now, self.last_time = utc_now(), 0
+        self.secret = secrets.token_bytes()
         self.command: Command  # The one whose turn it is.
         self.accounts: dict[str, Account] = {}
         self.inserts: dict[str, list[Row]] = defaultdict(list)
@@ -408,17 +408,30 @@ class Book:
         self.insert("account", dict(vars(account)))
         return account
 
-    def lock(self, references: Iterable[str]) -> None:
-        """Load accounts of any kind that the batch does not hold yet."""
+    def lock(self, references: Iterable[str], *queries: tuple[str, Row]) -> list[list[Row]]:
+        """Load accounts of any kind that the batch does not hold yet; answer further queries."""
         missing = [reference for reference in references if reference not in self.accounts]
-        if missing:
-            self.load(*self.connection.all_rows(lock_accounts(missing)))
-
-    def load(self, rows: Iterable[Row]) -> None:
-        """Take in accounts that were locked; one that is held already stays as it is."""
-        for row in rows:
+        if not missing and not queries:
+            return []
+        accounts, newest, *found = self.connection.all_rows(
+            lock_accounts(missing), NEWEST, *queries
+        )
+        for row in accounts:
             if row["id"] not in self.accounts:
                 self.hold(Account(**row))
+        self.follow(newest)
+        return found
+
+    def follow(self, newest: list[Row]) -> None:
+        """Let times and ids rise, whatever the clock does and other servers have written."""
+        self.now = max([self.now, *(row["ts"] for row in newest)])
+        times = [time_of_id(row["id"]) for row in newest]
+        self.last_time = max(self.last_time, (self.now << 12) // 1_000 - 1, *times)
+
+    def new_id(self) -> str:
+        """Return an id that is greater than every one that is stored."""
+        self.last_time += 1
+        return id_of_time(self.last_time, self.secret)
 
     def hold(self, account: Account) -> None:
         """Let an account be found by its id, and by its name if it has one."""
@@ -584,6 +597,10 @@ def transfer(book: Book, source: str, dest: str, *, amount: int, memo: str | Non
     return book.post("TRANSFER", [Leg(payer, -amount), Leg(payee, +amount)], memo)
 
 
+KINDS = (
+    "DEPOSIT", "WITHDRAWAL", "TRANSFER", "PAYMENT", "CASHBACK", "TOP_UP", "BONUS", "SPEND",
+    "open_account", "open_wallets", "freeze", "unfreeze", "close", "add_key", "revoke_key",
+)  # fmt: skip
 CASHBACK_PERCENT = 2
 CASHBACK_DELAY = 24 * 60 * 60 * 1_000_000  # Microseconds from a payment to its cashback.
 TO_CREDIT = "status = 'SCHEDULED' AND amount > 0"
@@ -628,8 +645,8 @@ def pay(
     require_open_loop(account.asset)
     contra = book.system_account(payee, account.asset)
     payment_id = book.post("PAYMENT", [Leg(account, -amount), Leg(contra, +amount)], memo)
-    told_at, number = book.command.effective_at, None
-    if told_at is not None:
+    effective_at, number = book.command.effective_at, None
+    if effective_at is not None:
         # Without a gap: since the post, the payee's account is locked until the commit.
         [last] = book.ask("SELECT max(number) AS number FROM scheduled_cashback")
         number = (last["number"] or 0) + 1
@@ -637,8 +654,8 @@ def pay(
         "payment_id": payment_id,
         "account_id": account.id,
         "amount": amount * CASHBACK_PERCENT // 100,
-        "due_at": (book.now if told_at is None else told_at) + CASHBACK_DELAY,
-        "clock": "SERVER" if told_at is None else "CALLER",
+        "due_at": (book.now if effective_at is None else effective_at) + CASHBACK_DELAY,
+        "clock": "SERVER" if effective_at is None else "CALLER",
         "number": number,
         "status": "SCHEDULED",
         "transaction_id": None,
@@ -727,7 +744,7 @@ def move_credits(book: Book, reference: str, *, amount: int, kind: str) -> str:
 COMMITS_MAX = 4
 GATHERING_TURNS_MAX = 8
 DONE = Answer(200, "")
-NO_ID = "00000000-0000-0000-0000-000000000000"
+NEWEST: tuple[str, Row] = ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {})
 Loop = asyncio.AbstractEventLoop
 Pending = asyncio.Future[Answer]
 
@@ -800,16 +817,10 @@ class Ledger:
         references = {reference for command in commands for reference in command.accounts}
         keys = [command.key for command in commands if command.key is not None]
         with self.database.write() as connection:
-            accounts, stored, newest = connection.all_rows(
-                lock_accounts(list(references)),
-                ("SELECT * FROM idempotency_key WHERE id = ANY(:keys)", {"keys": keys}),
-                ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {}),
-            )
-            # Times and ids never go back, whatever the clock does.
-            last_id, last_ts = [*newest[0].values()] if newest else (NO_ID, 0)
-            book = Book(connection, max(utc_now(), last_ts), last_id)
-            book.load(accounts)
-            known = {row["id"]: row for row in stored}
+            book = Book(connection)
+            stored = "SELECT * FROM idempotency_key WHERE id = ANY(:keys)"
+            [rows] = book.lock(references, (stored, {"keys": keys}))
+            known = {row["id"]: row for row in rows}
             answers = [execute(command, book, known) for command in commands]
             connection.save(book.inserts, book.updates)
         return answers
@@ -884,18 +895,22 @@ def utc_now() -> int:
     return time.time_ns() // 1_000
 
 
-def new_ids(now: int, last_id: str) -> Iterator[str]:
-    """Yield version 7 UUIDs (RFC 9562): 60 bits of time that rise from id to id, and 60 at random.
+def id_of_time(moment: int, secret: bytes) -> str:
+    """Return a version 7 UUID (RFC 9562): 60 bits of time in 2^-12 ms, and 60 that look random.
 
-    They rise, so that what is written together lies together; nobody can guess the next one.
+    Times rise from id to id, so that what is written together lies together. Nobody can guess the
+    rest, which is a hash under a secret: to ask the system for it takes several times as long.
     """
-    last = int(last_id[:8] + last_id[9:13] + last_id[15:18], 16)
-    # Hashed under a new secret, because asking the system for each takes several times as long.
-    secret = secrets.token_bytes()
-    for number in count(max(last + 1, (now << 12) // 1_000)):
-        head = f"{number:015x}"
-        drawn = hashlib.blake2b(head.encode(), key=secret, digest_size=8).hexdigest()
-        yield f"{head[:8]}-{head[8:12]}-7{head[12:]}-8{drawn[1:4]}-{drawn[4:]}"
+    head = f"{moment:015x}"
+    drawn = hashlib.blake2b(head.encode(), key=secret, digest_size=8).hexdigest()
+    return f"{head[:8]}-{head[8:12]}-7{head[12:]}-8{drawn[1:4]}-{drawn[4:]}"
+
+
+def time_of_id(given: str) -> int:
+    """Return the time that an id begins with, or raise DatabaseUnavailable where it is none."""
+    if not re.fullmatch(UUID_PATTERN, given):
+        raise DatabaseUnavailable(f"The event {given!r} is damaged: run python ledger.py check")
+    return int(given[:8] + given[9:13] + given[15:18], 16)
 
 
 # ===== Part two: storage
@@ -907,10 +922,15 @@ def new_ids(now: int, last_id: str) -> Iterator[str]:
 # inline on the event loop; PostgreSQL is a server and called in threads.
 
 READERS_MAX, LONG_READERS_MAX = 4, 3
+SHORT_ROWS_MAX = 500
 BUSY_SECONDS_MAX, BUSY_RETRY_SECONDS = 5.0, 0.001
 ANSWER_SECONDS_MAX, CLOSING_SECONDS_MAX = 10.0, 2.0
 # The driver's errors, which leave this section as errors of the ledger.
 DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)
+
+
+class LongRead(Exception):
+    """A read is too long for the event loop: it is one of the few that are long at a time."""
 
 
 class StartupError(Exception):
@@ -962,6 +982,7 @@ class Connection:
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
+        self.is_short = False
 
     def execute(self, statement: str, **values: Any) -> Any:
         """Run a statement, and return the driver's cursor."""
@@ -997,6 +1018,11 @@ class Connection:
     def interrupt(self) -> None:
         """End what another thread waits for on this connection."""
         self.driver.interrupt()
+
+    def require_short(self, row_count: int) -> None:
+        """Raise LongRead where so many rows would hold up all others."""
+        if self.is_short and row_count > SHORT_ROWS_MAX:
+            raise LongRead
 
     def rows(self, statement: str, **values: Any) -> list[Row]:
         """Return the rows of a query."""
@@ -1112,6 +1138,7 @@ class Database:
 
         def read() -> T:
             with self.read() as connection:
+                connection.is_short = not long
                 return function(connection, *arguments)
 
         if self.inline and not long:
@@ -1128,9 +1155,9 @@ class Database:
 
     def open(self, *, make: bool) -> None:
         """Accept a ledger of this version; with `make`, make one where there is nothing yet."""
-        if make:
-            self.prepare()
         try:
+            if make:
+                self.prepare()
             # Looking first through a connection that only reads leaves a stranger's file alone.
             with self.read() as connection:
                 version = stored_version(connection)
@@ -1278,6 +1305,11 @@ class SqliteDatabase(Database):
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as error:
             raise StartupError(f"cannot open {path}: {error.strerror}") from None
+        with self.read() as connection:
+            [pages] = connection.rows("PRAGMA page_count")[0].values()
+            tables = connection.rows("SELECT name FROM sqlite_schema LIMIT 1")
+        if pages and not tables:
+            raise StartupError(f"{path} has no tables, but is not empty: restore {log} too")
 
     def open(self, *, make: bool) -> None:
         super().open(make=make)
@@ -1499,8 +1531,6 @@ def stored_version(connection: Connection) -> int:
         names = "SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()"
     found = {row["name"] for row in connection.rows(names)}
     if not found:
-        if connection.engine == "sqlite" and connection.rows("PRAGMA page_count")[0]["page_count"]:
-            raise StartupError("the file has no tables, but is not empty: is its -wal missing?")
         return 0
     if not found.issuperset(TABLES):
         raise StartupError("the database holds something other than a ledger")
@@ -1520,7 +1550,8 @@ def complete_schema(database: Database) -> None:
             create_tables(connection)
             create_triggers(connection)
         known = {row["code"] for row in connection.rows("SELECT code FROM asset")}
-        book = Book(connection, utc_now(), NO_ID)
+        book = Book(connection)
+        book.follow([])
         for code in ASSETS.keys() - known:
             book.insert("asset", ASSETS[code].model_dump())
         for name, code in sorted(SYSTEM_ACCOUNTS - system_accounts(connection)):
@@ -1574,6 +1605,8 @@ CHECKS = [
         """SELECT 'account ' || account_id || ': entry ' || seq || ' leaves a customer at '
         || entry.balance AS wrong FROM entry JOIN account ON account.id = account_id
         WHERE entry.balance < 0 AND kind = 'CUSTOMER'""",
+        """SELECT 'entry ' || id || ' stands twice' AS wrong FROM entry
+        GROUP BY id HAVING count(*) > 1""",
     ),
     (
         "accounts stand where their last entries leave them",
@@ -1583,6 +1616,40 @@ CHECKS = [
         || COALESCE(entry.balance, 0) AS wrong FROM account LEFT JOIN entry ON account_id =
         account.id AND seq = (SELECT max(seq) FROM entry WHERE account_id = account.id)
         WHERE last_seq <> COALESCE(seq, 0) OR account.balance <> COALESCE(entry.balance, 0)""",
+        f"""SELECT 'account ' || id || ' is ' || status || ', but became ' || became AS wrong FROM (
+            SELECT id, status, COALESCE((SELECT CASE kind WHEN 'freeze' THEN 'FROZEN'
+                WHEN 'close' THEN 'CLOSED' ELSE 'ACTIVE' END FROM event
+                WHERE account_id = account.id AND {NO_ENTRIES} ORDER BY id DESC LIMIT 1), 'ACTIVE')
+            AS became FROM account
+        ) AS stood WHERE status <> became""",  # noqa: S608
+    ),
+    (
+        "cashbacks are what was promised, and credited once",
+        "SELECT count(*) AS n FROM scheduled_cashback",
+        """SELECT 'payment ' || id || ' has no cashback' AS wrong FROM event WHERE kind = 'PAYMENT'
+        AND NOT EXISTS (SELECT 1 FROM scheduled_cashback WHERE payment_id = event.id)""",
+        f"""SELECT 'payment ' || payment_id || ' promised ' || cashback.amount AS wrong
+        FROM scheduled_cashback AS cashback LEFT JOIN entry
+        ON entry.transaction_id = payment_id AND entry.account_id = cashback.account_id
+        WHERE entry.amount IS NULL OR cashback.amount <> entry.amount * {CASHBACK_PERCENT} / 100""",  # noqa: S608
+        """SELECT 'payment ' || payment_id || ' is ' || status || ', its cashback is not' AS wrong
+        FROM scheduled_cashback AS cashback LEFT JOIN entry
+        ON entry.transaction_id = cashback.transaction_id AND entry.account_id = cashback.account_id
+        WHERE CASE status WHEN 'CREDITED' THEN COALESCE(entry.amount, -1) <> cashback.amount
+        ELSE cashback.transaction_id IS NOT NULL END""",
+        """SELECT 'cashback ' || id || ' was not promised' AS wrong FROM event
+        WHERE kind = 'CASHBACK' AND NOT EXISTS (SELECT 1 FROM scheduled_cashback
+        WHERE payment_id = event.memo AND transaction_id = event.id)""",
+    ),
+    (
+        "ids are UUIDs, and every event is of a known kind",
+        "SELECT count(*) AS n FROM event",
+        *[
+            f"SELECT '{table} ' || id || ' has no UUID for its id' AS wrong FROM {table} "  # noqa: S608
+            "WHERE length(id) <> 36 OR trim(id, '0123456789abcdef-') <> ''"
+            for table in ("account", "event", "entry")
+        ],
+        f"SELECT 'event ' || id || ' is a ' || kind AS wrong FROM event WHERE kind NOT IN {KINDS}",  # noqa: S608
     ),
 ]
 
@@ -1597,14 +1664,36 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
     for rule, counting, *findings in CHECKS:
         wrong = [row["wrong"] for query in findings for row in connection.rows(f"{query} LIMIT 1")]
         yield rule, connection.rows(counting)[0]["n"], wrong
+    yield "events say what was asked, and keys are those that were added", *check_keys(connection)
+    assets = {tuple(row.values()) for row in connection.rows("SELECT * FROM asset")}
+    known = {tuple(asset.model_dump().values()) for asset in ASSETS.values()}
+    strange = [f"asset or system account {thing}" for thing in sorted(assets ^ known)]
     held = system_accounts(connection)
-    strange = [f"{account} is no system account" for account in sorted(held - SYSTEM_ACCOUNTS)]
-    yield "system accounts are the known ones", len(held), strange
-    [made] = connection.rows("SELECT description FROM schema_version")
+    strange += [f"asset or system account {thing}" for thing in sorted(held ^ SYSTEM_ACCOUNTS)]
+    yield "assets and system accounts are the known ones", len(assets | held), strange
+    made, *others = connection.rows("SELECT description FROM schema_version")
     now, then = schema_now(connection), json.loads(made["description"])
     changed = [row for row in now + then if (row in now) != (row in then)]
     differing = sorted({f"{row['name']} is not as it was made" for row in changed})
+    differing += ["there is a second row of schema_version" for _ in others]
     yield "tables and triggers are as they were made", len(then), differing
+
+
+def check_keys(connection: Connection) -> tuple[int, list[str]]:
+    """Return how many events there are, and which tell nothing, or of keys that are otherwise."""
+    count, wrong, told = 0, [], Row()
+    for events in portions(connection, "event"):
+        count += len(events)
+        for event in events:
+            details = parse_details(event["arguments"])
+            if "damaged" in details:
+                wrong.append(f"event {event['id']}: its arguments are no JSON")
+            elif event["kind"] in ("add_key", "revoke_key"):
+                told[details.get("name")] = event["kind"] == "revoke_key"
+    keys = connection.rows("SELECT name, revoked_at FROM api_key")
+    stored = {key["name"]: key["revoked_at"] is not None for key in keys}
+    differing = {name for name, _ in stored.items() ^ told.items()}
+    return count, wrong + [f"key {name!r} is not as its events say" for name in sorted(differing)]
 
 
 def schema_now(connection: Connection) -> list[Row]:
@@ -1658,13 +1747,16 @@ class MalformedJson(LedgerError, status=400): ...
 class IdempotencyKeyMissing(LedgerError, status=400): ...
 class IdempotencyKeyInvalid(LedgerError, status=400): ...
 class InvalidCursor(LedgerError, status=400): ...
+class MalformedRequest(LedgerError, status=400): ...
 class NotFound(LedgerError, status=404): ...
 class TransactionNotFound(LedgerError, status=404): ...
 class PaymentNotFound(LedgerError, status=404): ...
 class MethodNotAllowed(LedgerError, status=405): ...
 class BodyTooLarge(LedgerError, status=413): ...
+class UriTooLong(LedgerError, status=414): ...
 class UnsupportedMediaType(LedgerError, status=415): ...
 class InvalidRequest(LedgerError, status=422): ...
+class HeadersTooLarge(LedgerError, status=431): ...
 class InternalError(LedgerError, status=500): ...
 # fmt: on
 
@@ -1686,6 +1778,7 @@ class Callers:
         self._database = database
         self._admin_hash = settings.admin_key and key_hash(settings.admin_key.encode())
         self._jwt_secret = os.fsencode(settings.jwt_secret or "")
+        self._unknown: dict[str, float] = {}
         with database.read() as connection:
             self._load(connection)
 
@@ -1703,9 +1796,12 @@ class Callers:
             return LOCAL
         credential = request.credential()
         prefix = credential[:KEY_PREFIX_LENGTH].decode("latin-1")
-        if prefix.startswith(KEY_PREFIX) and prefix not in self._keys:
-            # It may have been made a moment ago.
+        now = time.monotonic()
+        is_unknown = prefix not in self._keys and prefix not in self._unknown
+        if is_unknown and prefix.startswith(KEY_PREFIX):
+            # It may have been made a moment ago; but that is asked once a second.
             await self._database.run_read(self._load)
+            self._unknown[prefix] = now
         row = self._keys.get(prefix)
         # For the line in the log: of a key that is refused too, but of no unknown text.
         request.key_prefix = row["prefix"] if row else None
@@ -1721,6 +1817,7 @@ class Callers:
         # Revoked ones too, which keep open mode closed.
         rows = connection.rows("SELECT * FROM api_key")
         self._keys = {row["prefix"]: row for row in rows}
+        self._unknown = {one: asked for one, asked in self._unknown.items() if asked > now - 1}
         self._loaded_at = now
 
     def _of_token(self, token: bytes) -> Caller:
@@ -1769,15 +1866,17 @@ def require_local(request: "Request") -> None:
     if any(name.startswith(PROXY_HEADERS) for name in request.headers):
         raise Forbidden("In open mode no proxy may stand in front of the ledger")
     peer = (request.scope.get("client") or [""])[0]
-    # A test client's peer cannot come over a network.
-    if not is_loopback(peer) and peer != "testclient":
+    host = request.headers.get(b"host", b"")
+    # A test client's peer cannot come over a network, and its Host is no name there.
+    is_test = (peer, host) == ("testclient", b"testserver")
+    if not (is_test or is_loopback(peer)):
         raise Forbidden("In open mode only callers on this machine are served")
-    if not is_local_host(request.headers.get(b"host", b"")):
+    if not (is_test or is_local_host(host)):
         raise Forbidden("In open mode the Host must be this machine's own name")
-    origin = request.headers.get(b"origin", b"://localhost").partition(b"://")[2]
+    own = request.scope["scheme"].encode() + b"://" + host
     is_foreign = request.headers.get(b"sec-fetch-site") == b"cross-site"
-    if is_foreign or not is_local_host(origin):
-        raise Forbidden("In open mode no page of another site is served")
+    if is_foreign or request.headers.get(b"origin", own) != own:
+        raise Forbidden("In open mode no page of another origin is served")
 
 
 @lru_cache(maxsize=1_000)
@@ -1794,7 +1893,7 @@ def is_loopback(address: str) -> bool:
 def is_local_host(host: bytes) -> bool:
     """Tell whether a Host header names this machine, as a page of another site cannot make it."""
     name = re.sub(":[0-9]*$", "", host.decode("latin-1").lower())
-    return name in ("localhost", "testserver") or is_loopback(name.strip("[]"))
+    return name == "localhost" or is_loopback(name.strip("[]"))
 
 
 # ----- Requests
@@ -1826,6 +1925,7 @@ class Request:
         self.allowed: list[str] = []
         self.caller: str | None = None
         self.key_prefix: str | None = None
+        self.end_turn: Callable[[], None] | None = None
 
     def credential(self) -> bytes:
         """Return the one key or token that is brought, or raise Unauthorized."""
@@ -1941,7 +2041,9 @@ def refuse_text(pattern: str, what: str) -> Callable[[Any], Any]:
     return check
 
 
-NO_CONTROLS = refuse_text(r"[\x00-\x1f\x7f-\x9f]", "Text should hold no control characters")
+# Bidirectional controls, too, which let a name look like another one.
+CONTROLS = r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+NO_CONTROLS = refuse_text(CONTROLS, "Text should hold no control characters")
 NOT_BLANK = refuse_text(r"^\s*$", "Text should not be blank")
 # Python takes more for an integer than anybody writes as one.
 PLAIN_DIGITS = refuse_text("^(?!-?[0-9]{1,40}$)", "Input should be a valid integer")
@@ -2087,10 +2189,10 @@ class Route(APIRoute):
         elif self.key_is_required:
             raise IdempotencyKeyMissing("The header Idempotency-Key is required here")
         arguments = self.parse(request, self.document_of(request, body), intent)
-        if intent.effective_at is not None:
+        if intent.effective_at is not None and caller.role in SERVICES:
             await app.ledger.credit_due("CALLER", intent.effective_at, caller.name)
         if self.reads:
-            return await app.ledger.database.run_read(self.run, arguments, long=self.long)
+            return await self.read(app, request, arguments)
         command = Command(
             caller=caller.name,
             arguments=arguments.model_dump_json(),
@@ -2100,6 +2202,16 @@ class Route(APIRoute):
             effective_at=intent.effective_at,
         )
         return await app.ledger.submit(command)
+
+    async def read(self, app: "App", request: Request, arguments: BaseModel) -> Answer:
+        """Run a read; a long one waits for its turn, which ends when its answer was sent."""
+        with suppress(LongRead):
+            if not self.long:
+                return await app.ledger.database.run_read(self.run, arguments)
+        turn = app.long_reads[asyncio.get_running_loop()]
+        await turn.acquire()
+        request.end_turn = turn.release
+        return await app.ledger.database.run_read(self.run, arguments, long=True)
 
     async def admit(self, app: "App", request: Request) -> Caller:
         """Return the caller, or raise Unauthorized or Forbidden."""
@@ -2170,27 +2282,27 @@ class Page(BaseModel, Generic[T]):
     next_cursor: str | None
 
 
-def place_of(cursor: str | None, scope: Sequence[Any], *, start: str, form: str) -> str:
-    """Return the place that a cursor of this list points to, or `start` where there is none."""
+def read_cursor(cursor: str | None, scope: Sequence[Any], *, start: str, form: str) -> str:
+    """Return the position that a cursor of this list points to, or `start` where there is none."""
     if cursor is None:
         return start
-    place = cursor.rpartition(".")[0]
-    if cursor != cursor_to(place, scope) or not re.fullmatch(form, place):
+    position = cursor.rpartition(".")[0]
+    if cursor != make_cursor(position, scope) or not re.fullmatch(form, position):
         raise InvalidCursor("Invalid cursor")
-    return place
+    return position
 
 
-def page_of(rows: list[Row], limit: int, scope: Sequence[Any], place: str) -> Row:
-    """Return `limit` rows, and a cursor to their last one's place if there are more."""
+def make_cursor(position: str, scope: Sequence[Any]) -> str:
+    """Return a position with a checksum over list, filters and position: it keeps mistakes out."""
+    checked = json.dumps([*scope, position])
+    return f"{position}.{hashlib.sha256(checked.encode()).hexdigest()[:16]}"
+
+
+def page_of(rows: list[Row], limit: int, scope: Sequence[Any], position: str) -> Row:
+    """Return `limit` rows, and a cursor to their last one's position if there are more."""
     items, more = rows[:limit], len(rows) > limit
-    cursor = cursor_to(place.format(**items[-1]), scope) if more else None
+    cursor = make_cursor(position.format(**items[-1]), scope) if more else None
     return {"items": items, "next_cursor": cursor}
-
-
-def cursor_to(place: str, scope: Sequence[Any]) -> str:
-    """Return a place with a checksum over list, filters and place: no secret, but no mistake."""
-    checked = json.dumps([*scope, place])
-    return f"{place}.{hashlib.sha256(checked.encode()).hexdigest()[:16]}"
 
 
 # ----- The API
@@ -2287,7 +2399,7 @@ def get_accounts(
     query += " AND owner_name = :owner_name" if owner_name is not None else ""
     query += " AND name = :name" if name is not None else ""
     scope = ("accounts", owner_name, name)
-    after = place_of(cursor, scope, start="", form=UUID_PATTERN)
+    after = read_cursor(cursor, scope, start="", form=UUID_PATTERN)
     among = {"owner_name": owner_name, "name": name, "after": after, "limit": limit + 1}
     rows = connection.rows(f"{query} ORDER BY id LIMIT :limit", **among)
     return Page[AccountPublic].model_validate(page_of(rows, limit, scope, "{id}"))
@@ -2345,7 +2457,7 @@ def get_statement(
 ) -> Page[EntryPublic]:
     """List an account's entries, newest first."""
     scope = ("statement", account_id)
-    before = int(place_of(cursor, scope, start=str(BALANCE_MAX), form="[0-9]{1,18}"))
+    before = int(read_cursor(cursor, scope, start=str(BALANCE_MAX), form="[0-9]{1,18}"))
     find_account(connection, account_id)
     earlier = f"{ENTRIES} WHERE entry.account_id = :id AND seq < :before ORDER BY seq DESC"
     among = {"id": account_id, "before": before, "limit": limit + 1}
@@ -2429,6 +2541,14 @@ AUDIT_OF_ACCOUNT = (
 )
 
 
+def parse_details(arguments: str) -> Any:
+    """Return an event's arguments, or say that they are no JSON, which nothing here has written."""
+    with suppress(ValueError):
+        if isinstance(details := json.loads(arguments), dict):
+            return details
+    return {"damaged": arguments}
+
+
 class AuditEventPublic(BaseModel):
     """Who did what and when; `details` are the arguments, as they were asked."""
 
@@ -2438,7 +2558,7 @@ class AuditEventPublic(BaseModel):
     action: str
     account_id: str | None
     transaction_id: str | None
-    details: Annotated[Row, BeforeValidator(json.loads)]
+    details: Annotated[Row, BeforeValidator(parse_details)]
 
 
 @api.get("/audit", roles=AUDITORS)
@@ -2449,9 +2569,9 @@ def get_audit(
     account_id: AccountId | None = None,
 ) -> Page[AuditEventPublic]:
     """List what was done, newest first; of one account, all that touched it."""
-    # A place is an event, and the last of the account's entries that was listed before it.
-    form, start, scope = "[0-9]{1,19}_[0-9a-g-]{1,36}", f"{BALANCE_MAX}_g", ("audit", account_id)
-    seq, event_id = place_of(cursor, scope, start=start, form=form).split("_")
+    # A position is an event, and the last of the account's entries that was listed before it.
+    form, start, scope = "[0-9]{1,18}_[0-9a-g-]{1,36}", f"{10**18 - 1}_g", ("audit", account_id)
+    seq, event_id = read_cursor(cursor, scope, start=start, form=form).split("_")
     among = {"account_id": account_id, "seq": int(seq), "id": event_id, "limit": limit + 1}
     queries = AUDIT_OF_ACCOUNT if account_id else (AUDIT_OF_ALL,)
     rows = [row for query in queries for row in connection.rows(query, **among)]
@@ -2670,12 +2790,13 @@ class BankOperations(BaseModel):
     transactions: list[BankOperation]
 
 
-@bank.get("/accounts/{name:path}/transactions", roles=READERS, long=True)
+@bank.get("/accounts/{name:path}/transactions", roles=READERS)
 def get_bank_transactions(
     connection: Connection, name: str, timestamp: BankTimeInQuery
 ) -> BankOperations:
     """List everything that happened to an account, and the cashbacks that are to come."""
-    account_id = find_account(connection, BANK_ACCOUNT.format(name))["id"]
+    account = find_account(connection, BANK_ACCOUNT.format(name))
+    connection.require_short(account["last_seq"])
     movements = connection.rows(
         """SELECT seq, kind, type, entry.amount AS moved, COALESCE(effective_at, ts) / 1000 AS at,
         number, cashback.amount, due_at, status
@@ -2684,7 +2805,7 @@ def get_bank_transactions(
         WHERE entry.account_id = :id AND kind <> 'CASHBACK'
         UNION ALL SELECT 0, kind, '', 0, COALESCE(effective_at, ts) / 1000, NULL, NULL, NULL, NULL
         FROM event WHERE account_id = :id AND kind >= 'a' AND kind = 'open_account'""",
-        id=account_id,
+        id=account["id"],
     )
     lines = [line for row in movements for line in bank_operations(row, timestamp)]
     lines.sort(key=attrgetter("timestamp", "transaction_id"))
@@ -2958,6 +3079,8 @@ def post_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMov
 # In the order in which a request tries their routes: the heaviest traffic comes first.
 DIALECTS = (api, wallets, bank, atm)
 CASHBACK_POLL_SECONDS = 1.0
+HEAD_BYTES_MAX, PART_BYTES = 65_536, 262_144
+REQUEST_SECONDS_MAX = SENDING_SECONDS_MAX = 60
 
 
 @dataclass(frozen=True)
@@ -2976,8 +3099,8 @@ class Settings:
         url = url or environment.get("DATABASE_URL") or cls.database_url
         names = ("PRELOAD_ACCOUNTS", "LEDGER_ADMIN_KEY", "LEDGER_JWT_SECRET")
         settings = cls(url, *(environment.get(name) or None for name in names))
-        if not re.fullmatch("[!-~]*", settings.admin_key or ""):
-            raise StartupError("LEDGER_ADMIN_KEY must be visible ASCII characters, without blanks")
+        if not re.fullmatch("|[!-~]{16,}", settings.admin_key or ""):
+            raise StartupError("LEDGER_ADMIN_KEY must be 16 visible ASCII characters or more")
         try:
             if settings.jwt_secret:
                 JWT.encode({}, os.fsencode(settings.jwt_secret), JWT_ALGORITHM)
@@ -2993,6 +3116,8 @@ class App(FastAPI):
         about = "A double-entry ledger: durable, idempotent, never negative, always balanced."
         super().__init__(title="ledger.py", description=about, openapi_url=None, lifespan=lifespan)
         self.ledger, self.callers, self.log = ledger, callers, Log()
+        turns = partial(asyncio.Semaphore, LONG_READERS_MAX)
+        self.long_reads: defaultdict[Loop, asyncio.Semaphore] = defaultdict(turns)
         self.router.routes[:] = [r for dialect in (*dialects, pages) for r in dialect.routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -3007,8 +3132,13 @@ class App(FastAPI):
             status, body = answer.status, answer.body.encode()
             headers = self.headers(request, answer, len(body))
             await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
+            if len(body) > PART_BYTES:
+                await send_parts(send, body)
+            else:
+                await send({"type": "http.response.body", "body": body})
         finally:
+            if request.end_turn:
+                request.end_turn()
             self.log.add(request, status, time.perf_counter() - began)
 
     async def answer(self, request: Request) -> Answer:
@@ -3026,7 +3156,8 @@ class App(FastAPI):
         method, path = request.scope["method"], request.scope["path"]
         for route in self.router.routes:
             if isinstance(route, Route) and (match := route.path_regex.fullmatch(path)):
-                if route.method == method:
+                # HEAD is GET whose body the server leaves out.
+                if route.method == method or (route.method, method) == ("GET", "HEAD"):
                     request.route, request.path_parameters = route, match.groupdict()
                     return route
                 request.allowed.append(route.method)
@@ -3052,13 +3183,100 @@ class App(FastAPI):
         if answer.status == 401:
             headers.append((b"www-authenticate", b'Bearer realm="ledger"'))
         if answer.status == 405:
-            headers.append((b"allow", ", ".join(sorted(request.allowed)).encode()))
+            allowed = {*request.allowed, *(["HEAD"] if "GET" in request.allowed else [])}
+            headers.append((b"allow", ", ".join(sorted(allowed)).encode()))
         if answer.status == 503:
             headers.append((b"retry-after", b"1"))
         if b"upgrade" in request.headers:
             # The HTTP parser takes the body of such a request for the next one.
             headers.append((b"connection", b"close"))
         return headers
+
+
+async def send_parts(send: Send, body: bytes) -> None:
+    """Send a long answer as fast as the caller reads it, who is left if that takes too long."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(SENDING_SECONDS_MAX):
+            for start in range(0, len(body), PART_BYTES):
+                part = body[start : start + PART_BYTES]
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+
+class Protocol(HttpToolsProtocol):
+    """HTTP/1.1 with bounds: on the size of a request's head, and on the time a request takes.
+
+    Trailers count as no headers, and who ends his half of the connection still gets his answer.
+    """
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.head_bytes = 0
+        self.deadline = self.loop.call_later(REQUEST_SECONDS_MAX, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.deadline.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        # What has come since the last progress; the callbacks below set it back.
+        self.head_bytes += len(data)
+        super().data_received(data)
+        if self.head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+            self.send_400_response("")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.cycle is None or self.cycle.scope is not self.scope:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self.head_bytes > HEAD_BYTES_MAX:
+            # Much of it may be the body, in the same packet.
+            self.head_bytes = len(self.url) + sum(len(n) + len(v) for n, v in self.headers)
+            if self.head_bytes > HEAD_BYTES_MAX:
+                raise ValueError
+        self.head_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self.head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.head_bytes = 0
+        super().on_message_complete()
+        self.set_deadline()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.set_deadline()
+
+    def set_deadline(self) -> None:
+        """Wait for a request, or for the rest of one, for so long."""
+        self.deadline.cancel()
+        if self.cycle.response_complete or self.cycle.more_body:
+            self.deadline = self.loop.call_later(REQUEST_SECONDS_MAX, self.transport.abort)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        is_answered = self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+        if not is_answered:
+            self.cycle.keep_alive = False
+        return not is_answered
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no request, or one with too large a head, and close the connection."""
+        refusal: LedgerError = MalformedRequest("This is not HTTP/1.1")
+        if self.head_bytes > HEAD_BYTES_MAX:
+            is_url = len(self.url) > HEAD_BYTES_MAX // 2
+            refusal = (UriTooLong if is_url else HeadersTooLarge)(
+                f"The URL and the headers may have at most {HEAD_BYTES_MAX} bytes together"
+            )
+        answer = refusal.to_answer()
+        head = f"content-type: application/problem+json\r\ncontent-length: {len(answer.body)}\r\n"
+        if self.cycle is None or self.cycle.response_complete:
+            text = f"{head}connection: close\r\n\r\n{answer.body}"
+            self.transport.write(STATUS_LINE[answer.status] + text.encode())
+        self.transport.close()
 
 
 pages = Dialect("pages")
@@ -3147,8 +3365,8 @@ def __getattr__(name: str) -> App:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         app = globals()["app"] = create_app(Settings.read(os.environ))
-    except StartupError as refusal:
-        raise SystemExit(f"ledger: {refusal}") from None
+    except (StartupError, LedgerError) as refusal:
+        raise SystemExit(f"ledger: {one_line(refusal)}") from None
     return app
 
 
@@ -3171,6 +3389,7 @@ class Log(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: deque[Row] = deque(maxlen=LOG_LINES_MAX)
+        self.taken = self.written = 0
 
     def add(self, request: Request, status: int, seconds: float) -> None:
         """Take a request; the route's template stands for its path, because paths hold names."""
@@ -3184,13 +3403,18 @@ class Log(logging.Handler):
             "key": request.key_prefix,
             "request_id": request.id,
         }
+        self.take(line)
+
+    def take(self, line: Row) -> None:
+        """Keep a line until it is written, unless too many others come before that."""
         self.lines.append(line)
+        self.taken += 1
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take what the program says besides."""
         # The formatter adds the traceback, if there is one; text that is no UTF-8 is escaped.
         message = self.format(record).encode(errors="backslashreplace").decode()
-        self.lines.append({"ts": record.created, "level": record.levelname, "message": message})
+        self.take({"ts": record.created, "level": record.levelname, "message": message})
 
     @contextmanager
     def written_to(self, stream: TextIO) -> Iterator[None]:
@@ -3213,7 +3437,13 @@ class Log(logging.Handler):
         ended = False
         while not ended:
             ended = ending.wait(LOG_SECONDS_MAX)
+            taken = self.taken
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
+            lost = max(0, taken - self.written - len(lines))
+            self.written += len(lines) + lost
+            if lost:
+                message = f"{lost} lines were lost, because nobody read them"
+                lines.append({"ts": time.time(), "level": "WARNING", "message": message})
             for line in lines:
                 line["ts"] = datetime.fromtimestamp(line["ts"], UTC)
             with suppress(OSError):
@@ -3247,9 +3477,10 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        # Longer than most clients keep an idle connection: the side that closes it first should
+        # Nor less than most clients keep an idle connection: the side that closes it first should
         # be the client, because a request that meets a closing connection gets no answer.
-        timeout_keep_alive=75,
+        timeout_keep_alive=REQUEST_SECONDS_MAX,
+        http=Protocol,
         timeout_graceful_shutdown=8,
     )
     with suppress(KeyboardInterrupt):
@@ -3304,9 +3535,12 @@ def run_backup(settings: Settings, options: argparse.Namespace) -> None:
         # Under another name until it is whole.
         partial_file = options.file.with_name(f"{options.file.name}.{os.getpid()}")
         os.close(os.open(partial_file, os.O_CREAT | os.O_EXCL, 0o600))
-        with closing(sqlite3.connect(database.path)) as driver:
-            driver.execute("VACUUM INTO ?", [str(partial_file)])
-        partial_file.rename(options.file)
+        try:
+            with closing(sqlite3.connect(database.path)) as driver:
+                driver.execute("VACUUM INTO ?", [str(partial_file)])
+            partial_file.rename(options.file)
+        finally:
+            partial_file.unlink(missing_ok=True)
     print(f"copied {database.name} to {options.file}")
 
 
@@ -3351,12 +3585,12 @@ def copy_all(source: Database, target: Database) -> dict[str, int]:
 def portions(connection: Connection, table: str) -> Iterator[list[Row]]:
     """Return all rows of a table in the order of its key, some at a time."""
     keys = [column.name for column in TABLES[table].primary_key]
-    order, behind = ", ".join(keys), ", ".join(f":{key}" for key in keys)
-    query, place = f"SELECT * FROM {table}", Row()  # noqa: S608
-    while rows := connection.rows(f"{query} ORDER BY {order} LIMIT {PORTION_ROWS}", **place):
+    order, after = ", ".join(keys), ", ".join(f":{key}" for key in keys)
+    query, position = f"SELECT * FROM {table}", Row()  # noqa: S608
+    while rows := connection.rows(f"{query} ORDER BY {order} LIMIT {PORTION_ROWS}", **position):
         yield rows
-        query = f"SELECT * FROM {table} WHERE ({order}) > ({behind})"  # noqa: S608
-        place = {key: rows[-1][key] for key in keys}
+        query = f"SELECT * FROM {table} WHERE ({order}) > ({after})"  # noqa: S608
+        position = {key: rows[-1][key] for key in keys}
 
 
 def run_seed(settings: Settings, options: argparse.Namespace) -> None:
@@ -3443,7 +3677,7 @@ def main(arguments: Sequence[str]) -> int:
         options = parse_options(arguments)
         settings = Settings.read(os.environ, database_url=options.database_url)
         return options.run(settings, options) or 0
-    except (StartupError, LedgerError, *DRIVER_ERRORS) as refusal:
+    except (StartupError, LedgerError, OSError, *DRIVER_ERRORS) as refusal:
         print(f"ledger: {one_line(refusal)}", file=sys.stderr)
         return 1
 
