@@ -742,7 +742,7 @@ def move_credits(book: Book, reference: str, *, amount: int, kind: str) -> str:
 # committed together, and only then is anybody answered. Idempotency lives here.
 
 COMMITS_MAX = 4
-GATHERING_TURNS_MAX = 8
+GATHERING_TURNS_MAX = 32
 DONE = Answer(200, "")
 NEWEST: tuple[str, Row] = ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {})
 Loop = asyncio.AbstractEventLoop
@@ -925,8 +925,7 @@ READERS_MAX, LONG_READERS_MAX = 4, 3
 SHORT_ROWS_MAX = 500
 BUSY_SECONDS_MAX, BUSY_RETRY_SECONDS = 5.0, 0.001
 ANSWER_SECONDS_MAX, CLOSING_SECONDS_MAX = 10.0, 2.0
-# The driver's errors, which leave this section as errors of the ledger.
-DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)
+DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)  # They leave here as errors of the ledger.
 
 
 class LongRead(Exception):
@@ -1002,14 +1001,15 @@ class Connection:
 
     def insert(self, table: str, rows: list[Row]) -> None:
         """Insert rows that all have the same columns."""
-        columns = ", ".join(rows[0])
-        values = ", ".join(f":{column}" for column in rows[0])
-        self.driver.executemany(f"INSERT INTO {table} ({columns}) VALUES ({values})", rows)  # noqa: S608
+        into, marks = f"{table} ({', '.join(rows[0])})", ", ".join("?" * len(rows[0]))
+        values = map(itemgetter(*rows[0]), rows)
+        self.driver.executemany(f"INSERT INTO {into} VALUES ({marks})", values)  # noqa: S608
 
     def update(self, table: str, columns: Sequence[str], rows: list[Row]) -> None:
         """Update some columns of the rows with these primary keys."""
-        changes, key = ", ".join(f"{name} = :{name}" for name in columns), PRIMARY_KEYS[table]
-        self.driver.executemany(f"UPDATE {table} SET {changes} WHERE {key} = :{key}", rows)  # noqa: S608
+        changes, key = ", ".join(f"{name} = ?" for name in columns), PRIMARY_KEYS[table]
+        values = map(itemgetter(*columns, key), rows)
+        self.driver.executemany(f"UPDATE {table} SET {changes} WHERE {key} = ?", values)  # noqa: S608
 
     def pipeline(self) -> Any:
         """Wait in a block only for the results that it looks at: each wait is a thread's switch."""
