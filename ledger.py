@@ -1116,6 +1116,9 @@ class Database:
     def after_commit(self) -> None:
         """Do what is to be done now and then."""
 
+    def settle(self) -> None:
+        """See to it that the database's own file has all that was committed."""
+
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """Open one consistent view of what is committed."""
@@ -1337,6 +1340,12 @@ class SqliteDatabase(Database):
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
         elif not self._checkpoint and driver.total_changes - self._rows_moved > CHECKPOINT_ROWS:
             self._checkpoint = self.writer.submit(self._move_pages)
+
+    def settle(self) -> None:
+        """Move all pages, so that who loses the log has the keys, and no ledger in open mode."""
+        [row] = self._writing[0].rows("PRAGMA wal_checkpoint(FULL)")
+        if row["busy"]:
+            raise DatabaseBusy
 
     def _move_pages(self) -> None:
         with closing(sqlite3.connect(self.path)) as driver:
@@ -1698,7 +1707,7 @@ def check_keys(connection: Connection) -> tuple[int, list[str]]:
 
 def schema_now(connection: Connection) -> list[Row]:
     """Return the names and descriptions of what there is, as the database tells them."""
-    sqlite = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"
+    sqlite = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
     query = sqlite if connection.engine == "sqlite" else POSTGRES_SCHEMA
     return connection.rows(query)
 
@@ -3136,6 +3145,8 @@ class App(FastAPI):
                 await send_parts(send, body)
             else:
                 await send({"type": "http.response.body", "body": body})
+        except asyncio.CancelledError:
+            log.warning("request %s was given up, because the server ends", request.id)
         finally:
             if request.end_turn:
                 request.end_turn()
@@ -3213,6 +3224,9 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.head_bytes = 0
         self.deadline = self.loop.call_later(REQUEST_SECONDS_MAX, transport.abort)
+        if transport.get_extra_info("socket").fileno() > open_files_max() - 8:
+            # What comes next is closed without a word: the system has no number left for it.
+            log.warning("%d connections: hardly more files can be opened", len(self.connections))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.deadline.cancel()
@@ -3273,10 +3287,20 @@ class Protocol(HttpToolsProtocol):
             )
         answer = refusal.to_answer()
         head = f"content-type: application/problem+json\r\ncontent-length: {len(answer.body)}\r\n"
-        if self.cycle is None or self.cycle.response_complete:
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             text = f"{head}connection: close\r\n\r\n{answer.body}"
             self.transport.write(STATUS_LINE[answer.status] + text.encode())
         self.transport.close()
+
+
+@lru_cache
+def open_files_max() -> int:
+    """Return how many files and connections this process may have open."""
+    if sys.platform == "win32":
+        return sys.maxsize
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 pages = Dialect("pages")
@@ -3578,7 +3602,9 @@ def copy_all(source: Database, target: Database) -> dict[str, int]:
         wrong = [found for _, _, all_found in check(new) for found in all_found]
         if wrong:
             raise StartupError(f"nothing was copied: {wrong[0]}")
-        new.execute("ANALYZE")
+        if new.engine == "postgresql":
+            # Without statistics it would read whole tables, until its own program comes round.
+            new.execute("ANALYZE")
     return counts
 
 
@@ -3609,6 +3635,7 @@ def run_key_add(settings: Settings, options: argparse.Namespace) -> None:
     shown = {"name": options.name, "role": options.role, "prefix": prefix}
     with opened(settings, make=True) as database:
         administer(database, shown, partial(add_key, hash=key_hash(key.encode()), **shown))
+        retry_while_busy(database.settle)
     print(key)
     print(f"key {options.name!r} is in {database.name}, and shown this once", file=sys.stderr)
 
