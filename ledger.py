@@ -170,7 +170,10 @@ class LedgerError(Exception):
 class SameAccount(LedgerError, status=400): ...
 class AccountNotFound(LedgerError, status=404): ...
 class AssetNotFound(LedgerError, status=404): ...
+class TransactionNotFound(LedgerError, status=404): ...
+class HoldNotFound(LedgerError, status=404): ...
 class AccountExists(LedgerError, status=409): ...
+class ExternalIdExists(LedgerError, status=409): ...
 class InsufficientFunds(LedgerError, status=409): ...
 class AccountFrozen(LedgerError, status=409): ...
 class AccountClosed(LedgerError, status=409): ...
@@ -180,12 +183,19 @@ class AssetMismatch(LedgerError, status=409): ...
 class AssetClosedLoop(LedgerError, status=409): ...
 class BalanceLimit(LedgerError, status=409): ...
 class CashbackPending(LedgerError, status=409): ...
+class CashbackCredited(LedgerError, status=409): ...
+class AlreadyReversed(LedgerError, status=409): ...
+class NotReversible(LedgerError, status=409): ...
+class HoldsPending(LedgerError, status=409): ...
+class HoldCaptured(LedgerError, status=409): ...
+class HoldVoided(LedgerError, status=409): ...
+class HoldExpired(LedgerError, status=409): ...
+class AmountExceedsHold(LedgerError, status=409): ...
+class BulkFailed(LedgerError, status=409): ...
 class IdempotencyKeyReused(LedgerError, status=409): ...
+class Unbalanced(LedgerError, status=422): ...
+class AccountRepeated(LedgerError, status=422): ...
 # fmt: on
-
-
-class Unbalanced(Exception):
-    """The legs of an operation do not sum to zero: a defect of the program, not of a request."""
 
 
 # ----- Tables
@@ -200,16 +210,31 @@ def utc_text(microseconds: int) -> str:
     return moment.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
-TIME_SCHEMA = pydantic.WithJsonSchema({"type": "string", "format": "date-time"})
+DATE_TIME = {"type": "string", "format": "date-time"}
+TIME_SCHEMA = pydantic.WithJsonSchema(DATE_TIME)
 Timestamp = Annotated[int, pydantic.PlainSerializer(utc_text, return_type=str), TIME_SCHEMA]
 STRICT = {"sqlite_strict": True}
 NO_ROWID = STRICT | {"sqlite_with_rowid": False}
 NO_ENTRIES = "kind >= 'a'"  # Capitals, which transactions have, come before.
+PENDING = "status = 'PENDING'"
 
 
-def partial_index(name: str, *columns: str, where: str) -> sa.Index:
+Notes = Annotated[
+    str | None, pydantic.PlainSerializer(lambda notes: json.loads(notes or "{}"), dict[str, str])
+]
+"""The caller's own metadata as JSON, which callers see as an object."""
+
+
+def partial_index(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
     """Declare an index of the rows that a condition holds for."""
-    return sa.Index(name, *columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+    given = sa.text(where)
+    return sa.Index(name, *columns, unique=unique, sqlite_where=given, postgresql_where=given)
+
+
+def unique_where_given(table: str, column: str) -> sa.Index:
+    """Declare a column unique among the rows that have it; the others cost nothing."""
+    name, where = f"{table}_{column}_unique", f"{column} IS NOT NULL"
+    return partial_index(name, column, where=where, unique=True)
 
 
 class Public(SQLModel):
@@ -232,7 +257,10 @@ class Asset(SQLModel, table=True):
 
 
 class AccountPublic(Public):
-    """An account and its balance in minor units; `name` is a dialect's own name for it."""
+    """An account and its balance in minor units; `name` is a dialect's own name for it.
+
+    What is `held` is promised to somebody, and the rest of the balance is `available`.
+    """
 
     id: str = Field(primary_key=True)
     name: str | None = None
@@ -240,7 +268,14 @@ class AccountPublic(Public):
     asset: str = Field(foreign_key="asset.code")
     status: str = "ACTIVE"
     balance: int = 0
+    held: int = 0
+    external_id: str | None = None
+    notes: Notes = Field(default=None, serialization_alias="metadata")
     created_at: Timestamp
+
+    @pydantic.computed_field
+    def available(self) -> int:
+        return self.balance - self.held
 
 
 class Account(AccountPublic):
@@ -257,9 +292,10 @@ class AccountTable(Account, table=True):
     __table_args__ = (
         sa.UniqueConstraint("name", "asset"),
         sa.Index("account_owner", "owner_name", "id"),
+        unique_where_given("account", "external_id"),
         sa.CheckConstraint("kind IN ('CUSTOMER', 'SYSTEM')"),
         sa.CheckConstraint("status IN ('ACTIVE', 'FROZEN', 'CLOSED')"),
-        sa.CheckConstraint("balance >= 0 OR kind = 'SYSTEM'"),
+        sa.CheckConstraint("held >= 0 AND (held <= balance OR kind = 'SYSTEM')"),
         sa.CheckConstraint("balance = 0 OR status <> 'CLOSED'"),
         sa.CheckConstraint("last_seq > 0 OR (last_seq = 0 AND balance = 0)"),
         STRICT,
@@ -273,13 +309,22 @@ class TransactionBase(Public):
     kind: str
     memo: str | None = None
     ts: Timestamp
+    external_id: str | None = None
+    notes: Notes = Field(default=None, serialization_alias="metadata")
+    reverses: str | None = Field(default=None, foreign_key="event.id")
 
 
 class Event(TransactionBase, table=True):
     """Who asked for what, and when; one with entries is a transaction, and its kind in capitals."""
 
     # An account's transactions are found by its entries: to index them too costs each a page.
-    __table_args__ = (partial_index("event_other", "account_id", "id", where=NO_ENTRIES), NO_ROWID)
+    __table_args__ = (
+        partial_index("event_other", "account_id", "id", where=NO_ENTRIES),
+        unique_where_given("event", "external_id"),
+        unique_where_given("event", "reverses"),
+        sa.CheckConstraint("(kind = 'REVERSAL') = (reverses IS NOT NULL)"),
+        NO_ROWID,
+    )
 
     effective_at: int | None = None
     caller: str
@@ -311,6 +356,49 @@ class Entry(EntryBase, table=True):
     seq: int = Field(primary_key=True)
 
 
+class HoldPublic(Public):
+    """Money that is promised and not moved yet, until it is captured, voided or expired."""
+
+    id: str = Field(primary_key=True)
+    status: str = "PENDING"
+    account_id: str = Field(foreign_key="account.id")
+    dest_account_id: str = Field(foreign_key="account.id")
+    asset: str
+    amount: int
+    captured_amount: int = 0
+    transaction_id: str | None = Field(default=None, foreign_key="event.id")
+    memo: str | None = None
+    external_id: str | None = None
+    notes: Notes = Field(default=None, serialization_alias="metadata")
+    created_at: Timestamp
+    expires_at: Timestamp
+
+
+class Hold(HoldPublic, table=True):
+    """Every hold; one that has expired is PENDING here until somebody needs its money."""
+
+    __table_args__ = (
+        sa.Index("hold_from", "account_id", "id"),
+        sa.Index("hold_to", "dest_account_id", "id"),
+        partial_index("hold_pending", "account_id", "expires_at", where=PENDING),
+        unique_where_given("hold", "external_id"),
+        sa.CheckConstraint("status IN ('PENDING', 'CAPTURED', 'VOIDED', 'EXPIRED')"),
+        sa.CheckConstraint("amount >= 1 AND captured_amount BETWEEN 0 AND amount"),
+        sa.CheckConstraint("(status = 'CAPTURED') = (transaction_id IS NOT NULL)"),
+        NO_ROWID,
+    )
+
+
+class Note(SQLModel, table=True):
+    """One member of somebody's metadata, by which an account or a transaction is found."""
+
+    __table_args__ = (NO_ROWID,)
+
+    name: str = Field(primary_key=True)
+    value: str = Field(primary_key=True)
+    owner_id: str = Field(primary_key=True, index=True)
+
+
 # ----- Posting
 # The only code that moves money. It knows accounts, legs and rows, and no URL.
 
@@ -338,20 +426,22 @@ class Book:
         self.updates: dict[str, dict[int, Row]] = defaultdict(dict)
         self._undo: list[Callable[[], Any]] = []
 
-    def post(self, kind: str, legs: Sequence[Leg], memo: str | None = None, **event: Any) -> str:
+    def post(self, kind: str, legs: Sequence[Leg], **event: Any) -> str:
         """Turn legs into entries, move the balances, and return the transaction's id.
 
-        Amounts are minor units; `event` are further columns of the transaction. Raises
-        AssetMismatch, AccountFrozen, AccountClosed, InsufficientFunds or BalanceLimit.
+        Amounts are minor units; `event` are further columns of the transaction, as its memo. Raises
+        Unbalanced, AssetMismatch, AccountFrozen, AccountClosed, InsufficientFunds, BalanceLimit or
+        ExternalIdExists.
         """
         require_balanced(legs)
         for leg in legs:
             require_active(leg.account)
         for leg in legs:
             require_funds(leg)
+        self.require_new("event", event.get("external_id"))
         # Every check stands above this line; below it nothing may fail.
         customer = next(leg.account for leg in legs if leg.account.kind == "CUSTOMER")
-        transaction_id = self.record(kind, customer, memo=memo, **event)
+        transaction_id = self.record(kind, customer, **event)
         for account, amount in legs:
             seq, balance = account.last_seq + 1, account.balance + amount
             self.change("account", vars(account), last_seq=seq, balance=balance)
@@ -378,10 +468,25 @@ class Book:
             "caller": self.command.caller,
             "account_id": account and account.id,
             "arguments": self.command.arguments,
+            "external_id": None,
+            "notes": None,
+            "reverses": None,
             **event,
         }
         self.insert("event", row)
+        self.index_notes(row)
         return str(row["id"])
+
+    def index_notes(self, row: Row) -> None:
+        """Let an account or an event be found by each member of its metadata."""
+        for name, value in json.loads(row["notes"]).items() if row["notes"] else ():
+            self.insert("note", {"name": name, "value": value, "owner_id": row["id"]})
+
+    def require_new(self, table: str, external_id: str | None) -> None:
+        """Refuse an external id that another row of the table has."""
+        query = f"SELECT id FROM {table} WHERE external_id = :external_id"  # noqa: S608
+        if external_id is not None and self.ask(query, external_id=external_id):
+            raise ExternalIdExists("This external_id is in use")
 
     def account(self, reference: str) -> Account:
         """Return a customer's account by its id or its name@ASSET, or raise AccountNotFound."""
@@ -390,7 +495,20 @@ class Book:
         # No caller may reach a system account.
         if account is None or account.kind != "CUSTOMER":
             raise AccountNotFound(f"There is no account {reference}")
+        if account.held:
+            self.release_expired(account)
         return account
+
+    def release_expired(self, account: Account) -> None:
+        """Make available what expired holds still hold; nobody else needs to tidy up."""
+        query = f"SELECT * FROM hold WHERE account_id = :id AND {PENDING} AND expires_at <= :now"  # noqa: S608
+        for hold in self.ask(f"{query} FOR UPDATE", id=account.id, now=self.now):
+            self.release(account, hold, status="EXPIRED")
+
+    def release(self, account: Account, hold: Row, **changes: Any) -> None:
+        """End a hold."""
+        self.change("hold", hold, **changes)
+        self.change("account", vars(account), held=account.held - hold["amount"])
 
     def system_account(self, name: str, asset: str) -> Account:
         """Return the contra account of an operation."""
@@ -398,14 +516,16 @@ class Book:
         return self.accounts[f"{name}@{asset}"]
 
     def open(self, owner_name: str, asset: str, name: str | None, **columns: Any) -> Account:
-        """Add an empty account, or raise AccountExists."""
+        """Add an empty account, or raise AccountExists or ExternalIdExists."""
         self.lock([f"{name}@{asset}"] if name else [])
         if name and f"{name}@{asset}" in self.accounts:
             raise AccountExists(f"There is an account {name} already")
+        self.require_new("account", columns.get("external_id"))
         columns |= {"id": self.new_id(), "name": name, "owner_name": owner_name, "asset": asset}
         account = Account(**columns, created_at=self.now)
         self.hold(account)
         self.insert("account", dict(vars(account)))
+        self.index_notes(vars(account))
         return account
 
     def lock(self, references: Iterable[str], *queries: tuple[str, Row]) -> list[list[Row]]:
@@ -495,16 +615,21 @@ def lock_accounts(references: Sequence[str]) -> tuple[str, Row]:
 
 
 def require_balanced(legs: Sequence[Leg]) -> None:
-    """Refuse legs that turn one asset into another, and an operation that makes money."""
+    """Refuse legs that make or lose money of an asset, and an account that is in two of them."""
     totals: defaultdict[str, int] = defaultdict(int)
     for account, amount in legs:
         totals[account.asset] += amount
-    if any(totals.values()) and len(totals) > 1:
-        raise AssetMismatch("The accounts hold different assets")
-    are_distinct = len({account.id for account, _ in legs}) == len(legs)
-    are_proper = legs and are_distinct and all(leg.amount for leg in legs)
-    if any(totals.values()) or not are_proper:
-        raise Unbalanced(legs)
+    if len({account.id for account, _ in legs}) < len(legs):
+        raise AccountRepeated("An account may stand in one entry alone")
+    for asset, total in totals.items():
+        if total or not all(leg.amount for leg in legs):
+            debits = -sum(
+                leg.amount for leg in legs if leg.account.asset == asset and leg.amount < 0
+            )
+            sums = {"asset": asset, "debits": debits, "credits": total + debits}
+            raise Unbalanced(f"The debits of {asset} must equal its credits", **sums)
+    if not legs:
+        raise Unbalanced("There must be entries")
 
 
 def require_active(account: Account) -> None:
@@ -519,10 +644,12 @@ def require_funds(leg: Leg) -> None:
     """Refuse a leg that would take a customer below zero, or any balance out of 64 bits."""
     account, amount = leg
     balance = account.balance + amount
-    if balance < 0 and account.kind == "CUSTOMER":
+    if balance < account.held and account.kind == "CUSTOMER" and amount < 0:
+        available = account.balance - account.held
         raise InsufficientFunds(
-            f"Account {account.id} holds {account.balance}, and {-amount} is needed",
+            f"Of account {account.id}, {available} is available, and {-amount} is needed",
             balance=account.balance,
+            available=available,
             requested=-amount,
         )
     if abs(balance) > BALANCE_MAX:
@@ -554,12 +681,14 @@ SYSTEM_ACCOUNTS = {
 } | {("payments", "USD")}
 
 
-def open_account(book: Book, *, owner_name: str, asset: str, name: str | None = None) -> Account:
+def open_account(
+    book: Book, *, owner_name: str, asset: str, name: str | None = None, **columns: Any
+) -> Account:
     """Open an empty account for a customer."""
     if asset not in ASSETS:
         raise AssetNotFound(f"There is no such asset; there are {', '.join(ASSETS)}")
     require_open_loop(asset)
-    account = book.open(owner_name, asset, name)
+    account = book.open(owner_name, asset, name, **columns)
     book.record("open_account", account)
     return account
 
@@ -570,36 +699,44 @@ def require_open_loop(asset: str) -> None:
         raise AssetClosedLoop(f"{asset} is moved by top-up, bonus and spend alone")
 
 
-def deposit(book: Book, reference: str, *, amount: int, memo: str | None = None) -> Account:
+def require_one_asset(payer: Account, payee: Account) -> None:
+    """Refuse to turn one asset into another."""
+    if payer.asset != payee.asset:
+        raise AssetMismatch("The accounts hold different assets")
+
+
+def deposit(book: Book, reference: str, *, amount: int, **event: Any) -> Account:
     """Take money in: DEBIT cash, CREDIT the account."""
     account = book.account(reference)
     require_open_loop(account.asset)
     cash = book.system_account("cash", account.asset)
-    book.post("DEPOSIT", [Leg(cash, -amount), Leg(account, +amount)], memo)
+    book.post("DEPOSIT", [Leg(cash, -amount), Leg(account, +amount)], **event)
     return account
 
 
-def withdraw(book: Book, reference: str, *, amount: int, memo: str | None = None) -> Account:
+def withdraw(book: Book, reference: str, *, amount: int, **event: Any) -> Account:
     """Pay money out: DEBIT the account, CREDIT cash."""
     account = book.account(reference)
     require_open_loop(account.asset)
     cash = book.system_account("cash", account.asset)
-    book.post("WITHDRAWAL", [Leg(account, -amount), Leg(cash, +amount)], memo)
+    book.post("WITHDRAWAL", [Leg(account, -amount), Leg(cash, +amount)], **event)
     return account
 
 
-def transfer(book: Book, source: str, dest: str, *, amount: int, memo: str | None = None) -> str:
+def transfer(book: Book, source: str, dest: str, *, amount: int, **event: Any) -> str:
     """Move money between two customers: DEBIT the source, CREDIT the destination."""
     if source == dest:
         raise SameAccount("Cannot transfer to the same account")
     payer, payee = book.account(source), book.account(dest)
     require_open_loop(payer.asset)
-    return book.post("TRANSFER", [Leg(payer, -amount), Leg(payee, +amount)], memo)
+    require_one_asset(payer, payee)
+    return book.post("TRANSFER", [Leg(payer, -amount), Leg(payee, +amount)], **event)
 
 
 KINDS = (
     "DEPOSIT", "WITHDRAWAL", "TRANSFER", "PAYMENT", "CASHBACK", "TOP_UP", "BONUS", "SPEND",
-    "open_account", "open_wallets", "freeze", "unfreeze", "close", "add_key", "revoke_key",
+    "JOURNAL", "CAPTURE", "REVERSAL", "open_account", "open_wallets", "update_account", "freeze",
+    "unfreeze", "close", "hold", "void", "add_key", "revoke_key",
 )  # fmt: skip
 CASHBACK_PERCENT = 2
 CASHBACK_DELAY = 24 * 60 * 60 * 1_000_000  # Microseconds from a payment to its cashback.
@@ -625,7 +762,7 @@ class ScheduledCashback(CashbackPublic, table=True):
         partial_index("cashback_due", "clock", "due_at", where=TO_CREDIT),
         partial_index("cashback_to_come", "account_id", where="status <> 'CREDITED'"),
         sa.CheckConstraint("clock IN ('SERVER', 'CALLER')"),
-        sa.CheckConstraint("status IN ('SCHEDULED', 'WAITING', 'CREDITED')"),
+        sa.CheckConstraint("status IN ('SCHEDULED', 'WAITING', 'CREDITED', 'CANCELLED')"),
         sa.CheckConstraint("amount >= 0"),
         NO_ROWID,
     )
@@ -637,14 +774,12 @@ class ScheduledCashback(CashbackPublic, table=True):
     transaction_id: str | None = Field(default=None, foreign_key="event.id")
 
 
-def pay(
-    book: Book, reference: str, *, amount: int, memo: str | None = None, payee: str = "merchants"
-) -> Row:
+def pay(book: Book, reference: str, *, amount: int, payee: str = "merchants", **event: Any) -> Row:
     """Pay, and promise a cashback: DEBIT the account, CREDIT the payee; return the promise."""
     account = book.account(reference)
     require_open_loop(account.asset)
     contra = book.system_account(payee, account.asset)
-    payment_id = book.post("PAYMENT", [Leg(account, -amount), Leg(contra, +amount)], memo)
+    payment_id = book.post("PAYMENT", [Leg(account, -amount), Leg(contra, +amount)], **event)
     effective_at, number = book.command.effective_at, None
     if effective_at is not None:
         # Without a gap: since the post, the payee's account is locked until the commit.
@@ -686,7 +821,7 @@ def credit_cashbacks(book: Book, *, clock: str, until: int) -> None:
             details["timestamp"], effective_at = until // 1_000, row["due_at"]
         event = {"effective_at": effective_at, "arguments": json.dumps(details)}
         try:
-            transaction_id = book.post("CASHBACK", legs, row["payment_id"], **event)
+            transaction_id = book.post("CASHBACK", legs, memo=row["payment_id"], **event)
         except LedgerError:
             book.change("scheduled_cashback", row, status="WAITING")
         else:
@@ -707,10 +842,15 @@ def change_status(book: Book, reference: str, status: str) -> Account:
     account = book.account(reference)
     if status not in STATUS_STEPS[account.status]:
         raise InvalidStateTransition(f"No account goes from {account.status} to {status}")
+    pending = f"SELECT 1 AS one FROM hold WHERE :id IN (account_id, dest_account_id) AND {PENDING}"  # noqa: S608
+    if status == "CLOSED" and book.ask(
+        f"{pending} AND expires_at > :now", id=account.id, now=book.now
+    ):
+        raise HoldsPending(f"Account {account.id} has a pending hold: capture or void it first")
     if status == "CLOSED" and account.balance:
         held = f"Account {account.id} holds {account.balance}: only an empty one can be closed"
         raise AccountNotEmpty(held, balance=account.balance)
-    to_come = "account_id = :id AND status <> 'CREDITED' AND amount > 0"
+    to_come = "account_id = :id AND status IN ('SCHEDULED', 'WAITING') AND amount > 0"
     promises = f"SELECT 1 AS one FROM scheduled_cashback WHERE {to_come} LIMIT 1"  # noqa: S608
     if status == "CLOSED" and book.ask(promises, id=account.id):
         raise CashbackPending(f"Account {account.id} has cashback to come: close it later")
@@ -737,12 +877,159 @@ def move_credits(book: Book, reference: str, *, amount: int, kind: str) -> str:
     return book.post(kind, [Leg(treasury, -amount), Leg(wallet, +amount)])
 
 
+def journal(book: Book, entries: Iterable[tuple[str, int]], **event: Any) -> str:
+    """Post entries between customers: each is an account and a signed amount."""
+    legs = [Leg(book.account(reference), amount) for reference, amount in entries]
+    for leg in legs:
+        require_open_loop(leg.account.asset)
+    return book.post("JOURNAL", legs, **event)
+
+
+def reverse(book: Book, transaction_id: str, **event: Any) -> str:
+    """Take a transaction back as a whole: the same entries, turned round, and only once."""
+    found = book.ask("SELECT kind FROM event WHERE id = :id AND kind < 'a'", id=transaction_id)
+    if not found:
+        raise TransactionNotFound(f"There is no transaction {transaction_id}")
+    if found[0]["kind"] == "REVERSAL":
+        raise NotReversible("A reversal cannot be reversed")
+    require_not_reversed(book, transaction_id)
+    if found[0]["kind"] == "PAYMENT":
+        cancel_cashback(book, transaction_id)
+    query = "SELECT * FROM entry WHERE transaction_id = :id ORDER BY id"
+    entries = book.ask(query, id=transaction_id)
+    book.lock([entry["account_id"] for entry in entries])
+    signs = {"DEBIT": +1, "CREDIT": -1}
+    legs = []
+    for entry in entries:
+        account = book.accounts[entry["account_id"]]
+        if account.held:
+            book.release_expired(account)
+        legs.append(Leg(account, signs[entry["type"]] * entry["amount"]))
+    return book.post("REVERSAL", legs, reverses=transaction_id, **event)
+
+
+def require_not_reversed(book: Book, transaction_id: str) -> None:
+    """Refuse what was reversed before."""
+    later = book.ask("SELECT id FROM event WHERE reverses = :id", id=transaction_id)
+    if later:
+        raise AlreadyReversed("This transaction was reversed before", reversed_by=later[0]["id"])
+
+
+def cancel_cashback(book: Book, payment_id: str) -> None:
+    """Take a promise back, unless its money was credited and is still there."""
+    query = "SELECT * FROM scheduled_cashback WHERE payment_id = :id FOR UPDATE"
+    [cashback] = book.ask(query, id=payment_id)
+    credited = cashback["transaction_id"]
+    if credited and not book.ask("SELECT id FROM event WHERE reverses = :id", id=credited):
+        raise CashbackCredited(f"Reverse the cashback first: transaction {credited}")
+    book.change("scheduled_cashback", cashback, status="CANCELLED")
+
+
+def place_hold(
+    book: Book, reference: str, dest: str, *, amount: int, expires_in: int, **given: Any
+) -> Row:
+    """Promise money to an account: it stays where it is, and is no longer available."""
+    if reference == dest:
+        raise SameAccount("Cannot hold money for the same account")
+    account, payee = book.account(reference), book.account(dest)
+    require_open_loop(account.asset)
+    require_one_asset(account, payee)
+    for one in (account, payee):
+        require_active(one)
+    require_funds(Leg(account, -amount))
+    book.require_new("hold", given["external_id"])
+    hold = HoldPublic(
+        id=book.new_id(),
+        account_id=account.id,
+        dest_account_id=payee.id,
+        asset=account.asset,
+        amount=amount,
+        created_at=book.now,
+        expires_at=book.now + expires_in * 1_000_000,
+        **given,
+    )
+    book.insert("hold", vars(hold))
+    book.change("account", vars(account), held=account.held + amount)
+    book.record("hold", account)
+    return vars(hold)
+
+
+def capture_hold(book: Book, hold_id: str, *, amount: int | None = None) -> Row:
+    """Move what was promised, or a part of it; the rest is available again at once."""
+    hold, account = pending_hold(book, hold_id)
+    moved = hold["amount"] if amount is None else amount
+    if moved > hold["amount"]:
+        raise AmountExceedsHold(f"The hold is of {hold['amount']}", amount=hold["amount"])
+    legs = [Leg(account, -moved), Leg(book.account(hold["dest_account_id"]), +moved)]
+    book.change("account", vars(account), held=account.held - hold["amount"])
+    transaction_id = book.post("CAPTURE", legs, memo=hold["memo"])
+    changes = {"status": "CAPTURED", "captured_amount": moved, "transaction_id": transaction_id}
+    book.change("hold", hold, **changes)
+    return hold
+
+
+def void_hold(book: Book, hold_id: str) -> Row:
+    """Give up what was promised."""
+    hold, account = pending_hold(book, hold_id)
+    book.release(account, hold, status="VOIDED")
+    book.record("void", account)
+    return hold
+
+
+def pending_hold(book: Book, hold_id: str) -> tuple[Row, Account]:
+    """Return a hold that can still be captured, and its account."""
+    found = book.ask("SELECT account_id FROM hold WHERE id = :id", id=hold_id)
+    if not found:
+        raise HoldNotFound(f"There is no hold {hold_id}")
+    # The account first, as everywhere, so that no two batches wait for each other.
+    account = book.account(found[0]["account_id"])
+    [hold] = book.ask("SELECT * FROM hold WHERE id = :id FOR UPDATE", id=hold_id)
+    if hold["status"] == "EXPIRED" or hold["expires_at"] <= book.now:
+        raise HoldExpired("This hold has expired")
+    if hold["status"] != "PENDING":
+        is_captured = hold["status"] == "CAPTURED"
+        raise HoldCaptured("This hold was captured") if is_captured else HoldVoided("It was voided")
+    return hold, account
+
+
+def update_account(book: Book, reference: str, **changes: Any) -> Account:
+    """Change what an account's owner is called, or the notes about it."""
+    account = book.account(reference)
+    book.record("update_account", account)
+    book.change("account", vars(account), **changes)
+    book.write()
+    for statement in (
+        "UPDATE account SET owner_name = :owner_name, notes = :notes WHERE id = :id",
+        "DELETE FROM note WHERE owner_id = :id",
+    ):
+        book.connection.execute(statement, **vars(account))
+    book.index_notes(vars(account))
+    return account
+
+
+def transfer_many(book: Book, transfers: Iterable[Row], *, atomic: bool) -> list[Row]:
+    """Do one transfer after the other; if it is `atomic`, all of them or none."""
+    results = []
+    for index, each in enumerate(transfers):
+        try:
+            with book.attempt():
+                transfer_id = transfer(book, **each)
+            results.append({"index": index, "transfer_id": transfer_id, "error": None})
+        except LedgerError as refusal:
+            error = json.loads(refusal.to_answer().body)
+            if atomic:
+                why = f"Transfer {index} was refused, and none was made"
+                raise BulkFailed(why, index=index, error=error) from None
+            results.append({"index": index, "transfer_id": None, "error": error})
+    return results
+
+
 # ----- Batches
 # Group commit. Whatever arrives while the last commit was on its way to the disk is written and
 # committed together, and only then is anybody answered. Idempotency lives here.
 
 COMMITS_MAX = 4
-GATHERING_TURNS_MAX = 32
+GATHERING_TURNS_MAX, BATCH_ACCOUNTS_MAX = 32, 2_000
 DONE = Answer(200, "")
 NEWEST: tuple[str, Row] = ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {})
 Loop = asyncio.AbstractEventLoop
@@ -808,7 +1095,7 @@ class Ledger:
 
     def __init__(self, database: "Database") -> None:
         self.database = database
-        self._waiting: defaultdict[Loop, list[tuple[Command, Pending]]] = defaultdict(list)
+        self._waiting: defaultdict[Loop, deque[tuple[Command, Pending]]] = defaultdict(deque)
         self._writing: dict[Loop, asyncio.Task[None]] = {}
         self._crediting: dict[Loop, asyncio.Task[Answer]] = {}
 
@@ -867,7 +1154,7 @@ class Ledger:
                 if len(self._waiting[loop]) == seen:
                     break
             # Some were answered 503 meanwhile, by `in_time`, and are not begun.
-            batch = [waiting for waiting in self._waiting.pop(loop) if not waiting[1].done()]
+            batch = [waiting for waiting in self._take(loop) if not waiting[1].done()]
             commands = [command for command, _ in batch]
             outcomes = await self.database.run_write(self.commit_or_split, commands)
             for (_, answer), outcome in zip(batch, outcomes, strict=True):
@@ -878,6 +1165,13 @@ class Ledger:
                 else:
                     answer.set_result(outcome)
         del self._writing[loop]
+
+    def _take(self, loop: Loop) -> Iterator[tuple[Command, Pending]]:
+        """Take commands for a batch, of which a few large ones are enough."""
+        waiting, accounts = self._waiting[loop], 0
+        while waiting and accounts < BATCH_ACCOUNTS_MAX:
+            accounts += len(waiting[0][0].accounts)
+            yield waiting.popleft()
 
     async def credit_due(self, clock: str, until: int, caller: str = "system") -> None:
         """Credit what is due by a clock; one pass at a time serves all who wait for it."""
@@ -963,10 +1257,14 @@ POSTGRES_ERRORS = {
     "25006": DatabaseLost,  # A server that only reads, as one that became a standby.
 }
 CHANGING_COLUMNS = {
-    "account": ("status", "balance", "last_seq"),
+    "account": ("status", "balance", "held", "last_seq"),
+    "hold": ("status", "captured_amount", "transaction_id"),
     "scheduled_cashback": ("status", "transaction_id"),
     "api_key": ("revoked_at",),
 }
+
+
+EDITABLE_COLUMNS = {"account": ("owner_name", "notes")}
 
 
 class Connection:
@@ -1491,13 +1789,18 @@ TRIGGERS = {
     ),
 }
 ENDS = {
-    "scheduled_cashback": ("OLD.status = 'CREDITED'", "a cashback is credited once"),
+    "hold": ("OLD.status <> 'PENDING'", "a hold ends once"),
+    "scheduled_cashback": (
+        """OLD.status = 'CANCELLED'
+           OR (OLD.status = 'CREDITED' AND NEW.status <> 'CANCELLED')""",
+        "a cashback is credited once",
+    ),
     "api_key": ("OLD.revoked_at IS NOT NULL", "a key is revoked once"),
 }
 for name, (ended, message) in ENDS.items():
     TRIGGERS[f"{name}_ended"] = (f"BEFORE UPDATE ON {name}", ended, message)
-for name in TABLES:
-    changing = CHANGING_COLUMNS.get(name, ())
+for name in TABLES.keys() - {"note"}:
+    changing = CHANGING_COLUMNS.get(name, ()) + EDITABLE_COLUMNS.get(name, ())
     fixed = [column.name for column in TABLES[name].columns if column.name not in changing]
     message = f"what {name} holds is for ever"
     unchanged = f"BEFORE UPDATE OF {', '.join(fixed)} ON {name}"
@@ -1578,7 +1881,7 @@ def system_accounts(connection: Connection) -> set[tuple[str, str]]:
 REFERENCES = [
     f"SELECT 'table {here.table}: a row refers to a missing row of {there.table}' AS wrong "  # noqa: S608
     f"FROM {here.table} WHERE {here} IS NOT NULL AND NOT EXISTS "
-    f"(SELECT 1 FROM {there.table} WHERE {there} = {here}) LIMIT 1"
+    f"(SELECT 1 FROM {there.table} AS referred WHERE referred.{there.name} = {here}) LIMIT 1"
     for here, there in [(k.parent, k.column) for t in TABLES.values() for k in t.foreign_keys]
 ]
 # Each rule with the query that counts its rows, and the queries that find one that breaks it.
@@ -1628,9 +1931,34 @@ CHECKS = [
         f"""SELECT 'account ' || id || ' is ' || status || ', but became ' || became AS wrong FROM (
             SELECT id, status, COALESCE((SELECT CASE kind WHEN 'freeze' THEN 'FROZEN'
                 WHEN 'close' THEN 'CLOSED' ELSE 'ACTIVE' END FROM event
-                WHERE account_id = account.id AND {NO_ENTRIES} ORDER BY id DESC LIMIT 1), 'ACTIVE')
-            AS became FROM account
+                WHERE account_id = account.id AND {NO_ENTRIES}
+                AND kind IN ('open_account', 'freeze', 'unfreeze', 'close')
+                ORDER BY id DESC LIMIT 1), 'ACTIVE') AS became FROM account
         ) AS stood WHERE status <> became""",  # noqa: S608
+        f"""SELECT 'account ' || id || ' holds ' || held || ', its pending holds are '
+        || pending AS wrong FROM (
+            SELECT id, held, (SELECT COALESCE(SUM(amount), 0) FROM hold
+            WHERE account_id = account.id AND {PENDING}) AS pending FROM account
+        ) AS stood WHERE held <> pending""",  # noqa: S608
+    ),
+    (
+        "reversals turn their transactions round, once",
+        "SELECT count(*) AS n FROM event WHERE kind = 'REVERSAL'",
+        """SELECT 'reversal ' || later.id || ' does not turn ' || reverses || ' round' AS wrong
+        FROM event AS later JOIN entry AS first ON first.transaction_id = reverses
+        LEFT JOIN entry ON entry.transaction_id = later.id AND entry.account_id = first.account_id
+        WHERE reverses IS NOT NULL
+        AND (entry.amount = first.amount AND entry.type <> first.type) IS NOT TRUE""",
+        *[
+            f"SELECT '{column} ' || {column} || ' stands twice' AS wrong FROM {table} "  # noqa: S608
+            f"WHERE {column} IS NOT NULL GROUP BY {column} HAVING count(*) > 1"
+            for table, column in (
+                ("event", "reverses"),
+                ("event", "external_id"),
+                ("account", "external_id"),
+                ("hold", "external_id"),
+            )
+        ],
     ),
     (
         "cashbacks are what was promised, and credited once",
@@ -1644,7 +1972,8 @@ CHECKS = [
         """SELECT 'payment ' || payment_id || ' is ' || status || ', its cashback is not' AS wrong
         FROM scheduled_cashback AS cashback LEFT JOIN entry
         ON entry.transaction_id = cashback.transaction_id AND entry.account_id = cashback.account_id
-        WHERE CASE status WHEN 'CREDITED' THEN COALESCE(entry.amount, -1) <> cashback.amount
+        WHERE status <> 'CANCELLED' AND CASE status
+        WHEN 'CREDITED' THEN COALESCE(entry.amount, -1) <> cashback.amount
         ELSE cashback.transaction_id IS NOT NULL END""",
         """SELECT 'cashback ' || id || ' was not promised' AS wrong FROM event
         WHERE kind = 'CASHBACK' AND NOT EXISTS (SELECT 1 FROM scheduled_cashback
@@ -1758,7 +2087,6 @@ class IdempotencyKeyInvalid(LedgerError, status=400): ...
 class InvalidCursor(LedgerError, status=400): ...
 class MalformedRequest(LedgerError, status=400): ...
 class NotFound(LedgerError, status=404): ...
-class TransactionNotFound(LedgerError, status=404): ...
 class PaymentNotFound(LedgerError, status=404): ...
 class MethodNotAllowed(LedgerError, status=405): ...
 class BodyTooLarge(LedgerError, status=413): ...
@@ -1912,6 +2240,7 @@ def is_local_host(host: bytes) -> bool:
 BODY_BYTES_MAX = 65_536
 PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
 ERRORS_LISTED_MAX = 20
+NOTE_FILTER = re.compile(r"metadata\[.*\]$")
 UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 
 
@@ -1946,23 +2275,23 @@ class Request:
             raise Unauthorized("Send one key or token: X-API-Key, or Authorization: Bearer")
         return credential.strip()
 
-    async def body(self) -> bytes:
+    async def body(self, bytes_max: int) -> bytes:
         """Return the body, or raise BodyTooLarge without reading on."""
         if b"upgrade" in self.headers:
             # The HTTP parser drops such a body, and takes what follows for the next request.
             raise MalformedJson("This server stays with HTTP/1.1: send no Upgrade with a body")
         declared = self.headers.get(b"content-length", b"0").lstrip(b"0")
-        too_long = len(declared) > len(str(BODY_BYTES_MAX)) or int(declared or 0) > BODY_BYTES_MAX
+        too_long = len(declared) > len(str(bytes_max)) or int(declared or 0) > bytes_max
         body, more = b"", not too_long
         while more:
             message = await self.receive()
             if message["type"] == "http.disconnect":
                 raise MalformedJson("The body did not arrive as a whole")
             body += message.get("body", b"")
-            too_long = len(body) > BODY_BYTES_MAX
+            too_long = len(body) > bytes_max
             more = message.get("more_body", False) and not too_long
         if too_long:
-            raise BodyTooLarge(f"The body may have at most {BODY_BYTES_MAX} bytes")
+            raise BodyTooLarge(f"The body may have at most {bytes_max} bytes")
         return body
 
 
@@ -2071,6 +2400,17 @@ def parse_decimal(given: Any, *, exponent: int, or_number: bool = False) -> int:
         raise PydanticCustomError("decimal", message) from None
 
 
+def parse_time(given: Any) -> int:
+    """Return an RFC 3339 time, of any offset, as it is stored."""
+    # In a query, the plus of an offset means a blank.
+    text = re.sub(r" (?=[0-9:]{5}$)", "+", str(given))
+    if re.fullmatch(r"[0-9-]{10}[Tt][0-9:.]{8,}(?:[Zz]|[+-][0-9]{2}:[0-9]{2})", text):
+        with suppress(ValueError, OverflowError):
+            moment = datetime.fromisoformat(text.upper())
+            return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    raise PydanticCustomError("time", "Input should be a time such as 2026-11-21T12:00:00Z")
+
+
 Amount = Annotated[int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units")]
 PrintableText = Annotated[str, AfterValidator(NO_CONTROLS)]
 Printable = Annotated[PrintableText, pydantic.StringConstraints(max_length=200)]
@@ -2080,6 +2420,12 @@ AccountId = Annotated[Uuid, names_account("{}")]
 PlainInt = Annotated[int, BeforeValidator(PLAIN_DIGITS)]
 Limit = Annotated[PlainInt, Query(ge=1, le=PAGE_SIZE_MAX)]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
+NoteName = Annotated[PrintableText, pydantic.StringConstraints(min_length=1, max_length=40)]
+NoteText = Annotated[PrintableText, pydantic.StringConstraints(max_length=500)]
+Metadata = Annotated[dict[NoteName, NoteText], pydantic.Field(max_length=50)]
+NoteFilter = Annotated[dict[str, str], BeforeValidator(dict)]
+"""The parameters `metadata[NAME]=VALUE`, which all must hold."""
+Moment = Annotated[int, BeforeValidator(parse_time), pydantic.WithJsonSchema(DATE_TIME)]
 
 
 class RequestBody(BaseModel):
@@ -2132,6 +2478,10 @@ class Dialect:
         """Declare a function of a book as a route that writes."""
         return partial(self._declare, "POST", path, options)
 
+    def patch(self, path: str, **options: Any) -> Callable[[F], F]:
+        """Declare a function of a book as a route that changes what is there."""
+        return partial(self._declare, "PATCH", path, options)
+
     def _declare(self, method: str, path: str, options: Row, function: F) -> F:
         self.routes.append(Route(self, method, path, function, **options))
         return function
@@ -2158,23 +2508,29 @@ class Route(APIRoute):
         location: str = "",
         errors: Overrides | None = None,
         long: bool = False,
+        body_bytes_max: int = BODY_BYTES_MAX,
     ) -> None:
         signature = inspect.signature(function)
         first, *others = signature.parameters.values()
         self.function, self.dialect, self.method, self.roles = function, dialect, method, roles
         self.writes, self.reads = first.annotation is Book, first.annotation is Connection
         self.key_is_required, self.location, self.long = key == "required", location, long
-        self.errors = {**dialect.errors, **(errors or {})}
+        self.errors, self.body_bytes_max = {**dialect.errors, **(errors or {})}, body_bytes_max
         fields: Any = {
             p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in others
         }
+        shown = partial(function, None)
+        if "metadata" in fields:
+            # FastAPI has no words for `metadata[NAME]=VALUE`.
+            described = [p for p in others if p.name != "metadata"]
+            shown.__signature__ = signature.replace(parameters=described)  # type: ignore[attr-defined]
         self.arguments: type[BaseModel] = pydantic.create_model(function.__name__, **fields)
         self.result: TypeAdapter[Any] = TypeAdapter(signature.return_annotation)
         takes_key = {"parameters": [KEY_HEADER | {"required": self.key_is_required}]}
         # FastAPI documents every parameter but the first, which is not the caller's to give.
         super().__init__(
             dialect.prefix + path,
-            partial(function, None),
+            shown,
             name=function.__name__,
             description=f"{function.__doc__}\n\nRoles: {', '.join(roles) or 'anyone'}.",
             methods=[method],
@@ -2191,7 +2547,7 @@ class Route(APIRoute):
         if not (self.writes or self.reads):
             return Answer(*self.function(app))
         # First, because it may take its time, and a key may be revoked meanwhile.
-        body = await request.body() if self.writes else b""
+        body = await request.body(self.body_bytes_max) if self.writes else b""
         caller, intent = await self.admit(app, request), Intent()
         if self.writes and b"idempotency-key" in request.headers:
             intent.key = parse_key(request.headers[b"idempotency-key"].decode("latin-1"))
@@ -2206,7 +2562,7 @@ class Route(APIRoute):
             caller=caller.name,
             arguments=arguments.model_dump_json(),
             run=partial(self.run, arguments=arguments),
-            key=intent.key and stored_key(caller.name, f"POST {self.path}", intent.key),
+            key=intent.key and stored_key(caller.name, f"{self.method} {self.path}", intent.key),
             accounts=intent.accounts,
             effective_at=intent.effective_at,
         )
@@ -2248,7 +2604,8 @@ class Route(APIRoute):
 
     def parse(self, request: Request, document: Any, intent: Intent) -> BaseModel:
         """Return the function's arguments, each of its declared type."""
-        query = dict(parse_qsl(request.scope["query_string"].decode("latin-1"), True))
+        query: Row = dict(parse_qsl(request.scope["query_string"].decode("latin-1"), True))
+        query["metadata"] = {name[9:-1]: query[name] for name in query if NOTE_FILTER.match(name)}
         # PostgreSQL cannot even ask for a NUL, and no name has one.
         named = {name: text.replace("\0", "\1") for name, text in request.path_parameters.items()}
         given = {**query, **named, "body": document}
@@ -2270,7 +2627,7 @@ class Route(APIRoute):
             result = self.function(books, **vars(arguments))
         except LedgerError as error:
             raise self.translate_error(error) from None
-        body = self.result.dump_json(result).decode()
+        body = self.result.dump_json(result, by_alias=True).decode()
         return Answer(self.status_code or 200, body, self.location.format(result) or None)
 
     def translate_error(self, error: LedgerError) -> LedgerError:
@@ -2334,11 +2691,32 @@ def get_health(connection: Connection) -> Health:
     return Health()
 
 
-class CashCreate(RequestBody):
+class Named(RequestBody):
+    """What callers may add: a name of their own that is unique, and notes."""
+
+    external_id: Name | None = None
+    metadata: Metadata | None = None
+
+    def columns(self) -> Row:
+        """Return what is stored of it."""
+        notes = json.dumps(self.metadata) if self.metadata else None
+        return {"external_id": self.external_id, "notes": notes}
+
+
+class EventCreate(Named):
+    """What callers may add to what moves money."""
+
+    memo: Printable | None = None
+
+    def columns(self) -> Row:
+        """Return what is stored of it."""
+        return {**super().columns(), "memo": self.memo}
+
+
+class CashCreate(EventCreate):
     """An amount that comes in or goes out."""
 
     amount: Amount
-    memo: Printable | None = None
 
 
 class TransferCreate(CashCreate):
@@ -2364,7 +2742,7 @@ class TransferPublic(BaseModel):
 def post_transfer(book: Book, body: TransferCreate) -> TransferPublic:
     """Move money between two customers' accounts, at once and as a whole."""
     ends = (body.source_account_id, body.dest_account_id)
-    transfer_id = transfer(book, *ends, amount=body.amount, memo=body.memo)
+    transfer_id = transfer(book, *ends, amount=body.amount, **body.columns())
     source, dest = (book.account(account_id) for account_id in ends)
     shown: Row = {"transfer_id": transfer_id, "asset": source.asset, "ts": book.now}
     return TransferPublic(**shown, amount=body.amount, memo=body.memo, source=source, dest=dest)
@@ -2373,16 +2751,16 @@ def post_transfer(book: Book, body: TransferCreate) -> TransferPublic:
 @api.post("/accounts/{account_id}/deposit", roles=SERVICES, key="required")
 def post_deposit(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
     """Take money in for an account."""
-    return deposit(book, account_id, amount=body.amount, memo=body.memo)
+    return deposit(book, account_id, amount=body.amount, **body.columns())
 
 
 @api.post("/accounts/{account_id}/withdraw", roles=ADMINS, key="required")
 def post_withdrawal(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
     """Pay money out of an account."""
-    return withdraw(book, account_id, amount=body.amount, memo=body.memo)
+    return withdraw(book, account_id, amount=body.amount, **body.columns())
 
 
-class AccountCreate(RequestBody):
+class AccountCreate(Named):
     """A new account; see the README for the assets that there are."""
 
     owner_name: Name
@@ -2392,7 +2770,7 @@ class AccountCreate(RequestBody):
 @api.post("/accounts", roles=SERVICES, status=201, location="/accounts/{0.id}")
 def post_account(book: Book, body: AccountCreate) -> AccountPublic:
     """Open an account for a customer."""
-    return open_account(book, owner_name=body.owner_name, asset=body.asset)
+    return open_account(book, owner_name=body.owner_name, asset=body.asset, **body.columns())
 
 
 @api.get("/accounts", roles=READERS)
@@ -2402,15 +2780,19 @@ def get_accounts(
     cursor: Cursor = None,
     owner_name: Printable | None = None,
     name: Annotated[PrintableText, pydantic.StringConstraints(max_length=220)] | None = None,
+    external_id: Printable | None = None,
+    metadata: NoteFilter = {},  # noqa: B006
 ) -> Page[AccountPublic]:
-    """List the customers' accounts, oldest first."""
-    query = "SELECT * FROM account WHERE kind = 'CUSTOMER' AND id > :after"
-    query += " AND owner_name = :owner_name" if owner_name is not None else ""
-    query += " AND name = :name" if name is not None else ""
-    scope = ("accounts", owner_name, name)
-    after = read_cursor(cursor, scope, start="", form=UUID_PATTERN)
-    among = {"owner_name": owner_name, "name": name, "after": after, "limit": limit + 1}
-    rows = connection.rows(f"{query} ORDER BY id LIMIT :limit", **among)
+    """List the customers' accounts, oldest first; `metadata[NAME]=VALUE` finds by notes."""
+    filters = {"owner_name": owner_name, "name": name, "external_id": external_id}
+    given = {column: value for column, value in filters.items() if value is not None}
+    noted, values = with_notes("id", metadata)
+    scope = ("accounts", *filters.values(), values)
+    values |= {**given, "limit": limit + 1}
+    values["after"] = read_cursor(cursor, scope, start="", form=UUID_PATTERN)
+    where = "kind = 'CUSTOMER' AND id > :after" + noted
+    where += "".join(f" AND {column} = :{column}" for column in given)
+    rows = find_accounts(connection, f"{where} ORDER BY id LIMIT :limit", **values)
     return Page[AccountPublic].model_validate(page_of(rows, limit, scope, "{id}"))
 
 
@@ -2424,10 +2806,54 @@ def find_account(connection: Connection, reference: str) -> Row:
     """Return an account of any kind by its id, or a dialect's by its name@ASSET."""
     name, _, asset = reference.rpartition("@")
     where = "name = :name AND asset = :asset" if name else "id = :asset"
-    found = connection.rows(f"SELECT * FROM account WHERE {where}", name=name, asset=asset)  # noqa: S608
+    found = find_accounts(connection, where, name=name, asset=asset)
     if not found:
         raise AccountNotFound(f"There is no account {reference}")
     return found[0]
+
+
+def find_accounts(connection: Connection, where: str, **values: Any) -> list[Row]:
+    """Return accounts; what expired holds still hold is available again."""
+    rows = connection.rows(f"{ACCOUNTS} WHERE {where}", now=utc_now(), **values)
+    for row in rows:
+        row["held"] -= row.pop("expired")
+    return rows
+
+
+ACCOUNTS = f"""
+    SELECT account.*, CASE held WHEN 0 THEN 0 ELSE (
+        SELECT CAST(COALESCE(SUM(amount), 0) AS bigint) FROM hold
+        WHERE account_id = account.id AND {PENDING} AND expires_at <= :now
+    ) END AS expired FROM account
+"""  # noqa: S608
+
+
+def with_notes(column: str, metadata: Mapping[str, str]) -> tuple[str, Row]:
+    """Return the condition that an id's owner has all of these notes, and its values."""
+    condition, values = "", Row()
+    for number, (name, value) in enumerate(sorted(metadata.items())):
+        noted = f"name = :name{number} AND value = :value{number}"
+        condition += f" AND {column} IN (SELECT owner_id FROM note WHERE {noted})"  # noqa: S608
+        values |= {f"name{number}": name, f"value{number}": value}
+    return condition, values
+
+
+class AccountChange(RequestBody):
+    """What may be changed of an account; its metadata as a whole."""
+
+    owner_name: Name | None = None
+    metadata: Metadata | None = None
+
+
+@api.patch("/accounts/{account_id}", roles=SERVICES)
+def patch_account(book: Book, account_id: AccountId, body: AccountChange) -> AccountPublic:
+    """Change an owner's name, or the notes about an account."""
+    changes: Row = {}
+    if body.owner_name is not None:
+        changes["owner_name"] = body.owner_name
+    if body.metadata is not None:
+        changes["notes"] = json.dumps(body.metadata)
+    return update_account(book, account_id, **changes)
 
 
 @api.post("/accounts/{account_id}/freeze", roles=ADMINS)
@@ -2462,34 +2888,315 @@ ENTRIES = "SELECT entry.*, ts, memo AS ref, kind FROM entry JOIN event ON event.
 
 @api.get("/accounts/{account_id}/statement", roles=READERS)
 def get_statement(
-    connection: Connection, account_id: AccountId, limit: Limit = PAGE_SIZE, cursor: Cursor = None
+    connection: Connection,
+    account_id: AccountId,
+    limit: Limit = PAGE_SIZE,
+    cursor: Cursor = None,
+    start: Annotated[Moment | None, Query(alias="from")] = None,
+    to: Moment | None = None,
 ) -> Page[EntryPublic]:
-    """List an account's entries, newest first."""
-    scope = ("statement", account_id)
+    """List an account's entries, newest first: from a time on, and before another."""
+    scope = ("statement", account_id, start, to)
     before = int(read_cursor(cursor, scope, start=str(BALANCE_MAX), form="[0-9]{1,18}"))
-    find_account(connection, account_id)
-    earlier = f"{ENTRIES} WHERE entry.account_id = :id AND seq < :before ORDER BY seq DESC"
-    among = {"id": account_id, "before": before, "limit": limit + 1}
-    rows = connection.rows(f"{earlier} LIMIT :limit", **among)
+    account = find_account(connection, account_id)
+    if to is not None:
+        before = min(before, last_seq_before(connection, account, to) + 1)
+    after = last_seq_before(connection, account, start) if start is not None else 0
+    where = "entry.account_id = :id AND seq < :before AND seq > :after ORDER BY seq DESC"
+    among = {"id": account_id, "before": before, "after": after, "limit": limit + 1}
+    rows = connection.rows(f"{ENTRIES} WHERE {where} LIMIT :limit", **among)
     return Page[EntryPublic].model_validate(page_of(rows, limit, scope, "{seq}"))
+
+
+def last_seq_before(connection: Connection, account: Row, moment: int) -> int:
+    """Return the number of an account's last entry before a time, by bisection: times rise."""
+    low, high = 0, account["last_seq"]
+    while low < high:
+        middle = (low + high + 1) // 2
+        where = "WHERE entry.account_id = :id AND seq = :seq"
+        [entry] = connection.rows(f"{ENTRIES} {where}", id=account["id"], seq=middle)
+        low, high = (middle, high) if entry["ts"] < moment else (low, middle - 1)
+    return low
+
+
+class BalancePublic(BaseModel):
+    """An account's balance at a time, after its entry number `seq`."""
+
+    account_id: str
+    asset: str
+    balance: int
+    seq: int
+    at: Timestamp
+
+
+@api.get("/accounts/{account_id}/balance", roles=READERS)
+def get_balance(
+    connection: Connection, account_id: AccountId, at: Moment | None = None
+) -> BalancePublic:
+    """Show a balance as it was at a time, or as it is now."""
+    account, moment = find_account(connection, account_id), utc_now() if at is None else at
+    if moment < account["created_at"]:
+        raise AccountNotFound(f"There was no account {account_id} yet")
+    seq = account["last_seq"]
+    seq = last_seq_before(connection, account, moment + 1) if at is not None else seq
+    where = "WHERE entry.account_id = :id AND seq = :seq"
+    entries = connection.rows(f"{ENTRIES} {where}", id=account_id, seq=seq)
+    balance = entries[0]["balance"] if entries else 0
+    shown = {"account_id": account_id, "asset": account["asset"], "balance": balance}
+    return BalancePublic(**shown, seq=seq, at=moment)
+
+
+class AssetBalances(BaseModel):
+    """What there is of an asset: the customers' money, and what the system owes for it."""
+
+    asset: str
+    customers: int
+    system: dict[str, int]
+    total: int
+
+
+class TrialBalance(BaseModel):
+    """The sums over all accounts; each total is 0."""
+
+    items: list[AssetBalances]
+
+
+@api.get("/balances", roles=READERS, long=True)
+def get_balances(connection: Connection) -> TrialBalance:
+    """Show the trial balance."""
+    # In two parts, because a sum may leave 64 bits where no balance does.
+    sums = connection.rows(
+        """SELECT asset, CAST(SUM(balance / 1000000000) AS bigint) AS billions,
+        CAST(SUM(balance % 1000000000) AS bigint) AS rest
+        FROM account WHERE kind = 'CUSTOMER' GROUP BY asset"""
+    )
+    customers = {row["asset"]: 10**9 * row["billions"] + row["rest"] for row in sums}
+    system: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for row in connection.rows("SELECT * FROM account WHERE kind = 'SYSTEM' ORDER BY name"):
+        system[row["asset"]][row["name"]] = row["balance"]
+    items = []
+    for asset, balances in sorted(system.items()):
+        total = customers.get(asset, 0) + sum(balances.values())
+        shown = {"asset": asset, "customers": customers.get(asset, 0), "system": balances}
+        items.append(AssetBalances(**shown, total=total))
+    return TrialBalance(items=items)
 
 
 class TransactionPublic(TransactionBase):
     """A transaction and its entries, which sum to zero."""
 
+    reversed_by: str | None
     entries: list[EntryPublic]
+
+
+REVERSED_BY = "(SELECT id FROM event AS later WHERE later.reverses = event.id) AS reversed_by"
 
 
 @api.get("/transactions/{transaction_id}", roles=READERS)
 def get_transaction(connection: Connection, transaction_id: Uuid) -> TransactionPublic:
     """Show a transaction with all of its entries."""
-    query = "SELECT * FROM event WHERE id = :id AND kind < 'a'"
-    found = connection.rows(query, id=transaction_id)
+    return find_transaction(connection.rows, transaction_id)
+
+
+def find_transaction(rows: Callable[..., list[Row]], transaction_id: str) -> TransactionPublic:
+    """Return a transaction, of the database or of the open batch."""
+    query = f"SELECT event.*, {REVERSED_BY} FROM event WHERE id = :id AND kind < 'a'"  # noqa: S608
+    found = rows(query, id=transaction_id)
     if not found:
         raise TransactionNotFound(f"There is no transaction {transaction_id}")
-    legs = f"{ENTRIES} WHERE transaction_id = :id ORDER BY entry.id"
-    entries = [EntryPublic(**row) for row in connection.rows(legs, id=transaction_id)]
-    return TransactionPublic(**found[0], entries=entries)
+    return with_entries(rows, found)[0]
+
+
+def with_entries(rows: Callable[..., list[Row]], events: list[Row]) -> list[TransactionPublic]:
+    """Return transactions with their entries."""
+    entries = defaultdict(list)
+    query = f"{ENTRIES} WHERE transaction_id = ANY(:ids) ORDER BY entry.id"
+    for row in rows(query, ids=[event["id"] for event in events]):
+        entries[row["transaction_id"]].append(EntryPublic(**row))
+    return [TransactionPublic(**event, entries=entries[event["id"]]) for event in events]
+
+
+@api.get("/transactions", roles=READERS)
+def get_transactions(
+    connection: Connection,
+    limit: Limit = PAGE_SIZE,
+    cursor: Cursor = None,
+    account_id: AccountId | None = None,
+    external_id: Printable | None = None,
+    metadata: NoteFilter = {},  # noqa: B006
+) -> Page[TransactionPublic]:
+    """List transactions, newest first; `metadata[NAME]=VALUE` finds by notes."""
+    noted, values = with_notes("event.id", metadata)
+    scope = ("transactions", account_id, external_id, values)
+    form, start = "[0-9]{1,18}_[0-9a-g-]{1,36}", f"{10**18 - 1}_g"
+    seq, event_id = read_cursor(cursor, scope, start=start, form=form).split("_")
+    values |= {"seq": int(seq), "id": event_id, "limit": limit + 1}
+    where, order, shown = f"kind < 'a' AND event.id < :id{noted}", "event.id", ":seq AS seq"
+    source = "event"
+    if external_id is not None:
+        where, values["external_id"] = f"{where} AND external_id = :external_id", external_id
+    if account_id is not None:
+        source, order, shown = "entry JOIN event ON event.id = transaction_id", "seq", "seq"
+        where += " AND entry.account_id = :account_id AND seq < :seq"
+        values["account_id"] = account_id
+    found = connection.rows(
+        f"SELECT event.*, {shown}, {REVERSED_BY} FROM {source} "  # noqa: S608
+        f"WHERE {where} ORDER BY {order} DESC LIMIT :limit",
+        **values,
+    )
+    page = page_of(found, limit, scope, "{seq}_{id}")
+    items = with_entries(connection.rows, page["items"])
+    return Page[TransactionPublic](items=items, next_cursor=page["next_cursor"])
+
+
+class EntryCreate(RequestBody):
+    """An entry of a transaction: a DEBIT takes from the account, a CREDIT adds to it."""
+
+    account_id: AccountId
+    type: Literal["DEBIT", "CREDIT"]
+    amount: Amount
+
+
+class TransactionCreate(EventCreate):
+    """Entries whose debits equal their credits, for each asset."""
+
+    entries: Annotated[list[EntryCreate], pydantic.Field(min_length=2, max_length=100)]
+
+
+TRANSACTION = "/transactions/{0.id}"
+
+
+@api.post("/transactions", roles=SERVICES, key="required", status=201, location=TRANSACTION)
+def post_transaction(book: Book, body: TransactionCreate) -> TransactionPublic:
+    """Post entries between any number of accounts, at once and as a whole."""
+    signs = {"DEBIT": -1, "CREDIT": +1}
+    entries = [(entry.account_id, signs[entry.type] * entry.amount) for entry in body.entries]
+    return find_transaction(book.ask, journal(book, entries, **body.columns()))
+
+
+@api.post(
+    "/transactions/{transaction_id}/reverse",
+    roles=ADMINS,
+    key="required",
+    status=201,
+    location=TRANSACTION,
+)
+def post_reversal(book: Book, transaction_id: Uuid, body: EventCreate) -> TransactionPublic:
+    """Take a transaction back as a whole, once."""
+    return find_transaction(book.ask, reverse(book, transaction_id, **body.columns()))
+
+
+class BulkCreate(RequestBody):
+    """Many transfers, one after the other; all of them or none, if it is `atomic`."""
+
+    atomic: Annotated[bool, pydantic.Field(strict=True)] = True
+    transfers: Annotated[list[TransferCreate], pydantic.Field(min_length=1, max_length=1_000)]
+
+
+class BulkResult(BaseModel):
+    """What became of a transfer: its id, or the problem that it met."""
+
+    index: int
+    transfer_id: str | None
+    error: dict[str, Any] | None
+
+
+class BulkPublic(BaseModel):
+    """What became of each transfer."""
+
+    succeeded: int
+    failed: int
+    results: list[BulkResult]
+
+
+@api.post("/transfers/bulk", roles=SERVICES, key="required", body_bytes_max=8 * BODY_BYTES_MAX)
+def post_bulk(book: Book, body: BulkCreate) -> BulkPublic:
+    """Make many transfers in one commit."""
+    transfers = [
+        {
+            "source": each.source_account_id,
+            "dest": each.dest_account_id,
+            "amount": each.amount,
+            "arguments": each.model_dump_json(),
+            **each.columns(),
+        }
+        for each in body.transfers
+    ]
+    results = transfer_many(book, transfers, atomic=body.atomic)
+    failed = sum(result["error"] is not None for result in results)
+    shown: Row = {"succeeded": len(results) - failed, "failed": failed, "results": results}
+    return BulkPublic(**shown)
+
+
+class HoldCreate(CashCreate):
+    """Money to be promised to an account for some time, in seconds."""
+
+    account_id: AccountId
+    dest_account_id: AccountId
+    expires_in: Annotated[int, pydantic.Field(strict=True, ge=1, le=31_536_000)] = 604_800
+
+
+@api.post("/holds", roles=SERVICES, key="required", status=201, location="/holds/{0.id}")
+def post_hold(book: Book, body: HoldCreate) -> HoldPublic:
+    """Promise money to an account, until it is captured or voided, or expires."""
+    ends = (body.account_id, body.dest_account_id)
+    given = {"amount": body.amount, "expires_in": body.expires_in, **body.columns()}
+    return HoldPublic(**place_hold(book, *ends, **given))
+
+
+class CaptureCreate(RequestBody):
+    """How much of a hold is moved; all of it, if nothing is said."""
+
+    amount: Amount | None = None
+
+
+@api.post("/holds/{hold_id}/capture", roles=SERVICES, key="required")
+def post_capture(book: Book, hold_id: Uuid, body: CaptureCreate) -> HoldPublic:
+    """Move what a hold promised, once."""
+    return HoldPublic(**capture_hold(book, hold_id, amount=body.amount))
+
+
+@api.post("/holds/{hold_id}/void", roles=SERVICES)
+def post_void(book: Book, hold_id: Uuid) -> HoldPublic:
+    """Give up what a hold promised."""
+    return HoldPublic(**void_hold(book, hold_id))
+
+
+HOLDS = f"""
+    SELECT id, CASE WHEN {PENDING} AND expires_at <= :now THEN 'EXPIRED' ELSE status END AS status,
+    account_id, dest_account_id, asset, amount, captured_amount, transaction_id, memo, external_id,
+    notes, created_at, expires_at FROM hold
+"""  # noqa: S608
+
+
+@api.get("/holds/{hold_id}", roles=READERS)
+def get_hold(connection: Connection, hold_id: Uuid) -> HoldPublic:
+    """Show a hold."""
+    found = connection.rows(f"{HOLDS} WHERE id = :id", id=hold_id, now=utc_now())
+    if not found:
+        raise HoldNotFound(f"There is no hold {hold_id}")
+    return HoldPublic(**found[0])
+
+
+@api.get("/holds", roles=READERS)
+def get_holds(
+    connection: Connection,
+    limit: Limit = PAGE_SIZE,
+    cursor: Cursor = None,
+    account_id: AccountId | None = None,
+    status: Literal["PENDING", "CAPTURED", "VOIDED", "EXPIRED"] | None = None,
+) -> Page[HoldPublic]:
+    """List holds, newest first; those of an account on either side."""
+    scope = ("holds", account_id, status)
+    before = read_cursor(cursor, scope, start="g", form=UUID_PATTERN)
+    values = {"now": utc_now(), "account_id": account_id, "status": status, "before": before}
+    where = "id < :before"
+    if account_id is not None:
+        where += " AND (account_id = :account_id OR dest_account_id = :account_id)"
+    shown = f"SELECT * FROM ({HOLDS} WHERE {where}) AS shown"  # noqa: S608
+    shown += " WHERE status = :status" if status is not None else ""
+    rows = connection.rows(f"{shown} ORDER BY id DESC LIMIT :limit", **values, limit=limit + 1)
+    return Page[HoldPublic].model_validate(page_of(rows, limit, scope, "{id}"))
 
 
 class PaymentCreate(CashCreate):
@@ -2509,20 +3216,21 @@ class PaymentPublic(BaseModel):
 @api.post("/payments", roles=SERVICES, key="required")
 def post_payment(book: Book, body: PaymentCreate) -> PaymentPublic:
     """Pay at once, and get 2 % back after 24 hours."""
-    cashback = pay(book, body.account_id, amount=body.amount, memo=body.memo)
+    cashback = pay(book, body.account_id, amount=body.amount, **body.columns())
     return payment_public(cashback, book.account(body.account_id))
 
 
 def payment_public(cashback: Row, account: AccountPublic) -> PaymentPublic:
     """Return a payment as callers see it; what waits for a frozen account is SCHEDULED to them."""
     status = "CREDITED" if is_received(cashback, at=utc_now()) else "SCHEDULED"
+    status = "CANCELLED" if cashback["status"] == "CANCELLED" else status
     shown = CashbackPublic(amount=cashback["amount"], due_at=cashback["due_at"], status=status)
     return PaymentPublic(payment_id=cashback["payment_id"], account=account, cashback=shown)
 
 
 def is_received(cashback: Row, *, at: int) -> bool:
     """Tell whether a cashback was credited; for one of 0 nothing is, and its time alone counts."""
-    is_due = cashback["due_at"] <= at
+    is_due = cashback["due_at"] <= at and cashback["status"] != "CANCELLED"
     return bool(is_due if cashback["amount"] == 0 else cashback["status"] == "CREDITED")
 
 
@@ -2604,6 +3312,12 @@ BANK_OPERATIONS = {
     ("WITHDRAWAL", "DEBIT"): "withdrawn",
     ("TRANSFER", "DEBIT"): "transferred out",
     ("TRANSFER", "CREDIT"): "transferred in",
+    ("JOURNAL", "DEBIT"): "transferred out",
+    ("JOURNAL", "CREDIT"): "transferred in",
+    ("CAPTURE", "DEBIT"): "transferred out",
+    ("CAPTURE", "CREDIT"): "transferred in",
+    ("REVERSAL", "DEBIT"): "reversed",
+    ("REVERSAL", "CREDIT"): "reversed",
 }
 
 BankTime = Annotated[int, pydantic.Field(strict=True, ge=0, le=2**53), AfterValidator(note_time)]
@@ -2773,7 +3487,7 @@ def get_bank_top_spenders(
         CAST(SUM(amount % 1000000000) AS bigint) AS rest
         FROM account LEFT JOIN (entry JOIN event ON event.id = transaction_id)
         ON entry.account_id = account.id AND type = 'DEBIT'
-        AND event.kind IN ('TRANSFER', 'PAYMENT')
+        AND event.kind IN ('TRANSFER', 'PAYMENT', 'JOURNAL', 'CAPTURE')
         WHERE name >= 'bank:' AND name < 'bank;' GROUP BY account.id, name"""
     )
     spent = [(10**9 * (r["billions"] or 0) + (r["rest"] or 0), r["name"][5:]) for r in rows]
