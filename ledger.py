@@ -418,7 +418,7 @@ class Book:
 
     def __init__(self, connection: "Connection") -> None:
         self.connection = connection
-        self.now, self.last_time = utc_now(), 0
+        self.now, self.last_time = utc_now(), 0  # The latter is of the last id, in 2^-12 ms.
         self.secret = secrets.token_bytes()
         self.command: Command  # The one whose turn it is.
         self.accounts: dict[str, Account] = {}
@@ -549,7 +549,7 @@ class Book:
         self.last_time = max(self.last_time, (self.now << 12) // 1_000 - 1, *times)
 
     def new_id(self) -> str:
-        """Return an id that is greater than every one that is stored."""
+        """Return an id above those of this batch, and of all events that it has seen."""
         self.last_time += 1
         return id_of_time(self.last_time, self.secret)
 
@@ -581,7 +581,7 @@ class Book:
         return self.connection.rows(statement, **values)
 
     def write(self) -> None:
-        """Write what was gathered, behind a savepoint to which a refusal goes back."""
+        """Write what was gathered, after a savepoint, so that a refusal can still undo it."""
         inserts, updates = self.inserts, self.updates
 
         def take_back() -> None:
@@ -782,7 +782,7 @@ def pay(book: Book, reference: str, *, amount: int, payee: str = "merchants", **
     payment_id = book.post("PAYMENT", [Leg(account, -amount), Leg(contra, +amount)], **event)
     effective_at, number = book.command.effective_at, None
     if effective_at is not None:
-        # Without a gap: since the post, the payee's account is locked until the commit.
+        # Without a gap: the payee's account is locked until the commit.
         [last] = book.ask("SELECT max(number) AS number FROM scheduled_cashback")
         number = (last["number"] or 0) + 1
     cashback = {
@@ -1056,7 +1056,7 @@ class Command(NamedTuple):
     caller: str
     arguments: str  # As JSON: two requests that mean the same have the same.
     run: Callable[[Book], Answer | None]
-    key: str | None = None  # The idempotency key as it is stored.
+    key: str | None = None  # The idempotency key as it is stored; without one, a retry acts again.
     accounts: Sequence[str] = ()  # Those that are named, so that a batch loads them all at once.
     effective_at: int | None = None  # The caller's own time, where its dialect has a clock.
 
@@ -1078,8 +1078,10 @@ def execute(command: Command, book: Book, known: dict[str, Row]) -> Answer:
         with book.attempt():
             answer = command.run(book) or DONE
     except LedgerError as refusal:
+        # No error of the database: inside a write that is the driver's still, and ends it.
         answer = refusal.to_answer()
     if command.key is not None:
+        # In the same commit as what it did: both are on disk, or neither is.
         stored = {"id": command.key, "fingerprint": fingerprint, "ts": book.now}
         stored |= {"status": answer.status, "body": answer.body, "location": answer.location}
         book.insert("idempotency_key", stored)
@@ -1100,23 +1102,25 @@ class Ledger:
         self._crediting: dict[Loop, asyncio.Task[Answer]] = {}
 
     def commit(self, commands: Sequence[Command]) -> list[Answer]:
-        """Execute commands in one write, or raise; nothing was done then, unless DatabaseLost."""
+        """Execute commands in one write, or raise: nothing was done then, unless DatabaseLost."""
         references = {reference for command in commands for reference in command.accounts}
         keys = [command.key for command in commands if command.key is not None]
         with self.database.write() as connection:
             book = Book(connection)
             stored = "SELECT * FROM idempotency_key WHERE id = ANY(:keys)"
+            # In one round trip: the accounts, the newest event, and the keys.
             [rows] = book.lock(references, (stored, {"keys": keys}))
             known = {row["id"]: row for row in rows}
             answers = [execute(command, book, known) for command in commands]
             connection.save(book.inserts, book.updates)
+        # The end of "with" has committed; only now is anybody answered.
         return answers
 
     def commit_or_split(self, commands: Sequence[Command], attempt: int = 1) -> list[Any]:
         """Commit a batch, or else each command alone, so that none sinks its neighbours.
 
-        One that met another server's is tried again: none of it was committed, and it is a
-        function of its commands alone.
+        One that met another server's is tried again: none of it was committed, it is a function
+        of its commands alone, and a key that the other has used is replayed.
         """
         try:
             return self.commit(commands)
@@ -1218,7 +1222,7 @@ def time_of_id(given: str) -> int:
 READERS_MAX, LONG_READERS_MAX = 4, 3
 SHORT_ROWS_MAX = 500
 BUSY_SECONDS_MAX, BUSY_RETRY_SECONDS = 5.0, 0.001
-ANSWER_SECONDS_MAX, CLOSING_SECONDS_MAX = 10.0, 2.0
+ANSWER_SECONDS_MAX, CLOSING_SECONDS_MAX = 10.0, 1.0
 DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)  # They leave here as errors of the ledger.
 
 
@@ -1431,7 +1435,7 @@ class Database:
                 yield connection
             try:
                 self.after_commit()
-            except DRIVER_ERRORS as error:
+            except Exception as error:
                 log.warning("committed, but what follows failed: %s", error)
 
     async def run_read(self, function: Callable[..., T], *arguments: Any, long: bool = False) -> T:
@@ -1471,17 +1475,18 @@ class Database:
 
     def close(self) -> None:
         """End the threads and close every connection, after the last answer."""
-        hanging_up = threading.Timer(CLOSING_SECONDS_MAX, self.hang_up)
-        hanging_up.start()
+        ended = threading.Event()
+        threading.Thread(target=self._hang_up, args=(ended,), daemon=True).start()
         for threads in (self.writer, self._readers, self._long_readers):
             threads.shutdown(cancel_futures=True)
-        hanging_up.cancel()
+        ended.set()
         self.disconnect()
 
-    def hang_up(self) -> None:
-        """End what a thread still waits for, as a server that does not answer."""
-        for connection in [*self._busy]:
-            connection.interrupt()
+    def _hang_up(self, ended: threading.Event) -> None:
+        """End what threads still wait for, as a server that does not answer."""
+        while not ended.wait(CLOSING_SECONDS_MAX):
+            for connection in [*self._busy]:
+                connection.interrupt()
 
     def disconnect(self) -> None:
         """Close the connections that are not in use; the next use opens new ones."""
@@ -1576,14 +1581,14 @@ class SqliteDatabase(Database):
             raise StartupError("the database must be a plain file, such as sqlite:///ledger.db")
         self.path = Path(file).absolute()
         self.name = str(self.path)
+        self._uri = f"{self.path.as_uri()}?mode=rw"  # Which never makes a file.
         self._files = [str(self.path) + suffix for suffix in ("", "-wal", "-shm")]
         self._opened: list[Any] = []
         self._rows_moved = 0
         self._checkpoint: Future[None] | None = None
 
     def connect(self, *, write: bool) -> Connection:
-        uri = f"{self.path.as_uri()}?mode=rw"  # It never makes a file.
-        driver = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        driver = sqlite3.connect(self._uri, uri=True, isolation_level=None, check_same_thread=False)
         driver.row_factory = sqlite3.Row
         try:
             for pragma in WRITER_PRAGMAS if write else READER_PRAGMAS:
@@ -1646,7 +1651,7 @@ class SqliteDatabase(Database):
             raise DatabaseBusy
 
     def _move_pages(self) -> None:
-        with closing(sqlite3.connect(self.path)) as driver:
+        with closing(sqlite3.connect(self._uri, uri=True)) as driver:
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def _identities(self) -> list[Any]:
@@ -2027,7 +2032,7 @@ def check_keys(connection: Connection) -> tuple[int, list[str]]:
             if "damaged" in details:
                 wrong.append(f"event {event['id']}: its arguments are no JSON")
             elif event["kind"] in ("add_key", "revoke_key"):
-                told[details.get("name")] = event["kind"] == "revoke_key"
+                told[str(details.get("name"))] = event["kind"] == "revoke_key"
     keys = connection.rows("SELECT name, revoked_at FROM api_key")
     stored = {key["name"]: key["revoked_at"] is not None for key in keys}
     differing = {name for name, _ in stored.items() ^ told.items()}
@@ -2071,7 +2076,7 @@ ANYONE: tuple[str, ...] = ()
 READERS, AUDITORS = ROLES, ("auditor", "admin")
 SERVICES, ADMINS = ("service", "admin"), ("admin",)
 KEY_PREFIX, KEY_PREFIX_LENGTH = "lk_", 11
-KEYS_AGE_SECONDS_MAX = 0.5
+KEYS_AGE_SECONDS_MAX, LOOKS_MAX = 0.5, 100
 JWT_ALGORITHM = "HS256"
 JWT = jwt.PyJWT({"require": ["sub", "role", "exp"], "enforce_minimum_key_length": True})
 JWT_EXP_MAX = 253_402_300_800  # The end of the year 9999.
@@ -2115,7 +2120,8 @@ class Callers:
         self._database = database
         self._admin_hash = settings.admin_key and key_hash(settings.admin_key.encode())
         self._jwt_secret = os.fsencode(settings.jwt_secret or "")
-        self._unknown: dict[str, float] = {}
+        self._looked_for: set[str] = set()
+        self._forgot_at = 0.0
         with database.read() as connection:
             self._load(connection)
 
@@ -2133,12 +2139,13 @@ class Callers:
             return LOCAL
         credential = request.credential()
         prefix = credential[:KEY_PREFIX_LENGTH].decode("latin-1")
-        now = time.monotonic()
-        is_unknown = prefix not in self._keys and prefix not in self._unknown
-        if is_unknown and prefix.startswith(KEY_PREFIX):
-            # It may have been made a moment ago; but that is asked once a second.
-            await self._database.run_read(self._load)
-            self._unknown[prefix] = now
+        if prefix.startswith(KEY_PREFIX) and prefix not in self._keys:
+            # It may have been made a moment ago: it is looked for, but once a second.
+            if time.monotonic() - self._forgot_at > 1:
+                self._looked_for, self._forgot_at = set(), time.monotonic()
+            if prefix not in self._looked_for and len(self._looked_for) < LOOKS_MAX:
+                self._looked_for.add(prefix)
+                await self._database.run_read(self._load)
         row = self._keys.get(prefix)
         # For the line in the log: of a key that is refused too, but of no unknown text.
         request.key_prefix = row["prefix"] if row else None
@@ -2154,7 +2161,6 @@ class Callers:
         # Revoked ones too, which keep open mode closed.
         rows = connection.rows("SELECT * FROM api_key")
         self._keys = {row["prefix"]: row for row in rows}
-        self._unknown = {one: asked for one, asked in self._unknown.items() if asked > now - 1}
         self._loaded_at = now
 
     def _of_token(self, token: bytes) -> Caller:
@@ -2211,8 +2217,8 @@ def require_local(request: "Request") -> None:
     if not (is_test or is_local_host(host)):
         raise Forbidden("In open mode the Host must be this machine's own name")
     own = request.scope["scheme"].encode() + b"://" + host
-    is_foreign = request.headers.get(b"sec-fetch-site") == b"cross-site"
-    if is_foreign or request.headers.get(b"origin", own) != own:
+    is_own = request.headers.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none")
+    if not is_own or request.headers.get(b"origin", own) != own:
         raise Forbidden("In open mode no page of another origin is served")
 
 
@@ -2574,7 +2580,10 @@ class Route(APIRoute):
             if not self.long:
                 return await app.ledger.database.run_read(self.run, arguments)
         turn = app.long_reads[asyncio.get_running_loop()]
-        await turn.acquire()
+        try:
+            await asyncio.wait_for(turn.acquire(), ANSWER_SECONDS_MAX)
+        except TimeoutError:
+            raise DatabaseBusy from None
         request.end_turn = turn.release
         return await app.ledger.database.run_read(self.run, arguments, long=True)
 
@@ -3859,8 +3868,9 @@ class App(FastAPI):
                 await send_parts(send, body)
             else:
                 await send({"type": "http.response.body", "body": body})
-        except asyncio.CancelledError:
-            log.warning("request %s was given up, because the server ends", request.id)
+        except (asyncio.CancelledError, RuntimeError) as end:
+            # Of the server, or of the connection: nobody waits for the answer.
+            log.warning("the answer to request %s was given up: %r", request.id, end)
         finally:
             if request.end_turn:
                 request.end_turn()
@@ -3936,7 +3946,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.head_bytes = 0
+        self.head_bytes, self.url = 0, b""
         self.deadline = self.loop.call_later(REQUEST_SECONDS_MAX, transport.abort)
         if transport.get_extra_info("socket").fileno() > open_files_max() - 8:
             # What comes next is closed without a word: the system has no number left for it.
@@ -3979,10 +3989,18 @@ class Protocol(HttpToolsProtocol):
         super().on_response_complete()
         self.set_deadline()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.set_deadline()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.set_deadline()
+
     def set_deadline(self) -> None:
-        """Wait for a request, or for the rest of one, for so long."""
+        """Wait for a request, or for the rest of one, or for an answer to be read, for so long."""
         self.deadline.cancel()
-        if self.cycle.response_complete or self.cycle.more_body:
+        if self.flow.write_paused or self.cycle.response_complete or self.cycle.more_body:
             self.deadline = self.loop.call_later(REQUEST_SECONDS_MAX, self.transport.abort)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -4001,7 +4019,10 @@ class Protocol(HttpToolsProtocol):
             )
         answer = refusal.to_answer()
         head = f"content-type: application/problem+json\r\ncontent-length: {len(answer.body)}\r\n"
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        # Not in the middle of an answer, nor in place of one that may be of a change.
+        cycle = self.cycle
+        is_free = cycle is None or cycle.response_complete
+        if is_free or (cycle.more_body and not cycle.response_started):
             text = f"{head}connection: close\r\n\r\n{answer.body}"
             self.transport.write(STATUS_LINE[answer.status] + text.encode())
         self.transport.close()
@@ -4349,9 +4370,10 @@ def run_key_add(settings: Settings, options: argparse.Namespace) -> None:
     shown = {"name": options.name, "role": options.role, "prefix": prefix}
     with opened(settings, make=True) as database:
         administer(database, shown, partial(add_key, hash=key_hash(key.encode()), **shown))
-        retry_while_busy(database.settle)
-    print(key)
-    print(f"key {options.name!r} is in {database.name}, and shown this once", file=sys.stderr)
+        print(key, flush=True)
+        print(f"key {options.name!r} is in {database.name}, and shown this once", file=sys.stderr)
+        with suppress(DatabaseBusy):
+            retry_while_busy(database.settle)
 
 
 def run_key_revoke(settings: Settings, options: argparse.Namespace) -> None:

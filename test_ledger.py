@@ -1877,6 +1877,10 @@ def test_an_unknown_key_is_looked_for_once_a_second(
     for _ in range(20):
         assert secured.by("lk_12345678_x").get("/accounts").status_code == 401
     assert len(looks) <= 2
+    # Of some that are made up, as of one.
+    for number in range(2 * ledger.LOOKS_MAX):
+        assert secured.by(f"lk_{number:08}_x").get("/accounts").status_code == 401
+    assert len(looks) <= 2 * (ledger.LOOKS_MAX + 1)
 
 
 def test_a_request_is_no_older_than_its_key(database: str) -> None:
@@ -2304,6 +2308,19 @@ def test_who_sends_nothing_or_half_a_request_is_left(database: str) -> None:
                 with suppress(ConnectionResetError):
                     while wire.recv(65_536):
                         pass
+        assert server.bank.get("/health").status_code == 200
+
+
+@on_sqlite
+def test_who_does_not_read_is_left(database: str) -> None:
+    with serving(database, start=partial(as_fork, target=run_impatient)) as server:
+        with socket.create_connection(server.bank.address(), timeout=30) as wire:
+            wire.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1_000)
+            time.sleep(4)
+            answers = b""
+            with suppress(ConnectionResetError):
+                answers = b"".join(iter(partial(wire.recv, 65_536), b""))
+        assert answers.count(b"HTTP/1.1 200") < 1_000
         assert server.bank.get("/health").status_code == 200
 
 
