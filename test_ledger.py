@@ -584,6 +584,30 @@ def test_a_cashback_is_credited_once_by_however_many(bank: "BankInside") -> None
     assert bank.wrong() == []
 
 
+def test_one_pass_serves_all_who_wait_for_cashbacks(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank.given(alice=1_000)
+    for _ in range(5):
+        bank.pay("alice", 100)
+    passes: list[int] = []
+    commit = bank.ledger.commit
+
+    def count_and_commit(batch: Sequence[ledger.Command]) -> list[ledger.Answer]:
+        passes.append(len(batch))
+        return commit(batch)
+
+    monkeypatch.setattr(bank.ledger, "commit", count_and_commit)
+    later = ledger.utc_now() + DAY
+
+    async def tell_the_time() -> None:
+        await asyncio.gather(*(bank.ledger.credit_due("CALLER", later) for _ in range(50)))
+        await asyncio.gather(*(bank.ledger.credit_due("SERVER", later) for _ in range(50)))
+
+    bank.runner.run(tell_the_time())
+    assert passes == [1]
+
+
 def test_a_cashback_waits_while_the_account_is_frozen(bank: "BankInside") -> None:
     bank.given(alice=100).pay("alice", 100)
     bank.step("alice", "freeze")
@@ -3018,6 +3042,27 @@ def test_a_name_that_cannot_be_is_not_found(
 ) -> None:
     body = {"json": {"amount": "1"}} if method == "POST" else {}
     assert refusal(untouched.send(method, path, **body))[0] == status
+
+
+@at_the_edge
+@pytest.mark.parametrize("hidden", ["\u202e", "\u202a", "\u2066", "\u2069", "\u0085", "\x7f"])
+def test_what_hides_or_turns_text_is_refused(untouched: "Bank", hidden: str) -> None:
+    text = f"a{hidden}b"
+    alice = untouched.ids["alice"]
+    for answer in (
+        untouched.post("/accounts", owner_name=text),
+        untouched.post(f"/accounts/{alice}/deposit", key=new_key(), amount=1, memo=text),
+        untouched.post("/bank/accounts", timestamp=1, account_id=text),
+        untouched.post(USERS, external_user_id=text),
+    ):
+        assert refusal(answer) == (422, "invalid_request")
+
+
+@at_the_edge
+def test_amounts_of_the_kata_have_the_bound_of_all(untouched: "Bank") -> None:
+    for path in ("/bank/deposits", "/bank/payments"):
+        given: Any = {"timestamp": 1, "account_id": "alice", "amount": 10**15 + 1}
+        assert refusal(untouched.post(path, **given)) == (422, "invalid_request")
 
 
 def test_names_are_sorted_by_their_characters(demo: "Bank") -> None:
