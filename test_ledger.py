@@ -1450,6 +1450,20 @@ def test_of_40_parallel_captures_and_voids_one_wins(servers: "Bank") -> None:
     assert servers.wrong() == []
 
 
+def test_captures_and_reversals_in_both_directions_all_get_through(servers: "Bank") -> None:
+    servers.given(ola=100, pia=100)
+    ends = [("ola", "pia"), ("pia", "ola")] * 10
+    act: list[Callable[[], httpx.Response]] = []
+    for source, dest in ends:
+        transfer = servers.transfer(source, dest, 2).json()["transfer_id"]
+        act += [partial(servers.capture, servers.promised(source, dest, 2))]
+        act += [partial(servers.reverse, transfer)]
+    answers = at_once(act)
+    assert Counter(answer.status_code for answer in answers) == {200: 20, 201: 20}
+    assert servers.funds("ola") == servers.funds("pia") == (100, 0, 100)
+    assert servers.wrong() == []
+
+
 def test_captures_and_voids_may_meet_the_moment_of_expiry(servers: "Bank") -> None:
     servers.given(kim=200, leo=0)
     holds = [servers.promised("kim", "leo", 10, expires_in=1) for _ in range(20)]
