@@ -885,34 +885,32 @@ def journal(book: Book, entries: Iterable[tuple[str, int]], **event: Any) -> str
     return book.post("JOURNAL", legs, **event)
 
 
+REVERSED_BY = "(SELECT id FROM event AS later WHERE later.reverses = event.id) AS reversed_by"
+
+
 def reverse(book: Book, transaction_id: str, **event: Any) -> str:
     """Take a transaction back as a whole: the same entries, turned round, and only once."""
-    found = book.ask("SELECT kind FROM event WHERE id = :id AND kind < 'a'", id=transaction_id)
+    query = f"SELECT kind, {REVERSED_BY} FROM event WHERE id = :id AND kind < 'a'"  # noqa: S608
+    found = book.ask(query, id=transaction_id)
     if not found:
         raise TransactionNotFound(f"There is no transaction {transaction_id}")
-    if found[0]["kind"] == "REVERSAL":
+    kind, reversed_by = found[0].values()
+    if kind == "REVERSAL":
         raise NotReversible("A reversal cannot be reversed")
-    require_not_reversed(book, transaction_id)
-    if found[0]["kind"] == "PAYMENT":
+    if reversed_by:
+        raise AlreadyReversed("This transaction was reversed before", reversed_by=reversed_by)
+    if kind == "PAYMENT":
         cancel_cashback(book, transaction_id)
     query = "SELECT * FROM entry WHERE transaction_id = :id ORDER BY id"
     entries = book.ask(query, id=transaction_id)
     book.lock([entry["account_id"] for entry in entries])
-    signs = {"DEBIT": +1, "CREDIT": -1}
     legs = []
     for entry in entries:
         account = book.accounts[entry["account_id"]]
         if account.held:
             book.release_expired(account)
-        legs.append(Leg(account, signs[entry["type"]] * entry["amount"]))
+        legs.append(Leg(account, entry["amount"] * (+1 if entry["type"] == "DEBIT" else -1)))
     return book.post("REVERSAL", legs, reverses=transaction_id, **event)
-
-
-def require_not_reversed(book: Book, transaction_id: str) -> None:
-    """Refuse what was reversed before."""
-    later = book.ask("SELECT id FROM event WHERE reverses = :id", id=transaction_id)
-    if later:
-        raise AlreadyReversed("This transaction was reversed before", reversed_by=later[0]["id"])
 
 
 def cancel_cashback(book: Book, payment_id: str) -> None:
@@ -938,16 +936,9 @@ def place_hold(
         require_active(one)
     require_funds(Leg(account, -amount))
     book.require_new("hold", given["external_id"])
-    hold = HoldPublic(
-        id=book.new_id(),
-        account_id=account.id,
-        dest_account_id=payee.id,
-        asset=account.asset,
-        amount=amount,
-        created_at=book.now,
-        expires_at=book.now + expires_in * 1_000_000,
-        **given,
-    )
+    ends = {"account_id": account.id, "dest_account_id": payee.id, "asset": account.asset}
+    times = {"created_at": book.now, "expires_at": book.now + expires_in * 1_000_000}
+    hold = HoldPublic(id=book.new_id(), amount=amount, **{**ends, **times, **given})
     book.insert("hold", vars(hold))
     book.change("account", vars(account), held=account.held + amount)
     book.record("hold", account)
@@ -976,6 +967,9 @@ def void_hold(book: Book, hold_id: str) -> Row:
     return hold
 
 
+HOLD_ENDS = {"CAPTURED": HoldCaptured, "VOIDED": HoldVoided, "EXPIRED": HoldExpired}
+
+
 def pending_hold(book: Book, hold_id: str) -> tuple[Row, Account]:
     """Return a hold that can still be captured, and its account."""
     found = book.ask("SELECT account_id FROM hold WHERE id = :id", id=hold_id)
@@ -984,11 +978,10 @@ def pending_hold(book: Book, hold_id: str) -> tuple[Row, Account]:
     # The account first, as everywhere, so that no two batches wait for each other.
     account = book.account(found[0]["account_id"])
     [hold] = book.ask("SELECT * FROM hold WHERE id = :id FOR UPDATE", id=hold_id)
-    if hold["status"] == "EXPIRED" or hold["expires_at"] <= book.now:
-        raise HoldExpired("This hold has expired")
-    if hold["status"] != "PENDING":
-        is_captured = hold["status"] == "CAPTURED"
-        raise HoldCaptured("This hold was captured") if is_captured else HoldVoided("It was voided")
+    is_expired = hold["status"] == "PENDING" and hold["expires_at"] <= book.now
+    status = "EXPIRED" if is_expired else hold["status"]
+    if status != "PENDING":
+        raise HOLD_ENDS[status](f"This hold is {status}")
     return hold, account
 
 
@@ -996,14 +989,11 @@ def update_account(book: Book, reference: str, **changes: Any) -> Account:
     """Change what an account's owner is called, or the notes about it."""
     account = book.account(reference)
     book.record("update_account", account)
-    book.change("account", vars(account), **changes)
-    book.write()
-    for statement in (
-        "UPDATE account SET owner_name = :owner_name, notes = :notes WHERE id = :id",
-        "DELETE FROM note WHERE owner_id = :id",
-    ):
-        book.connection.execute(statement, **vars(account))
-    book.index_notes(vars(account))
+    book.change("account named", vars(account), **changes)
+    if "notes" in changes:
+        book.write()
+        book.connection.execute("DELETE FROM note WHERE owner_id = :id", id=account.id)
+        book.index_notes(vars(account))
     return account
 
 
@@ -1029,7 +1019,7 @@ def transfer_many(book: Book, transfers: Iterable[Row], *, atomic: bool) -> list
 # committed together, and only then is anybody answered. Idempotency lives here.
 
 COMMITS_MAX = 4
-GATHERING_TURNS_MAX, BATCH_ACCOUNTS_MAX = 32, 2_000
+GATHERING_TURNS_MAX, LARGE_ACCOUNTS = 32, 50
 DONE = Answer(200, "")
 NEWEST: tuple[str, Row] = ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {})
 Loop = asyncio.AbstractEventLoop
@@ -1097,8 +1087,9 @@ class Ledger:
 
     def __init__(self, database: "Database") -> None:
         self.database = database
-        self._waiting: defaultdict[Loop, deque[tuple[Command, Pending]]] = defaultdict(deque)
+        self._waiting: defaultdict[Loop, list[tuple[Command, Pending]]] = defaultdict(list)
         self._writing: dict[Loop, asyncio.Task[None]] = {}
+        self._is_large_next = False
         self._crediting: dict[Loop, asyncio.Task[Answer]] = {}
 
     def commit(self, commands: Sequence[Command]) -> list[Answer]:
@@ -1170,12 +1161,16 @@ class Ledger:
                     answer.set_result(outcome)
         del self._writing[loop]
 
-    def _take(self, loop: Loop) -> Iterator[tuple[Command, Pending]]:
-        """Take commands for a batch, of which a few large ones are enough."""
-        waiting, accounts = self._waiting[loop], 0
-        while waiting and accounts < BATCH_ACCOUNTS_MAX:
-            accounts += len(waiting[0][0].accounts)
-            yield waiting.popleft()
+    def _take(self, loop: Loop) -> list[tuple[Command, Pending]]:
+        """Take what waits for a batch: all small commands or, by turns, one large one alone."""
+        large, small = [], []
+        for each in self._waiting.pop(loop):
+            (large if len(each[0].accounts) > LARGE_ACCOUNTS else small).append(each)
+        self._is_large_next = bool(large) and not (small and self._is_large_next)
+        taken, left = (large[:1], small + large[1:]) if self._is_large_next else (small, large)
+        if left:
+            self._waiting[loop] = left
+        return taken
 
     async def credit_due(self, clock: str, until: int, caller: str = "system") -> None:
         """Credit what is due by a clock; one pass at a time serves all who wait for it."""
@@ -1262,13 +1257,11 @@ POSTGRES_ERRORS = {
 }
 CHANGING_COLUMNS = {
     "account": ("status", "balance", "held", "last_seq"),
+    "account named": ("owner_name", "notes"),
     "hold": ("status", "captured_amount", "transaction_id"),
     "scheduled_cashback": ("status", "transaction_id"),
     "api_key": ("revoked_at",),
 }
-
-
-EDITABLE_COLUMNS = {"account": ("owner_name", "notes")}
 
 
 class Connection:
@@ -1342,7 +1335,7 @@ class Connection:
                 self.insert(table, rows)
         for table, columns in CHANGING_COLUMNS.items():
             if changed := updates.get(table):
-                self.update(table, columns, list(changed.values()))
+                self.update(table.partition(" ")[0], columns, list(changed.values()))
 
 
 class PostgresConnection(Connection):
@@ -1805,7 +1798,7 @@ ENDS = {
 for name, (ended, message) in ENDS.items():
     TRIGGERS[f"{name}_ended"] = (f"BEFORE UPDATE ON {name}", ended, message)
 for name in TABLES.keys() - {"note"}:
-    changing = CHANGING_COLUMNS.get(name, ()) + EDITABLE_COLUMNS.get(name, ())
+    changing = CHANGING_COLUMNS.get(name, ()) + CHANGING_COLUMNS.get(f"{name} named", ())
     fixed = [column.name for column in TABLES[name].columns if column.name not in changing]
     message = f"what {name} holds is for ever"
     unchanged = f"BEFORE UPDATE OF {', '.join(fixed)} ON {name}"
@@ -2247,6 +2240,7 @@ BODY_BYTES_MAX = 65_536
 PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
 ERRORS_LISTED_MAX = 20
 NOTE_FILTER = re.compile(r"metadata\[.*\]$")
+EXAMPLE_ID = "01a1fefb-c2f0-7ab1-8d0e-391f6d6292a4"
 UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 
 
@@ -2417,12 +2411,15 @@ def parse_time(given: Any) -> int:
     raise PydanticCustomError("time", "Input should be a time such as 2026-11-21T12:00:00Z")
 
 
-Amount = Annotated[int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units")]
+Amount = Annotated[
+    int,
+    pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units", examples=[300]),
+]
 PrintableText = Annotated[str, AfterValidator(NO_CONTROLS)]
 Printable = Annotated[PrintableText, pydantic.StringConstraints(max_length=200)]
-Name = Annotated[Printable, AfterValidator(NOT_BLANK)]
+Name = Annotated[Printable, AfterValidator(NOT_BLANK), pydantic.Field(examples=["alice"])]
 Uuid = Annotated[str, pydantic.StringConstraints(pattern=UUID_PATTERN)]
-AccountId = Annotated[Uuid, names_account("{}")]
+AccountId = Annotated[Uuid, names_account("{}"), pydantic.Field(examples=[EXAMPLE_ID])]
 PlainInt = Annotated[int, BeforeValidator(PLAIN_DIGITS)]
 Limit = Annotated[PlainInt, Query(ge=1, le=PAGE_SIZE_MAX)]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
@@ -2434,10 +2431,16 @@ NoteFilter = Annotated[dict[str, str], BeforeValidator(dict)]
 Moment = Annotated[int, BeforeValidator(parse_time), pydantic.WithJsonSchema(DATE_TIME)]
 
 
+def add_example(schema: Row) -> None:
+    """Give a request's schema an example, of those that its fields have."""
+    fields = schema["properties"].items()
+    schema["examples"] = [{name: f["examples"][0] for name, f in fields if "examples" in f}]
+
+
 class RequestBody(BaseModel):
     """What a caller sends; a field that is not known is refused, so that no typo is lost."""
 
-    model_config = pydantic.ConfigDict(extra="forbid")
+    model_config = pydantic.ConfigDict(extra="forbid", json_schema_extra=add_example)
 
 
 class Problem(BaseModel):
@@ -2709,17 +2712,14 @@ class Named(RequestBody):
     def columns(self) -> Row:
         """Return what is stored of it."""
         notes = json.dumps(self.metadata) if self.metadata else None
-        return {"external_id": self.external_id, "notes": notes}
+        stored = ("amount", "memo", "external_id")
+        return {"notes": notes} | {n: v for n, v in vars(self).items() if n in stored}
 
 
 class EventCreate(Named):
     """What callers may add to what moves money."""
 
     memo: Printable | None = None
-
-    def columns(self) -> Row:
-        """Return what is stored of it."""
-        return {**super().columns(), "memo": self.memo}
 
 
 class CashCreate(EventCreate):
@@ -2728,11 +2728,14 @@ class CashCreate(EventCreate):
     amount: Amount
 
 
+OtherAccountId = Annotated[AccountId, pydantic.Field(examples=[EXAMPLE_ID[:-1] + "b"])]
+
+
 class TransferCreate(CashCreate):
     """A transfer between two accounts of one asset."""
 
     source_account_id: AccountId
-    dest_account_id: AccountId
+    dest_account_id: OtherAccountId
 
 
 class TransferPublic(BaseModel):
@@ -2751,7 +2754,7 @@ class TransferPublic(BaseModel):
 def post_transfer(book: Book, body: TransferCreate) -> TransferPublic:
     """Move money between two customers' accounts, at once and as a whole."""
     ends = (body.source_account_id, body.dest_account_id)
-    transfer_id = transfer(book, *ends, amount=body.amount, **body.columns())
+    transfer_id = transfer(book, *ends, **body.columns())
     source, dest = (book.account(account_id) for account_id in ends)
     shown: Row = {"transfer_id": transfer_id, "asset": source.asset, "ts": book.now}
     return TransferPublic(**shown, amount=body.amount, memo=body.memo, source=source, dest=dest)
@@ -2760,20 +2763,20 @@ def post_transfer(book: Book, body: TransferCreate) -> TransferPublic:
 @api.post("/accounts/{account_id}/deposit", roles=SERVICES, key="required")
 def post_deposit(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
     """Take money in for an account."""
-    return deposit(book, account_id, amount=body.amount, **body.columns())
+    return deposit(book, account_id, **body.columns())
 
 
 @api.post("/accounts/{account_id}/withdraw", roles=ADMINS, key="required")
 def post_withdrawal(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
     """Pay money out of an account."""
-    return withdraw(book, account_id, amount=body.amount, **body.columns())
+    return withdraw(book, account_id, **body.columns())
 
 
 class AccountCreate(Named):
     """A new account; see the README for the assets that there are."""
 
     owner_name: Name
-    asset: Name = "USD"
+    asset: Annotated[Name, pydantic.Field(examples=["USD"])] = "USD"
 
 
 @api.post("/accounts", roles=SERVICES, status=201, location="/accounts/{0.id}")
@@ -2793,15 +2796,12 @@ def get_accounts(
     metadata: NoteFilter = {},  # noqa: B006
 ) -> Page[AccountPublic]:
     """List the customers' accounts, oldest first; `metadata[NAME]=VALUE` finds by notes."""
-    filters = {"owner_name": owner_name, "name": name, "external_id": external_id}
-    given = {column: value for column, value in filters.items() if value is not None}
-    noted, values = with_notes("id", metadata)
-    scope = ("accounts", *filters.values(), values)
-    values |= {**given, "limit": limit + 1}
-    values["after"] = read_cursor(cursor, scope, start="", form=UUID_PATTERN)
-    where = "kind = 'CUSTOMER' AND id > :after" + noted
-    where += "".join(f" AND {column} = :{column}" for column in given)
-    rows = find_accounts(connection, f"{where} ORDER BY id LIMIT :limit", **values)
+    columns = {"owner_name": owner_name, "name": name, "external_id": external_id}
+    where, values = filtered(metadata, "id", **columns)
+    scope = ("accounts", values)
+    after = read_cursor(cursor, scope, start="", form=UUID_PATTERN)
+    where = f"kind = 'CUSTOMER' AND id > :after{where} ORDER BY id LIMIT :limit"
+    rows = find_accounts(connection, where, **values, after=after, limit=limit + 1)
     return Page[AccountPublic].model_validate(page_of(rows, limit, scope, "{id}"))
 
 
@@ -2837,12 +2837,13 @@ ACCOUNTS = f"""
 """  # noqa: S608
 
 
-def with_notes(column: str, metadata: Mapping[str, str]) -> tuple[str, Row]:
-    """Return the condition that an id's owner has all of these notes, and its values."""
-    condition, values = "", Row()
+def filtered(metadata: Mapping[str, str], owner: str, **columns: Any) -> tuple[str, Row]:
+    """Return the condition that columns have the values given, and an owner these notes."""
+    values = {column: value for column, value in columns.items() if value is not None}
+    condition = "".join(f" AND {column} = :{column}" for column in values)
     for number, (name, value) in enumerate(sorted(metadata.items())):
-        noted = f"name = :name{number} AND value = :value{number}"
-        condition += f" AND {column} IN (SELECT owner_id FROM note WHERE {noted})"  # noqa: S608
+        noted = f"SELECT owner_id FROM note WHERE name = :name{number} AND value = :value{number}"  # noqa: S608
+        condition += f" AND {owner} IN ({noted})"
         values |= {f"name{number}": name, f"value{number}": value}
     return condition, values
 
@@ -2909,23 +2910,26 @@ def get_statement(
     before = int(read_cursor(cursor, scope, start=str(BALANCE_MAX), form="[0-9]{1,18}"))
     account = find_account(connection, account_id)
     if to is not None:
-        before = min(before, last_seq_before(connection, account, to) + 1)
-    after = last_seq_before(connection, account, start) if start is not None else 0
+        before = min(before, last_before(connection, account, to)["seq"] + 1)
+    after = last_before(connection, account, start)["seq"] if start is not None else 0
     where = "entry.account_id = :id AND seq < :before AND seq > :after ORDER BY seq DESC"
     among = {"id": account_id, "before": before, "after": after, "limit": limit + 1}
     rows = connection.rows(f"{ENTRIES} WHERE {where} LIMIT :limit", **among)
     return Page[EntryPublic].model_validate(page_of(rows, limit, scope, "{seq}"))
 
 
-def last_seq_before(connection: Connection, account: Row, moment: int) -> int:
-    """Return the number of an account's last entry before a time, by bisection: times rise."""
-    low, high = 0, account["last_seq"]
+def last_before(connection: Connection, account: Row, moment: int) -> Row:
+    """Return an account's last entry before a time, by bisection: within it, times rise."""
+    low, high, last = 0, account["last_seq"], {"seq": 0, "balance": 0}
+    query = f"{ENTRIES} WHERE entry.account_id = :id AND seq = :seq"
     while low < high:
         middle = (low + high + 1) // 2
-        where = "WHERE entry.account_id = :id AND seq = :seq"
-        [entry] = connection.rows(f"{ENTRIES} {where}", id=account["id"], seq=middle)
-        low, high = (middle, high) if entry["ts"] < moment else (low, middle - 1)
-    return low
+        [entry] = connection.rows(query, id=account["id"], seq=middle)
+        if entry["ts"] < moment:
+            low, last = middle, entry
+        else:
+            high = middle - 1
+    return last
 
 
 class BalancePublic(BaseModel):
@@ -2946,13 +2950,10 @@ def get_balance(
     account, moment = find_account(connection, account_id), utc_now() if at is None else at
     if moment < account["created_at"]:
         raise AccountNotFound(f"There was no account {account_id} yet")
-    seq = account["last_seq"]
-    seq = last_seq_before(connection, account, moment + 1) if at is not None else seq
-    where = "WHERE entry.account_id = :id AND seq = :seq"
-    entries = connection.rows(f"{ENTRIES} {where}", id=account_id, seq=seq)
-    balance = entries[0]["balance"] if entries else 0
-    shown = {"account_id": account_id, "asset": account["asset"], "balance": balance}
-    return BalancePublic(**shown, seq=seq, at=moment)
+    last = account | {"seq": account["last_seq"]}
+    last = last if at is None else last_before(connection, account, at + 1)
+    shown = {"account_id": account_id, "asset": account["asset"], "at": moment}
+    return BalancePublic(**shown, balance=last["balance"], seq=last["seq"])
 
 
 class AssetBalances(BaseModel):
@@ -2985,9 +2986,9 @@ def get_balances(connection: Connection) -> TrialBalance:
         system[row["asset"]][row["name"]] = row["balance"]
     items = []
     for asset, balances in sorted(system.items()):
-        total = customers.get(asset, 0) + sum(balances.values())
-        shown = {"asset": asset, "customers": customers.get(asset, 0), "system": balances}
-        items.append(AssetBalances(**shown, total=total))
+        held = customers.get(asset, 0)
+        shown = {"asset": asset, "customers": held, "system": balances}
+        items.append(AssetBalances(**shown, total=held + sum(balances.values())))
     return TrialBalance(items=items)
 
 
@@ -2996,9 +2997,6 @@ class TransactionPublic(TransactionBase):
 
     reversed_by: str | None
     entries: list[EntryPublic]
-
-
-REVERSED_BY = "(SELECT id FROM event AS later WHERE later.reverses = event.id) AS reversed_by"
 
 
 @api.get("/transactions/{transaction_id}", roles=READERS)
@@ -3035,24 +3033,18 @@ def get_transactions(
     metadata: NoteFilter = {},  # noqa: B006
 ) -> Page[TransactionPublic]:
     """List transactions, newest first; `metadata[NAME]=VALUE` finds by notes."""
-    noted, values = with_notes("event.id", metadata)
-    scope = ("transactions", account_id, external_id, values)
+    where, values = filtered(metadata, "event.id", external_id=external_id)
+    scope = ("transactions", account_id, values)
     form, start = "[0-9]{1,18}_[0-9a-g-]{1,36}", f"{10**18 - 1}_g"
     seq, event_id = read_cursor(cursor, scope, start=start, form=form).split("_")
-    values |= {"seq": int(seq), "id": event_id, "limit": limit + 1}
-    where, order, shown = f"kind < 'a' AND event.id < :id{noted}", "event.id", ":seq AS seq"
-    source = "event"
-    if external_id is not None:
-        where, values["external_id"] = f"{where} AND external_id = :external_id", external_id
+    among = {"seq": int(seq), "id": event_id, "account_id": account_id, "limit": limit + 1}
+    source, order, shown = "event", "event.id", ":seq AS seq"
     if account_id is not None:
         source, order, shown = "entry JOIN event ON event.id = transaction_id", "seq", "seq"
         where += " AND entry.account_id = :account_id AND seq < :seq"
-        values["account_id"] = account_id
-    found = connection.rows(
-        f"SELECT event.*, {shown}, {REVERSED_BY} FROM {source} "  # noqa: S608
-        f"WHERE {where} ORDER BY {order} DESC LIMIT :limit",
-        **values,
-    )
+    query = f"SELECT event.*, {shown}, {REVERSED_BY} FROM {source} WHERE kind < 'a' "  # noqa: S608
+    query += f"AND event.id < :id{where} ORDER BY {order} DESC LIMIT :limit"
+    found = connection.rows(query, **values, **among)
     page = page_of(found, limit, scope, "{seq}_{id}")
     items = with_entries(connection.rows, page["items"])
     return Page[TransactionPublic](items=items, next_cursor=page["next_cursor"])
@@ -3062,14 +3054,23 @@ class EntryCreate(RequestBody):
     """An entry of a transaction: a DEBIT takes from the account, a CREDIT adds to it."""
 
     account_id: AccountId
-    type: Literal["DEBIT", "CREDIT"]
+    type: Annotated[Literal["DEBIT", "CREDIT"], pydantic.Field(examples=["DEBIT"])]
     amount: Amount
+
+
+EXAMPLE_ENTRIES = [
+    {"account_id": EXAMPLE_ID, "type": "DEBIT", "amount": 300},
+    {"account_id": EXAMPLE_ID[:-1] + "b", "type": "CREDIT", "amount": 300},
+]
 
 
 class TransactionCreate(EventCreate):
     """Entries whose debits equal their credits, for each asset."""
 
-    entries: Annotated[list[EntryCreate], pydantic.Field(min_length=2, max_length=100)]
+    entries: Annotated[
+        list[EntryCreate],
+        pydantic.Field(min_length=2, max_length=100, examples=[EXAMPLE_ENTRIES]),
+    ]
 
 
 TRANSACTION = "/transactions/{0.id}"
@@ -3095,11 +3096,17 @@ def post_reversal(book: Book, transaction_id: Uuid, body: EventCreate) -> Transa
     return find_transaction(book.ask, reverse(book, transaction_id, **body.columns()))
 
 
+EXAMPLE_TRANSFER = TransferCreate.model_json_schema()["examples"][0]
+
+
 class BulkCreate(RequestBody):
     """Many transfers, one after the other; all of them or none, if it is `atomic`."""
 
     atomic: Annotated[bool, pydantic.Field(strict=True)] = True
-    transfers: Annotated[list[TransferCreate], pydantic.Field(min_length=1, max_length=1_000)]
+    transfers: Annotated[
+        list[TransferCreate],
+        pydantic.Field(min_length=1, max_length=1_000, examples=[[EXAMPLE_TRANSFER]]),
+    ]
 
 
 class BulkResult(BaseModel):
@@ -3121,16 +3128,10 @@ class BulkPublic(BaseModel):
 @api.post("/transfers/bulk", roles=SERVICES, key="required", body_bytes_max=8 * BODY_BYTES_MAX)
 def post_bulk(book: Book, body: BulkCreate) -> BulkPublic:
     """Make many transfers in one commit."""
-    transfers = [
-        {
-            "source": each.source_account_id,
-            "dest": each.dest_account_id,
-            "amount": each.amount,
-            "arguments": each.model_dump_json(),
-            **each.columns(),
-        }
-        for each in body.transfers
-    ]
+    transfers = []
+    for each in body.transfers:
+        ends = {"source": each.source_account_id, "dest": each.dest_account_id}
+        transfers.append({**ends, **each.columns(), "arguments": each.model_dump_json()})
     results = transfer_many(book, transfers, atomic=body.atomic)
     failed = sum(result["error"] is not None for result in results)
     shown: Row = {"succeeded": len(results) - failed, "failed": failed, "results": results}
@@ -3141,7 +3142,7 @@ class HoldCreate(CashCreate):
     """Money to be promised to an account for some time, in seconds."""
 
     account_id: AccountId
-    dest_account_id: AccountId
+    dest_account_id: OtherAccountId
     expires_in: Annotated[int, pydantic.Field(strict=True, ge=1, le=31_536_000)] = 604_800
 
 
@@ -3149,8 +3150,7 @@ class HoldCreate(CashCreate):
 def post_hold(book: Book, body: HoldCreate) -> HoldPublic:
     """Promise money to an account, until it is captured or voided, or expires."""
     ends = (body.account_id, body.dest_account_id)
-    given = {"amount": body.amount, "expires_in": body.expires_in, **body.columns()}
-    return HoldPublic(**place_hold(book, *ends, **given))
+    return HoldPublic(**place_hold(book, *ends, expires_in=body.expires_in, **body.columns()))
 
 
 class CaptureCreate(RequestBody):
@@ -3171,20 +3171,23 @@ def post_void(book: Book, hold_id: Uuid) -> HoldPublic:
     return HoldPublic(**void_hold(book, hold_id))
 
 
-HOLDS = f"""
-    SELECT id, CASE WHEN {PENDING} AND expires_at <= :now THEN 'EXPIRED' ELSE status END AS status,
-    account_id, dest_account_id, asset, amount, captured_amount, transaction_id, memo, external_id,
-    notes, created_at, expires_at FROM hold
-"""  # noqa: S608
+SHOWN = f"CASE WHEN {PENDING} AND expires_at <= :now THEN 'EXPIRED' ELSE status END"
+
+
+def find_holds(connection: Connection, where: str, **values: Any) -> list[HoldPublic]:
+    """Return holds, those that have expired as such."""
+    query = f"SELECT hold.*, {SHOWN} AS shown FROM hold WHERE {where}"  # noqa: S608
+    rows = connection.rows(query, now=utc_now(), **values)
+    return [HoldPublic(**row | {"status": row["shown"]}) for row in rows]
 
 
 @api.get("/holds/{hold_id}", roles=READERS)
 def get_hold(connection: Connection, hold_id: Uuid) -> HoldPublic:
     """Show a hold."""
-    found = connection.rows(f"{HOLDS} WHERE id = :id", id=hold_id, now=utc_now())
+    found = find_holds(connection, "id = :id", id=hold_id)
     if not found:
         raise HoldNotFound(f"There is no hold {hold_id}")
-    return HoldPublic(**found[0])
+    return found[0]
 
 
 @api.get("/holds", roles=READERS)
@@ -3198,14 +3201,12 @@ def get_holds(
     """List holds, newest first; those of an account on either side."""
     scope = ("holds", account_id, status)
     before = read_cursor(cursor, scope, start="g", form=UUID_PATTERN)
-    values = {"now": utc_now(), "account_id": account_id, "status": status, "before": before}
+    among = {"account_id": account_id, "status": status, "before": before, "limit": limit + 1}
     where = "id < :before"
-    if account_id is not None:
-        where += " AND (account_id = :account_id OR dest_account_id = :account_id)"
-    shown = f"SELECT * FROM ({HOLDS} WHERE {where}) AS shown"  # noqa: S608
-    shown += " WHERE status = :status" if status is not None else ""
-    rows = connection.rows(f"{shown} ORDER BY id DESC LIMIT :limit", **values, limit=limit + 1)
-    return Page[HoldPublic].model_validate(page_of(rows, limit, scope, "{id}"))
+    where += " AND :account_id IN (account_id, dest_account_id)" if account_id else ""
+    where += f" AND {SHOWN} = :status" if status else ""
+    holds = find_holds(connection, f"{where} ORDER BY id DESC LIMIT :limit", **among)
+    return Page[HoldPublic].model_validate(page_of([*map(vars, holds)], limit, scope, "{id}"))
 
 
 class PaymentCreate(CashCreate):
@@ -3225,7 +3226,7 @@ class PaymentPublic(BaseModel):
 @api.post("/payments", roles=SERVICES, key="required")
 def post_payment(book: Book, body: PaymentCreate) -> PaymentPublic:
     """Pay at once, and get 2 % back after 24 hours."""
-    cashback = pay(book, body.account_id, amount=body.amount, **body.columns())
+    cashback = pay(book, body.account_id, **body.columns())
     return payment_public(cashback, book.account(body.account_id))
 
 
@@ -3329,7 +3330,9 @@ BANK_OPERATIONS = {
     ("REVERSAL", "CREDIT"): "reversed",
 }
 
-BankTime = Annotated[int, pydantic.Field(strict=True, ge=0, le=2**53), AfterValidator(note_time)]
+BankTime = Annotated[
+    int, pydantic.Field(strict=True, ge=0, le=2**53, examples=[1]), AfterValidator(note_time)
+]
 BankTimeInQuery = Annotated[PlainInt, Query(ge=0, le=2**53), AfterValidator(note_time)]
 BankName = Annotated[Name, names_account(BANK_ACCOUNT)]
 
@@ -3601,7 +3604,7 @@ def open_atm_account(book: Book, *, number: str, amount: int) -> None:
 DollarsIn = Annotated[
     int,
     BeforeValidator(partial(parse_decimal, exponent=ATM_EXPONENT)),
-    pydantic.Field(ge=1),
+    pydantic.Field(ge=1, examples=["10.50"]),
     pydantic.WithJsonSchema({"type": "string"}),
 ]
 Dollars = Annotated[int, pydantic.PlainSerializer(lambda cents: decimal_text(cents, 2), str)]
@@ -3713,7 +3716,7 @@ def wallet(user: str, asset_type_id: int) -> str:
 CreditsIn = Annotated[
     int,
     BeforeValidator(partial(parse_decimal, exponent=WALLET_EXPONENT, or_number=True)),
-    pydantic.Field(ge=1, le=AMOUNT_MAX),
+    pydantic.Field(ge=1, le=AMOUNT_MAX, examples=["12.5"]),
     pydantic.WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}]}),
 ]
 Credits = Annotated[int, pydantic.PlainSerializer(lambda units: decimal_text(units, 4), str)]
@@ -3766,7 +3769,7 @@ class WalletMovement(RequestBody):
     """An amount of an asset; the key may stand here or in the header."""
 
     amount: CreditsIn
-    asset_type_id: Annotated[int, pydantic.Field(strict=True)]
+    asset_type_id: Annotated[int, pydantic.Field(strict=True, examples=[1])]
     idempotency_key: KeyInBody = None
 
 
