@@ -737,7 +737,7 @@ def test_a_hold_ends_by_itself_after_seven_days(bank: "BankInside") -> None:
 
 
 def test_what_an_expired_hold_held_can_be_spent_at_once(bank: "BankInside") -> None:
-    bank.given(alice=100, bob=0)
+    bank.given(alice=100, bob=0).pass_time(0)
     holds = [bank.promised("alice", "bob", amount, expires_in=1) for amount in (30, 70)]
     assert refusal(bank.withdraw("alice", 1)) == (409, "insufficient_funds")
     bank.pass_time(1_000_000)
@@ -1554,7 +1554,7 @@ def test_nothing_is_lost_and_nothing_happens_twice_however_often_it_dies(databas
 
 
 class Move(NamedTuple):
-    """A transfer, under a key."""
+    """A transfer, or a hold and its capture, under a key."""
 
     source: str
     dest: str
@@ -1571,8 +1571,11 @@ def move_at_random(bank: "Bank", moves: dict[Move, dict[str, int] | None]) -> No
 
 
 def made(bank: "Bank", move: Move) -> dict[str, int]:
-    """Ask for a transfer, and return how it changed balances."""
-    answer = bank.transfer(move.source, move.dest, move.amount, key=move.key)
+    """Ask for a transfer, or a hold and its capture, and return how it changed balances."""
+    is_held = move.amount % 3 == 0
+    answer = (bank.hold if is_held else bank.transfer)(*move[:3], key=move.key)
+    if is_held and answer.is_success:
+        answer = bank.capture(answer.json()["id"], key=move.key)
     is_done = answer.status_code == 200
     return {move.source: -move.amount, move.dest: move.amount} if is_done else {}
 
@@ -3138,6 +3141,21 @@ def test_the_audit_log_of_an_account_has_all_that_touched_it(
     assert len(actions()) == len(bank.rows("SELECT id FROM event")) == 12
 
 
+def test_the_audit_log_tells_of_holds_and_reversals(bank: "Bank") -> None:
+    bank.given(alice=100, bob=0)
+    bank.void(bank.promised("alice", "bob", 1))
+    bank.capture(bank.promised("alice", "bob", 1))
+    bank.reverse(bank.last("bob"))
+
+    def actions(name: str) -> list[str]:
+        items = bank.get("/audit", account_id=bank.ids[name]).json()["items"]
+        return [event["action"] for event in items]
+
+    of_alice = ["reversal", "capture", "hold", "void", "hold", "deposit", "open_account"]
+    assert actions("alice") == of_alice
+    assert actions("bob") == ["reversal", "capture", "open_account"]
+
+
 def test_the_audit_log_is_stable_while_events_arrive(bank: "Bank") -> None:
     bank.given(alice=100, bob=0)
     listed: list[str] = []
@@ -3547,6 +3565,22 @@ def test_the_wallets_of_a_user_are_opened_empty_and_once(demo: "Bank") -> None:
     # The event is recorded under the first account that it opens.
     event = "(SELECT account_id FROM event ORDER BY id DESC LIMIT 1)"
     assert demo.rows(f"SELECT asset FROM account WHERE id = {event}") == [("GOLD",)]
+
+
+@pytest.mark.parametrize("operation", ["top-up", "bonus", "spend"])
+def test_what_happened_to_credits_can_be_reversed(demo: "Bank", operation: str) -> None:
+    move_credits(demo, "user_alice", operation, 5)
+    [(moved,)] = demo.rows("SELECT max(id) FROM event WHERE kind < 'a'")
+    assert demo.reverse(moved).status_code == 201
+    assert wallet(demo, "user_alice", 1) == "100.0000"
+    assert demo.wrong() == []
+
+
+def test_credits_can_be_neither_held_nor_posted_freely(demo: "Bank") -> None:
+    wallets = "SELECT id FROM account WHERE kind = 'CUSTOMER' AND asset = 'GOLD' LIMIT 2"
+    demo.ids = {name: row[0] for name, row in zip("ab", demo.rows(wallets), strict=True)}
+    for refused in (demo.hold("a", "b", 1), demo.journal({"a": -1, "b": 1})):
+        assert refusal(refused) == (409, "asset_closed_loop")
 
 
 def test_credits_are_bought_given_and_spent(demo: "Bank") -> None:
@@ -4275,6 +4309,9 @@ def test_a_copy_is_the_same_ledger(
 ) -> None:
     bank.given(alice=500, bob=50, carol=0).transfer("alice", "bob", 100, key="rent")
     bank.pay("alice", 100)
+    bank.reverse(bank.transfer("alice", "bob", 7).json()["transfer_id"])
+    bank.capture(bank.promised("alice", "bob", 9), amount=5)
+    bank.promised("alice", "bob", 95)
     bank.step("bob", "freeze")
     bank.step("carol", "close")
     new_api_key(bank.database, "till", "admin")
@@ -4285,7 +4322,8 @@ def test_a_copy_is_the_same_ledger(
             assert copied.contents() == bank.contents()
             copied.ids = bank.ids
             admin = copied.by(new_api_key(url, "next", "admin"))
-            assert admin.withdraw("alice", 1).json()["balance"] == 299
+            assert admin.withdraw("alice", 1).json()["balance"] == 294
+            assert admin.funds("alice") == (294, 95, 199)
             assert refusal(admin.deposit("bob", 1)) == (409, "account_frozen")
             assert refusal(admin.deposit("carol", 1)) == (409, "account_closed")
 
