@@ -1068,12 +1068,22 @@ class AnyStory(stateful.RuleBasedStateMachine):
         self.sent.append((replay, answer.content))
         return answer.json() if allowed else None
 
+    def two(self, numbers: tuple[int, int]) -> tuple[str, str]:
+        """Return two different ones of them."""
+        first = self.person(numbers[0])
+        return first, sorted(self.balances.keys() - {first})[numbers[1] % (len(self.balances) - 1)]
+
+    @stateful.initialize()
+    def begin(self) -> None:
+        for balance in (300, 200):
+            self.open(balance)
+
     @stateful.precondition(lambda self: len(self.balances) < 4)
-    @stateful.rule()
-    def open(self) -> None:
+    @stateful.rule(balance=st.sampled_from([0, 100]))
+    def open(self, balance: int) -> None:
         name = f"person {len(self.balances)}"
-        self.bank.given({name: 0})
-        self.balances[name], self.status[name] = 0, "ACTIVE"
+        self.bank.given({name: balance})
+        self.balances[name], self.status[name] = balance, "ACTIVE"
 
     @stateful.precondition(lambda self: self.balances)
     @stateful.rule(number=people, amount=amounts)
@@ -1124,18 +1134,17 @@ class AnyStory(stateful.RuleBasedStateMachine):
     @stateful.precondition(lambda self: len(self.balances) > 1)
     @stateful.rule(numbers=st.tuples(people, people), amount=amounts, days=st.integers(1, 3))
     def hold(self, numbers: tuple[int, int], amount: int, days: int) -> None:
-        source, dest = (self.person(number) for number in numbers)
-        if source == dest:
-            return
+        source, dest = self.two(numbers)
         allowed, lasting = self.may_move(source, dest, amount), {"expires_in": 86_400 * days}
         if done := self.expect(allowed, self.bank.hold, source, dest, amount, **lasting):
             self.holds[done["id"]] = Promise(source, dest, amount, days)
 
     @stateful.precondition(lambda self: self.holds)
-    @stateful.rule(number=things, amount=amounts)
-    def capture(self, number: int, amount: int) -> None:
+    @stateful.rule(number=things, thirds=st.integers(min_value=1, max_value=4))
+    def capture(self, number: int, thirds: int) -> None:
         hold = list(self.holds)[number % len(self.holds)]
         source, dest, held, _ = self.holds[hold]
+        amount = max(1, held * thirds // 3)
         active = self.status[source] == self.status[dest] == "ACTIVE"
         allowed = active and amount <= held
         if self.expect(allowed, self.bank.capture, hold, amount=amount):
