@@ -3243,6 +3243,27 @@ def test_1000_transfers_are_made_at_once(bank: "Bank") -> None:
     assert bank.wrong() == []
 
 
+def test_1000_transfers_out_of_an_account_with_a_hold_are_made_at_once(bank: "Bank") -> None:
+    bank.given(alice=1_000, bob=0)
+    hold = {"account_id": bank.ids["alice"], "dest_account_id": bank.ids["bob"], "amount": 1}
+    bank.post("/holds", key=new_key(), **hold)
+    many = [item(bank, "alice", "bob", 1)] * 1_000
+    done = bulk(bank, *many, atomic=False).json()
+    assert (done["succeeded"], done["failed"]) == (999, 1)
+    assert done["results"][-1]["error"]["code"] == "insufficient_funds"
+    assert bank.balances() == {"alice": 1, "bob": 999}
+    assert bank.wrong() == []
+
+
+def test_200_transactions_at_one_moment_are_one_batch(bank: "BankInside") -> None:
+    bank.given(alice=150, bob=0)
+    one = {"entries": entries_of(bank, {"alice": -1, "bob": 1})}
+    answers = bank.together(*[("/transactions", one)] * 200)
+    assert Counter(answer.status_code for answer in answers) == {201: 150, 409: 50}
+    assert bank.balances() == {"alice": 0, "bob": 150}
+    assert bank.wrong() == []
+
+
 def test_each_of_many_transfers_that_moved_has_its_own_event(bank: "Bank") -> None:
     bank.given(bob=0, alice=10)
     paid = {"memo": "rent", "external_id": "x", "metadata": {"order": "7"}}
