@@ -3189,6 +3189,849 @@ def test_the_audit_log_is_stable_while_events_arrive(bank: "Bank") -> None:
     assert len(listed) == len(set(listed)) == 2
 
 
+def entries_of(bank: "Bank", amounts: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return the entries of a transaction, where what is taken away is negative."""
+    types = {True: "CREDIT", False: "DEBIT"}
+    return [
+        {"account_id": bank.ids[name], "type": types[amount > 0], "amount": abs(amount)}
+        for name, amount in amounts.items()
+    ]
+
+
+def journal(bank: "Bank", amounts: Mapping[str, int], **options: Any) -> httpx.Response:
+    """Post a transaction, under a new key unless one is given."""
+    entries = entries_of(bank, amounts)
+    return bank.post("/transactions", **{"key": new_key(), "entries": entries, **options})
+
+
+def pointers(refused: httpx.Response) -> list[str]:
+    """Return where a request does not fit."""
+    assert refusal(refused) == (422, "invalid_request")
+    return [error["pointer"] for error in refused.json()["errors"]]
+
+
+def test_a_transaction_has_any_number_of_entries(bank: "Bank") -> None:
+    bank.given(alice=100, bob=50, carol=0)
+    named = {"memo": "rent", "external_id": "r-1", "metadata": {"order": "7"}}
+    posted = journal(bank, {"alice": -70, "bob": -10, "carol": 80}, **named)
+    assert (posted.status_code, posted.json()["kind"]) == (201, "JOURNAL")
+    shown = bank.get(posted.headers["Location"]).json()
+    assert shown == posted.json()
+    assert {name: shown[name] for name in named} == named
+    assert (shown["reverses"], shown["reversed_by"]) == (None, None)
+    entries = [(entry["type"], entry["amount"], entry["balance"]) for entry in shown["entries"]]
+    assert entries == [("DEBIT", 70, 30), ("DEBIT", 10, 40), ("CREDIT", 80, 80)]
+    assert bank.balances() == {"alice": 30, "bob": 40, "carol": 80}
+    assert bank.wrong() == []
+
+
+def test_a_transaction_exchanges_assets_through_somebody_who_holds_both(bank: "Bank") -> None:
+    bank.given(alice=100, broker=0).given(asset="EUR", alice_eur=0, broker_eur=90)
+    traded = {"alice": -100, "broker": +100, "broker_eur": -90, "alice_eur": +90}
+    assert journal(bank, traded).status_code == 201
+    assert bank.balances() == {"alice": 0, "broker": 100, "alice_eur": 90, "broker_eur": 0}
+    assert bank.wrong() == []
+
+
+def test_a_transaction_has_up_to_100_entries(bank: "Bank") -> None:
+    many = {f"owner {number}": 0 for number in range(100)}
+    bank.given(alice=1000).given(many)
+    full = journal(bank, {"alice": -99, **dict.fromkeys(list(many)[:99], 1)})
+    assert (full.status_code, len(full.json()["entries"])) == (201, 100)
+    assert pointers(journal(bank, {"alice": -100, **dict.fromkeys(many, 1)})) == ["/entries"]
+    amounts: list[dict[str, int]] = [{}, {"alice": 1}]
+    for few in amounts:
+        assert pointers(journal(bank, few)) == ["/entries"]
+
+
+@pytest.mark.parametrize(
+    ("amounts", "asset", "debits", "credits"),
+    [
+        ({"alice": -2, "bob": 1}, "USD", 2, 1),
+        ({"alice": 1, "bob": 1}, "USD", 0, 2),
+        ({"alice": -1, "bob": -2}, "USD", 3, 0),
+        ({"alice": -1, "eva": 1}, "USD", 1, 0),
+        ({"eva": 1, "alice": -1}, "EUR", 0, 1),
+        ({"alice": -1, "bob": 1, "eva": 4}, "EUR", 0, 4),
+    ],
+)
+def test_an_unbalanced_transaction_is_told_its_first_wrong_asset(
+    bank: "Bank", amounts: dict[str, int], asset: str, debits: int, credits: int
+) -> None:
+    bank.given(alice=10, bob=10).given(asset="EUR", eva=10)
+    refused, again = (journal(bank, amounts, key="k") for _ in range(2))
+    assert refusal(refused) == (422, "unbalanced")
+    told = {name: refused.json()[name] for name in ("asset", "debits", "credits")}
+    assert told == {"asset": asset, "debits": debits, "credits": credits}
+    # It depends on what the books know, so it is kept under the key as every answer is.
+    assert (again.content, again.headers["Idempotent-Replayed"]) == (refused.content, "true")
+    assert bank.balances() == {"alice": 10, "bob": 10, "eva": 10}
+
+
+def test_an_account_stands_once_in_a_transaction(bank: "Bank") -> None:
+    bank.given(alice=10, bob=0)
+    for twice in (
+        entries_of(bank, {"alice": -2, "bob": 1}) + entries_of(bank, {"bob": 1}),
+        entries_of(bank, {"alice": -1}) + entries_of(bank, {"alice": 1}),
+        entries_of(bank, {"alice": -1}) * 2,
+    ):
+        refused = bank.post("/transactions", key=new_key(), entries=twice)
+        assert refusal(refused) == (422, "account_repeated")
+    assert bank.balances() == {"alice": 10, "bob": 0}
+
+
+def test_a_transaction_is_refused_as_a_whole(demo: "Bank") -> None:
+    bank = demo.given(alice=10, bob=0, carol=0)
+    bank.post("/api/v1/wallets/users", user_id="zoe", email="z@example.com", username="zoe")
+    gold = "SELECT id FROM account WHERE asset = 'GOLD' AND kind = 'CUSTOMER'"
+    cash = "SELECT id FROM account WHERE asset = 'USD' AND name = 'cash'"
+    (bank.ids["wallet"],) = bank.rows(gold)[0]
+    (bank.ids["cash"],) = bank.rows(cash)[0]
+    bank.ids["nobody"] = NOBODY
+    bank.step("carol", "freeze")
+    before = bank.contents()["entry"]
+    for amounts, refused in (
+        ({"alice": -1, "nobody": 1}, (404, "account_not_found")),
+        ({"alice": 1, "cash": -1}, (404, "account_not_found")),
+        ({"alice": -1, "wallet": 1}, (409, "asset_closed_loop")),
+        ({"alice": -1, "carol": 1}, (409, "account_frozen")),
+        ({"bob": 11, "alice": -11}, (409, "insufficient_funds")),
+    ):
+        assert refusal(journal(bank, amounts)) == refused
+    assert bank.contents()["entry"] == before
+
+
+def test_a_transaction_is_replayed_byte_by_byte(bank: "Bank") -> None:
+    bank.given(alice=10, bob=0)
+    first, again = (journal(bank, {"alice": -4, "bob": 4}, key="k") for _ in range(2))
+    assert (again.status_code, again.content) == (201, first.content)
+    assert again.headers["Location"] == first.headers["Location"]
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert refusal(journal(bank, {"alice": -5, "bob": 5}, key="k")) == (
+        409,
+        "idempotency_key_reused",
+    )
+    assert bank.balances() == {"alice": 6, "bob": 4}
+
+
+@at_the_edge
+@pytest.mark.parametrize(
+    ("entry", "pointer"),
+    [
+        ({"amount": 0}, "/entries/1/amount"),
+        ({"amount": "1"}, "/entries/1/amount"),
+        ({"amount": 1.0}, "/entries/1/amount"),
+        ({"type": "credit"}, "/entries/1/type"),
+        ({"type": None}, "/entries/1/type"),
+        ({"account_id": "x"}, "/entries/1/account_id"),
+        ({"balance": 1}, "/entries/1/balance"),
+    ],
+)
+def test_an_entry_that_does_not_fit_is_pointed_at(
+    untouched: "Bank", entry: dict[str, Any], pointer: str
+) -> None:
+    good, other = entries_of(untouched, {"alice": -1, "bob": 1})
+    entries = [good, other | entry]
+    assert pointers(untouched.post("/transactions", key="k", entries=entries)) == [pointer]
+
+
+@at_the_edge
+def test_entries_are_a_list_of_objects(untouched: "Bank") -> None:
+    strange: list[Any] = [None, {}, "x", [], [1, 2], [None, None], [[], []], {"0": {}}]
+    for entries in strange:
+        refused = untouched.post("/transactions", key="k", entries=entries)
+        assert refusal(refused) == (422, "invalid_request")
+    assert pointers(untouched.post("/transactions", key="k")) == ["/entries"]
+    assert refusal(untouched.post("/transactions"))[1] == "idempotency_key_missing"
+
+
+@pytest.mark.parametrize("of_one", [False, True])
+def test_transactions_are_listed_newest_first_and_none_twice(bank: "Bank", of_one: bool) -> None:
+    bank.given(alice=50, bob=0, carol=50)
+    for _ in range(5):
+        bank.transfer("alice", "bob", 1)
+        bank.deposit("carol", 1)
+        journal(bank, {"alice": -1, "carol": -1, "bob": 2})
+    query = "SELECT id FROM event WHERE kind < 'a'"
+    if of_one:
+        query = f"SELECT transaction_id FROM entry WHERE account_id = '{bank.ids['bob']}'"
+    expected = sorted((one for (one,) in bank.rows(query)), reverse=True)
+    seen = []
+    filters = {"account_id": bank.ids["bob"]} if of_one else {}
+    for page in bank.pages("/transactions", limit=3, **filters):
+        seen += page
+        # What comes meanwhile is newer than all that is still to come.
+        bank.transfer("alice", "bob", 1)
+    assert [each["id"] for each in seen] == expected
+    assert seen[-1] == bank.get(f"/transactions/{expected[-1]}").json()
+
+
+def test_transactions_are_found_by_what_holds_for_all_of_it(bank: "Bank") -> None:
+    bank.given(alice=50, bob=0, carol=50)
+    red, blue = ({"order": "7", "colour": colour} for colour in ("red", "blue"))
+    bank.transfer("alice", "bob", 1, metadata=red, external_id="a")
+    bank.transfer("carol", "bob", 2, metadata=red, external_id="b")
+    bank.transfer("carol", "bob", 3, metadata=blue)
+    bank.deposit("alice", 4, metadata={"order": "77"})
+
+    def amounts(**filters: str) -> list[int]:
+        found = bank.get("/transactions", **filters).json()["items"]
+        return [each["entries"][0]["amount"] for each in found]
+
+    order, colour, alice = {"metadata[order]": "7"}, {"metadata[colour]": "red"}, bank.ids["alice"]
+    assert amounts(**order) == [3, 2, 1]
+    assert amounts(**order, **colour) == [2, 1]
+    assert amounts(**order, **colour, account_id=alice) == [1]
+    assert amounts(**order, external_id="b") == amounts(external_id="b") == [2]
+    assert amounts(external_id="b", account_id=alice) == []
+    assert amounts(account_id=NOBODY) == amounts(external_id="c") == []
+    assert amounts(**{"metadata[order]": "8"}) == amounts(**{"metadata[Order]": "7"}) == []
+
+
+def test_a_cursor_of_transactions_is_bound_to_its_filters(bank: "Bank") -> None:
+    bank.given(alice=0, bob=0)
+    filters = {"account_id": bank.ids["alice"], "metadata[order]": "7"}
+    for _ in range(3):
+        bank.deposit("alice", 1, metadata={"order": "7"})
+    cursor = bank.get("/transactions", limit=1, **filters).json()["next_cursor"]
+    assert len(bank.get("/transactions", cursor=cursor, **filters).json()["items"]) == 2
+    changed: list[dict[str, str]] = [
+        {},
+        {"account_id": bank.ids["alice"]},
+        filters | {"account_id": bank.ids["bob"]},
+        filters | {"metadata[order]": "8"},
+        filters | {"metadata[colour]": "red"},
+        filters | {"external_id": "x"},
+    ]
+    for others in changed:
+        refused = bank.get("/transactions", cursor=cursor, **others)
+        assert refusal(refused) == (400, "invalid_cursor")
+    for path in ("/accounts", "/audit", f"/accounts/{bank.ids['alice']}/statement"):
+        assert refusal(bank.get(path, cursor=cursor)) == (400, "invalid_cursor")
+
+
+def test_accounts_are_listed_by_pages_of_what_was_filtered(bank: "Bank") -> None:
+    for number in range(7):
+        even = {"even": str(number % 2 == 0)}
+        bank.post("/accounts", owner_name=f"owner {number}", metadata=even)
+    even = {"metadata[even]": "True"}
+    pages = list(bank.pages("/accounts", limit=2, **even))
+    names = [[account["owner_name"] for account in page] for page in pages]
+    assert names == [["owner 0", "owner 2"], ["owner 4", "owner 6"]]
+    cursor = bank.get("/accounts", limit=2, **even).json()["next_cursor"]
+    for others in ({}, {"metadata[even]": "False"}, {**even, "external_id": "x"}):
+        assert refusal(bank.get("/accounts", cursor=cursor, **others)) == (400, "invalid_cursor")
+
+
+def test_an_external_id_is_unique_among_its_kind(bank: "Bank") -> None:
+    name = {"external_id": "x"}
+    opened = bank.post("/accounts", owner_name="zoe", **name)
+    assert opened.json()["external_id"] == "x"
+    assert refusal(bank.post("/accounts", owner_name="y", **name)) == (409, "external_id_exists")
+    bank.given(alice=100, bob=100)
+    assert bank.transfer("alice", "bob", 1, **name).status_code == 200
+    hold = {"account_id": bank.ids["alice"], "dest_account_id": bank.ids["bob"], "amount": 1}
+    held = bank.post("/holds", key=new_key(), **hold, **name)
+    assert (held.status_code, held.json()["external_id"]) == (201, "x")
+    for refused in (
+        bank.transfer("alice", "bob", 1, **name),
+        bank.deposit("alice", 1, **name),
+        bank.withdraw("alice", 1, **name),
+        bank.pay("alice", 1, **name),
+        journal(bank, {"alice": -1, "bob": 1}, **name),
+        bank.post("/holds", key=new_key(), **hold, **name),
+    ):
+        assert refusal(refused) == (409, "external_id_exists")
+    assert bank.balances() == {"zoe": 0, "alice": 99, "bob": 101}
+    assert bank.get("/accounts", **name).json()["items"] == [opened.json()]
+    assert bank.wrong() == []
+
+
+def test_an_external_id_of_what_was_refused_is_free(bank: "Bank") -> None:
+    bank.given(alice=1, bob=0)
+    assert bank.transfer("alice", "bob", 2, external_id="x").status_code == 409
+    moved = bank.transfer("alice", "bob", 1, external_id="x").json()
+    found = bank.get("/transactions", external_id="x").json()["items"]
+    assert [each["id"] for each in found] == [moved["transfer_id"]]
+
+
+def test_an_external_id_is_used_once_in_one_batch(bank: "BankInside") -> None:
+    path = f"/accounts/{bank.given(alice=0).ids['alice']}/deposit"
+    answers = bank.together(*[(path, {"amount": 1, "external_id": "x"})] * 10)
+    assert Counter(answer.status_code for answer in answers) == {200: 1, 409: 9}
+    opened = bank.together(*[("/accounts", {"owner_name": "y", "external_id": "y"})] * 10)
+    assert Counter(answer.status_code for answer in opened) == {201: 1, 409: 9}
+    assert bank.balances() == {"alice": 1, "y": 0}
+
+
+def test_of_20_parallel_uses_of_an_external_id_one_succeeds(servers: "Bank") -> None:
+    servers.given({"ext a": 100, "ext b": 0})
+    ends = {"account_id": servers.ids["ext a"], "dest_account_id": servers.ids["ext b"]}
+    hold = {**ends, "amount": 1, "external_id": "20 at once"}
+    named: dict[str, Any] = {"external_id": "20 at once"}
+    uses: list[Callable[[], httpx.Response]] = [
+        lambda: servers.deposit("ext b", 1, **named),
+        lambda: servers.post("/accounts", key=new_key(), owner_name="ext c", **named),
+        lambda: servers.post("/holds", key=new_key(), **hold),
+    ]
+    for use in uses:
+        answers = at_once([use] * 20)
+        refused = [refusal(answer) for answer in answers if answer.status_code > 299]
+        assert refused == [(409, "external_id_exists")] * 19
+    assert servers.balances()["ext b"] == 1
+    assert len(servers.get("/accounts", **named).json()["items"]) == 1
+
+
+def test_of_parallel_uses_of_an_external_id_by_any_operation_one_succeeds(
+    servers: "Bank",
+) -> None:
+    servers.given({"any a": 100, "any b": 100})
+    named = {"external_id": "any at once"}
+    uses: list[Callable[[], httpx.Response]] = [
+        lambda: servers.deposit("any a", 1, **named),
+        lambda: servers.withdraw("any b", 1, **named),
+        lambda: servers.pay("any a", 1, **named),
+        lambda: servers.transfer("any a", "any b", 1, **named),
+        lambda: journal(servers, {"any a": -1, "any b": 1}, **named),
+    ]
+    answers = at_once(uses * 4)
+    assert sum(answer.status_code < 300 for answer in answers) == 1
+    assert {answer.status_code for answer in answers} <= {200, 201, 409}
+    assert len(servers.get("/transactions", **named).json()["items"]) == 1
+
+
+@at_the_edge
+@pytest.mark.parametrize("name", ["", " ", "x" * 201, "a\nb", "\x00", "\u202e", 7, {}, []])
+def test_an_external_id_is_printable_text(untouched: "Bank", name: Any) -> None:
+    entries = entries_of(untouched, {"alice": -1, "bob": 1})
+    for path, body in (
+        ("/accounts", {"owner_name": "x"}),
+        ("/transfers", untouched.transfer_body()),
+        ("/transactions", {"entries": entries}),
+    ):
+        refused = untouched.post(path, key="k", **body, external_id=name)
+        assert pointers(refused) == ["/external_id"]
+
+
+@pytest.mark.parametrize("name", ["x" * 200, "\U0001f680" * 200, "a'b--", "metadata[a]=1&b", "%"])
+def test_any_printable_external_id_is_found(bank: "Bank", name: str) -> None:
+    opened = bank.post("/accounts", owner_name="alice", external_id=name)
+    assert bank.get("/accounts", external_id=name).json()["items"] == [opened.json()]
+
+
+NOTES_REFUSED: dict[str, list[Any]] = {
+    "/metadata": [{str(number): "" for number in range(51)}, "x", 7, [], [["a", "b"]]],
+    "/metadata/a": [{"a": "x" * 501}, {"a": "\n"}, {"a": "\x00"}, {"a": 7}, {"a": None}, {"a": {}}],
+    "/metadata//[key]": [{"": "x"}],
+    f"/metadata/{'n' * 41}/[key]": [{"n" * 41: "x"}],
+    "/metadata/a\n/[key]": [{"a\n": "x"}],
+}
+
+
+@at_the_edge
+@pytest.mark.parametrize("pointer", NOTES_REFUSED, ids=short)
+def test_metadata_has_limits(untouched: "Bank", pointer: str) -> None:
+    for notes in NOTES_REFUSED[pointer]:
+        opening = untouched.post("/accounts", owner_name="x", metadata=notes)
+        assert pointers(opening) == [pointer]
+        moving = untouched.post("/transfers", key="k", **untouched.transfer_body(), metadata=notes)
+        assert pointers(moving) == [pointer]
+        path = f"/accounts/{untouched.ids['alice']}"
+        assert pointers(untouched.send("PATCH", path, json={"metadata": notes})) == [pointer]
+
+
+def test_metadata_at_its_limits_is_kept_and_found(bank: "Bank") -> None:
+    rocket = "\U0001f680"
+    notes = {f"{number:02}": "x" * 500 for number in range(48)}
+    notes |= {rocket * 40: rocket * 500, "'\"]=&%": ""}
+    opened = bank.post("/accounts", owner_name="alice", metadata=notes).json()
+    assert opened["metadata"] == notes
+    for name, value in list(notes.items())[-2:]:
+        found = bank.get("/accounts", **{f"metadata[{name}]": value}).json()["items"]
+        assert found == [opened]
+
+
+def test_without_metadata_there_is_an_empty_object(bank: "Bank") -> None:
+    ways: list[dict[str, Any]] = [{}, {"metadata": {}}, {"metadata": None}]
+    for given in ways:
+        opened = bank.post("/accounts", owner_name="alice", **given).json()
+        assert (opened["metadata"], opened["external_id"]) == ({}, None)
+    assert bank.rows("SELECT * FROM note") == []
+
+
+def test_accounts_are_found_by_exactly_their_metadata(bank: "Bank") -> None:
+    for name, notes in (("a", {"order": "7"}), ("b", {"order": "70"}), ("c", {"order": "7 "})):
+        bank.post("/accounts", owner_name=name, metadata=notes)
+
+    def owners(**filters: str) -> list[str]:
+        return [found["owner_name"] for found in bank.get("/accounts", **filters).json()["items"]]
+
+    assert owners(**{"metadata[order]": "7"}) == ["a"]
+    assert owners(**{"metadata[order]": "7", "owner_name": "b"}) == []
+    assert owners(**{"metadata[order]": "7", "metadata[x]": ""}) == []
+    assert owners(**{"metadata[order]": "%"}) == []
+
+
+def change(bank: "Bank", name: str, *, key: str | None = None, **body: Any) -> httpx.Response:
+    """Change an account."""
+    headers = {} if key is None else {"Idempotency-Key": key}
+    return bank.send("PATCH", f"/accounts/{bank.ids[name]}", json=body, headers=headers)
+
+
+def test_a_change_replaces_metadata_as_a_whole(bank: "Bank") -> None:
+    bank.given(alice=5)
+    change(bank, "alice", metadata={"order": "7", "colour": "red"})
+    changed = change(bank, "alice", metadata={"colour": "blue"})
+    assert (changed.status_code, changed.json()["metadata"]) == (200, {"colour": "blue"})
+    assert bank.get(f"/accounts/{bank.ids['alice']}").json() == changed.json()
+    for name, value, found in (("order", "7", 0), ("colour", "red", 0), ("colour", "blue", 1)):
+        items = bank.get("/accounts", **{f"metadata[{name}]": value}).json()["items"]
+        assert len(items) == found
+    assert change(bank, "alice", metadata={}).json()["metadata"] == {}
+    assert bank.rows("SELECT * FROM note") == []
+    assert bank.wrong() == []
+
+
+def test_a_change_names_the_owner_and_leaves_the_rest(bank: "Bank") -> None:
+    bank.given(alice=5)
+    before = change(bank, "alice", metadata={"order": "7"}).json()
+    renamed = change(bank, "alice", owner_name="Alice B.").json()
+    assert renamed == before | {"owner_name": "Alice B."}
+    assert bank.get("/accounts", owner_name="Alice B.").json()["items"] == [renamed]
+    assert bank.get("/accounts", owner_name="alice").json()["items"] == []
+    event = bank.get("/audit").json()["items"][0]
+    assert (event["action"], event["account_id"]) == ("update_account", bank.ids["alice"])
+    assert event["details"]["body"]["owner_name"] == "Alice B."
+
+
+def test_a_change_of_nothing_changes_nothing(bank: "Bank") -> None:
+    before = bank.given(alice=5).get(f"/accounts/{bank.ids['alice']}").json()
+    for body in ({}, {"owner_name": None}, {"metadata": None}):
+        changed = change(bank, "alice", **body)
+        assert (changed.status_code, changed.json()) == (200, before)
+
+
+def test_a_change_is_refused_where_it_does_not_fit(bank: "Bank") -> None:
+    bank.given(alice=0).ids["nobody"] = NOBODY
+    assert refusal(change(bank, "nobody", owner_name="x")) == (404, "account_not_found")
+    for body, pointer in (
+        ({"owner_name": " "}, "/owner_name"),
+        ({"status": "CLOSED"}, "/status"),
+        ({"balance": 5}, "/balance"),
+        ({"external_id": "x"}, "/external_id"),
+    ):
+        assert pointers(change(bank, "alice", **body)) == [pointer]
+    (cash,) = bank.rows("SELECT id FROM account WHERE name = 'cash' AND asset = 'USD'")[0]
+    bank.ids["cash"] = cash
+    assert refusal(change(bank, "cash", owner_name="x")) == (404, "account_not_found")
+
+
+def test_a_change_is_replayed_under_its_key(bank: "Bank") -> None:
+    bank.given(alice=0)
+    first = change(bank, "alice", key="k", owner_name="A")
+    change(bank, "alice", owner_name="B")
+    again = change(bank, "alice", key="k", owner_name="A")
+    assert (again.content, again.headers["Idempotent-Replayed"]) == (first.content, "true")
+    assert bank.get(f"/accounts/{bank.ids['alice']}").json()["owner_name"] == "B"
+
+
+def test_an_account_that_moves_no_money_can_be_changed(bank: "Bank") -> None:
+    for step in ("freeze", "close"):
+        bank.given(alice=0).step("alice", step)
+        changed = change(bank, "alice", owner_name=step, metadata={"why": step})
+        assert (changed.status_code, changed.json()["owner_name"]) == (200, step)
+
+
+def test_changes_at_one_moment_leave_the_metadata_of_one_of_them(servers: "Bank") -> None:
+    servers.given(patched=0)
+    notes = [{f"name {number}": str(number)} for number in range(20)]
+    answers = at_once([partial(change, servers, "patched", metadata=note) for note in notes])
+    assert {answer.status_code for answer in answers} == {200}
+    account = servers.get(f"/accounts/{servers.ids['patched']}").json()
+    assert account["metadata"] in notes
+    query = f"SELECT name, value FROM note WHERE owner_id = '{servers.ids['patched']}'"
+    assert servers.rows(query) == list(account["metadata"].items())
+
+
+def moments(bank: "BankInside", *amounts: int) -> list[int]:
+    """Open Alice's account, deposit amounts a minute apart, and return all the times."""
+    minute = 60_000_000
+    bank.pass_time(0)
+    account = bank.given(alice=0).get(f"/accounts/{bank.ids['alice']}").json()
+    opened = ledger.parse_time(account["created_at"])
+    for amount in amounts:
+        bank.pass_time(minute)
+        bank.deposit("alice", amount)
+    return [opened + minute * number for number in range(len(amounts) + 1)]
+
+
+def test_a_balance_is_told_as_it_was_at_any_time(bank: "BankInside") -> None:
+    opened, *times = moments(bank, 1, 2, 3, 4, 5)
+    path = f"/accounts/{bank.ids['alice']}/balance"
+
+    def at(moment: int) -> tuple[int, int]:
+        shown = bank.get(path, at=ledger.utc_text(moment)).json()
+        assert shown["at"] == ledger.utc_text(moment)
+        return shown["seq"], shown["balance"]
+
+    assert refusal(bank.get(path, at=ledger.utc_text(opened - 1))) == (404, "account_not_found")
+    assert at(opened) == (0, 0)
+    sums = list(itertools.accumulate(range(6)))
+    for seq, moment in enumerate(times, 1):
+        assert at(moment - 1) == (seq - 1, sums[seq - 1])
+        assert at(moment) == at(moment + 1) == (seq, sums[seq])
+    now = bank.get(path).json()
+    latest = {"balance": 15, "seq": 5, "at": ledger.utc_text(times[-1])}
+    assert now == {"account_id": bank.ids["alice"], "asset": "USD", **latest}
+    assert refusal(bank.get(f"/accounts/{NOBODY}/balance")) == (404, "account_not_found")
+
+
+def test_a_balance_counts_all_entries_of_one_moment(bank: "BankInside") -> None:
+    bank.pass_time(0)
+    bank.given(alice=0)
+    for amount in (1, 2, 3):
+        bank.deposit("alice", amount)
+    path, at = f"/accounts/{bank.ids['alice']}", bank.statement("alice")[0]["ts"]
+    assert bank.get(f"{path}/balance", at=at).json()["balance"] == 6
+    assert len(bank.get(f"{path}/statement", **{"from": at}).json()["items"]) == 3
+    assert bank.get(f"{path}/statement", to=at).json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["{}T12:00:00Z", "{}t12:00:00z", "{}T14:00:00%2B02:00", "{}T14:00:00+02:00",
+     "{}T06:30:00-05:30", "{}T12:00:00.000000Z", "{}T12:00:00-00:00", "{}T12:00:00.0Z"],
+)  # fmt: skip
+def test_a_time_may_have_any_offset(bank: "BankInside", form: str) -> None:
+    bank.given(alice=7)
+    day = ledger.utc_text(ledger.utc_now() + DAY)[:10]
+    path = f"/accounts/{bank.ids['alice']}/balance?at={form.format(day)}"
+    shown = bank.send("GET", path).json()
+    assert (shown["at"], shown["balance"]) == (f"{day}T12:00:00.000000Z", 7)
+
+
+@at_the_edge
+@pytest.mark.parametrize(
+    "time",
+    ["", "now", "0", "1763726400", "2026-11-21", "2026-11-21T12:00:00", "2026-11-21 12:00:00Z",
+     "2026-13-21T12:00:00Z", "2026-02-30T12:00:00Z", "2026-11-21T25:00:00Z", "2026-11-21T12:00Z",
+     "2026-11-21T12:00:60Z", "2026-11-21T12:00:00+25:00", "0000-01-01T00:00:00Z", "\x00",
+     "2026-11-21T12:00:00Z\n", "10000-01-01T00:00:00Z", "\u0662026-11-21T12:00:00Z",
+     "9999-12-31T23:59:59-01:00", "0001-01-01T00:00:00+01:00", "2026-11-21T12:00:00." + "Z"],
+    ids=short,
+)  # fmt: skip
+def test_a_time_that_is_none_is_refused(untouched: "Bank", time: str) -> None:
+    account = f"/accounts/{untouched.ids['alice']}"
+    for path, name in (("balance", "at"), ("statement", "from"), ("statement", "to")):
+        refused = untouched.get(f"{account}/{path}", **{name: time})
+        assert pointers(refused) == [f"/{name}"]
+
+
+@at_the_edge
+def test_the_first_and_the_last_times_are_times(untouched: "Bank") -> None:
+    account = f"/accounts/{untouched.ids['alice']}"
+    last = untouched.get(f"{account}/balance", at="9999-12-31T23:59:59.999999Z")
+    assert (last.status_code, last.json()["balance"]) == (200, 100)
+    first = untouched.get(f"{account}/balance", at="0001-01-01T00:00:00Z")
+    assert refusal(first) == (404, "account_not_found")
+
+
+def test_a_statement_is_from_a_time_on_and_before_another(bank: "BankInside") -> None:
+    opened, *times = moments(bank, 1, 2, 3, 4, 5)
+
+    def amounts(**bounds: int) -> list[int]:
+        told = {name: ledger.utc_text(moment) for name, moment in bounds.items()}
+        pages = bank.pages(f"/accounts/{bank.ids['alice']}/statement", limit=2, **told)
+        return [entry["amount"] for page in pages for entry in page]
+
+    assert amounts(**{"from": times[1]}) == [5, 4, 3, 2]
+    assert amounts(**{"from": times[1] + 1}) == [5, 4, 3]
+    assert amounts(to=times[3]) == [3, 2, 1]
+    assert amounts(to=times[3] + 1) == [4, 3, 2, 1]
+    assert amounts(**{"from": times[0], "to": times[3]}) == [3, 2, 1]
+    assert amounts(**{"from": times[3], "to": times[3]}) == []
+    assert amounts(**{"from": times[3], "to": times[0]}) == []
+    assert amounts(**{"from": opened, "to": times[-1] + 1}) == [5, 4, 3, 2, 1]
+    assert amounts(to=opened) == amounts(**{"from": times[-1] + 1}) == []
+
+
+def test_a_cursor_of_a_statement_is_bound_to_its_times(bank: "BankInside") -> None:
+    times = [ledger.utc_text(moment) for moment in moments(bank, 1, 2, 3, 4)]
+    path = f"/accounts/{bank.ids['alice']}/statement"
+    cursor = bank.get(path, limit=1, to=times[4]).json()["next_cursor"]
+    for others in ({}, {"to": times[3]}, {"to": times[4], "from": times[1]}):
+        assert refusal(bank.get(path, cursor=cursor, **others)) == (400, "invalid_cursor")
+
+
+def test_the_trial_balance_is_0_for_each_asset(demo: "Bank") -> None:
+    empty = {item["asset"]: item for item in demo.get("/balances").json()["items"]}
+    assert set(empty) == set(ledger.ASSETS)
+    demo.given(alice=100, bob=10).given(asset="JPY", yuki=7)
+    demo.pay("alice", 50)
+    demo.withdraw("bob", 4)
+    found = {item["asset"]: item for item in demo.get("/balances").json()["items"]}
+    assert {item["total"] for item in found.values()} == {0}
+    assert found["USD"]["customers"] == empty["USD"]["customers"] + 56
+    assert found["USD"]["system"]["merchants"] == 50
+    yen = {"cash": -7, "cashback": 0, "merchants": 0}
+    assert found["JPY"] == {"asset": "JPY", "customers": 7, "system": yen, "total": 0}
+
+
+def test_the_trial_balance_adds_up_what_would_not_fit_into_64_bits(bank: "Bank") -> None:
+    bank.given(alice=0, bob=0, carol=0)
+    most = ledger.BALANCE_MAX
+    bank.tamper_freely(
+        *[
+            f"UPDATE account SET balance = {most}, last_seq = 1 WHERE id = '{one}'"
+            for one in bank.ids.values()
+        ]
+    )
+    [dollars] = [i for i in bank.get("/balances").json()["items"] if i["asset"] == "USD"]
+    assert (dollars["customers"], dollars["total"]) == (3 * most, 3 * most)
+
+
+def item(bank: "Bank", source: str, dest: str, amount: int, **others: Any) -> dict[str, Any]:
+    """Return one transfer of many."""
+    ends = {"source_account_id": bank.ids[source], "dest_account_id": bank.ids[dest]}
+    return {**ends, "amount": amount, **others}
+
+
+def bulk(bank: "Bank", *items: dict[str, Any], **options: Any) -> httpx.Response:
+    """Send many transfers at once, under a new key unless one is given."""
+    return bank.post("/transfers/bulk", **{"key": new_key(), "transfers": items, **options})
+
+
+def test_many_transfers_see_the_effects_of_those_before(bank: "Bank") -> None:
+    bank.given(alice=10, bob=0, carol=0)
+    hops = [item(bank, "alice", "bob", 10), item(bank, "bob", "carol", 10)]
+    done = bulk(bank, *hops, item(bank, "carol", "alice", 3)).json()
+    assert (done["succeeded"], done["failed"]) == (3, 0)
+    assert [(each["index"], each["error"]) for each in done["results"]] == [
+        (0, None), (1, None), (2, None),
+    ]  # fmt: skip
+    last = bank.get(f"/transactions/{done['results'][2]['transfer_id']}").json()
+    assert [entry["balance"] for entry in last["entries"]] == [7, 3]
+    assert bank.balances() == {"alice": 3, "bob": 0, "carol": 7}
+    assert bank.wrong() == []
+
+
+def test_many_transfers_are_all_made_or_none(bank: "Bank") -> None:
+    bank.given(alice=10, bob=0, carol=0)
+    before = bank.contents() | {"idempotency_key": []}
+    named = item(bank, "alice", "bob", 4, external_id="x", metadata={"order": "7"})
+    refused = bulk(bank, named, item(bank, "bob", "carol", 5), item(bank, "alice", "alice", 1))
+    assert refusal(refused) == (409, "bulk_failed")
+    assert refused.json()["index"] == 1
+    single = bank.transfer("bob", "carol", 5)
+    error = refused.json()["error"]
+    assert (error["code"], error["requested"]) == ("insufficient_funds", 5)
+    assert set(error) == set(single.json())
+    # The single one has found nothing, either: nothing has moved.
+    assert bank.contents() | {"idempotency_key": []} == before
+    assert bank.transfer("alice", "bob", 4, external_id="x").status_code == 200
+
+
+def test_many_transfers_that_are_not_atomic_fail_alone(bank: "Bank") -> None:
+    bank.given(alice=10, bob=0, carol=0).given(asset="EUR", eva=0)
+    bank.ids["nobody"] = NOBODY
+    done = bulk(
+        bank,
+        item(bank, "alice", "bob", 11),
+        item(bank, "alice", "bob", 6, external_id="x"),
+        item(bank, "alice", "alice", 1),
+        item(bank, "bob", "carol", 2, external_id="x"),
+        item(bank, "alice", "eva", 1),
+        item(bank, "bob", "nobody", 1),
+        item(bank, "bob", "carol", 6, external_id="y"),
+        atomic=False,
+    )
+    assert (done.status_code, done.json()["succeeded"], done.json()["failed"]) == (200, 2, 5)
+    results = done.json()["results"]
+    assert [each["index"] for each in results] == list(range(7))
+    assert [each["error"] and each["error"]["code"] for each in results] == [
+        "insufficient_funds", None, "same_account", "external_id_exists", "asset_mismatch",
+        "account_not_found", None,
+    ]  # fmt: skip
+    assert [each["transfer_id"] is None for each in results] == [
+        each["error"] is not None for each in results
+    ]
+    assert bank.balances() == {"alice": 4, "bob": 0, "carol": 6, "eva": 0}
+    assert bank.wrong() == []
+
+
+def test_an_error_of_many_is_that_of_the_single_transfer(bank: "Bank") -> None:
+    bank.given(alice=10, bob=0, carol=0).step("carol", "freeze")
+    for ends in (("alice", "bob", 11), ("alice", "carol", 1), ("alice", "alice", 1)):
+        single = bank.transfer(*ends).json()
+        [one] = bulk(bank, item(bank, *ends), atomic=False).json()["results"]
+        assert one["error"] == single
+        assert bulk(bank, item(bank, *ends)).json()["error"] == single
+
+
+@pytest.mark.parametrize("amount", [1, 100])
+@pytest.mark.parametrize("atomic", [True, False])
+def test_many_transfers_are_replayed_byte_by_byte(bank: "Bank", amount: int, atomic: bool) -> None:
+    bank.given(alice=10, bob=0)
+    first, again = (
+        bulk(bank, *[item(bank, "alice", "bob", amount)] * 2, key="k", atomic=atomic)
+        for _ in range(2)
+    )
+    assert (again.status_code, again.content) == (first.status_code, first.content)
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert bank.balances()["bob"] == (2 if amount == 1 else 0)
+
+
+@at_the_edge
+def test_many_transfers_are_at_least_one_and_at_most_1000(untouched: "Bank") -> None:
+    one = untouched.transfer_body()
+    strange: list[Any] = [[], [one] * 1_001, None, {}, "x"]
+    for many in strange:
+        refused = untouched.post("/transfers/bulk", key="k", transfers=many)
+        assert pointers(refused) == ["/transfers"]
+    for atomic in (None, 1, "true"):
+        refused = untouched.post("/transfers/bulk", key="k", transfers=[one], atomic=atomic)
+        assert pointers(refused) == ["/atomic"]
+    refused = untouched.post("/transfers/bulk", transfers=[one])
+    assert refusal(refused) == (400, "idempotency_key_missing")
+
+
+@at_the_edge
+def test_one_that_does_not_fit_is_pointed_at_among_many(untouched: "Bank") -> None:
+    one = untouched.transfer_body()
+    for wrong, pointer in (
+        ({"amount": 0}, "/amount"),
+        ({"source_account_id": "x"}, "/source_account_id"),
+        ({"memo": "a\n"}, "/memo"),
+        ({"metadata": {"a": 1}}, "/metadata/a"),
+        ({"typo": 1}, "/typo"),
+    ):
+        for atomic in (True, False):
+            many = [one, one | wrong, one]
+            refused = untouched.post("/transfers/bulk", key="k", transfers=many, atomic=atomic)
+            assert pointers(refused) == [f"/transfers/1{pointer}"]
+    odd = untouched.post("/transfers/bulk", key="k", transfers=[one, None, 5])
+    assert pointers(odd) == ["/transfers/1", "/transfers/2"]
+
+
+@at_the_edge
+def test_many_transfers_have_at_most_512_kibibytes(untouched: "Bank") -> None:
+    body = json.dumps({"transfers": []}).encode()
+    refused = untouched.send_raw("/transfers/bulk", body.ljust(524_289))
+    assert refusal(refused) == (413, "body_too_large")
+    assert pointers(untouched.send_raw("/transfers/bulk", body.ljust(524_288))) == ["/transfers"]
+    for path in ("/transfers", "/transactions", "/accounts"):
+        refused = untouched.send_raw(path, body.ljust(65_537))
+        assert refusal(refused) == (413, "body_too_large")
+
+
+def test_1000_transfers_are_made_at_once(bank: "Bank") -> None:
+    bank.given(alice=1_000, bob=0)
+    many = [item(bank, "alice", "bob", 1, external_id=f"x{n}") for n in range(1_000)]
+    done = bulk(bank, *many).json()
+    assert (done["succeeded"], len(done["results"])) == (1_000, 1_000)
+    assert bank.balances() == {"alice": 0, "bob": 1_000}
+    assert refusal(bulk(bank, *[item(bank, "bob", "alice", 1)] * 999, many[0]))[0] == 409
+    assert bank.balances() == {"alice": 0, "bob": 1_000}
+    assert bank.wrong() == []
+
+
+def test_1000_transfers_out_of_an_account_with_a_hold_are_made_at_once(bank: "Bank") -> None:
+    bank.given(alice=1_000, bob=0)
+    hold = {"account_id": bank.ids["alice"], "dest_account_id": bank.ids["bob"], "amount": 1}
+    bank.post("/holds", key=new_key(), **hold)
+    many = [item(bank, "alice", "bob", 1)] * 1_000
+    done = bulk(bank, *many, atomic=False).json()
+    assert (done["succeeded"], done["failed"]) == (999, 1)
+    assert done["results"][-1]["error"]["code"] == "insufficient_funds"
+    assert bank.balances() == {"alice": 1, "bob": 999}
+    assert bank.wrong() == []
+
+
+def test_200_transactions_at_one_moment_are_one_batch(bank: "BankInside") -> None:
+    bank.given(alice=150, bob=0)
+    one = {"entries": entries_of(bank, {"alice": -1, "bob": 1})}
+    answers = bank.together(*[("/transactions", one)] * 200)
+    assert Counter(answer.status_code for answer in answers) == {201: 150, 409: 50}
+    assert bank.balances() == {"alice": 0, "bob": 150}
+    assert bank.wrong() == []
+
+
+def test_each_of_many_transfers_that_moved_has_its_own_event(bank: "Bank") -> None:
+    bank.given(bob=0, alice=10)
+    paid = {"memo": "rent", "external_id": "x", "metadata": {"order": "7"}}
+    moved = [item(bank, "alice", "bob", 4, **paid), item(bank, "bob", "alice", 1)]
+    done = bulk(bank, moved[0], item(bank, "alice", "bob", 7), moved[1], atomic=False).json()
+    later, first = bank.get("/audit").json()["items"][:2]
+    assert [event["action"] for event in bank.get("/audit").json()["items"]][:3] == [
+        "transfer", "transfer", "deposit",
+    ]  # fmt: skip
+    ids = [each["transfer_id"] for each in done["results"]]
+    assert [first["transaction_id"], None, later["transaction_id"]] == ids
+    assert first["details"] == moved[0]
+    assert later["details"] == moved[1] | {"memo": None, "external_id": None, "metadata": None}
+    found = bank.get("/transactions", **{"metadata[order]": "7"}).json()["items"]
+    assert [(each["id"], each["memo"], each["external_id"]) for each in found] == [
+        (ids[0], "rent", "x")
+    ]
+
+
+def test_many_transfers_of_several_callers_keep_the_total(servers: "Bank") -> None:
+    names = [f"bulk {number}" for number in range(6)]
+    servers.given(dict.fromkeys(names, 100))
+
+    def send(number: int) -> httpx.Response:
+        pairs = [random.sample(names, 2) for _ in range(40)]
+        items = [item(servers, a, b, random.randint(1, 60)) for a, b in pairs]
+        return bulk(servers, *items, atomic=number % 2 == 0)
+
+    answers = at_once([partial(send, number) for number in range(16)])
+    assert {answer.status_code for answer in answers} <= {200, 409}
+    balances = servers.balances()
+    assert sum(balances[name] for name in names) == 600
+    assert min(balances.values()) >= 0
+    assert servers.wrong() == []
+
+
+def test_of_many_transfers_at_one_moment_with_one_key_one_acts(servers: "Bank") -> None:
+    servers.given({"once a": 100, "once b": 0})
+    items = [item(servers, "once a", "once b", 1)] * 10
+    answers = at_once([partial(bulk, servers, *items, key=new_key())] * 10)
+    assert len({answer.content for answer in answers}) == 1
+    assert servers.balances()["once b"] == 10
+
+
+@at_the_edge
+@pytest.mark.parametrize("path", ["/accounts", "/transactions"])
+def test_odd_filters_get_a_clear_answer(untouched: "Bank", path: str) -> None:
+    many = {f"metadata[{number}]": "x" for number in range(1_100)}
+    odd: list[dict[str, str]] = [
+        many, {"metadata[a]": "\x00"}, {"metadata[\x00]": "a"}, {"metadata[]": ""},
+        {"metadata[a\nb]": "1"}, {"metadata[a]": "x" * 501}, {"metadata[" + "n" * 41 + "]": "x"},
+    ]  # fmt: skip
+    for filters in odd:
+        assert refusal(untouched.get(path, **filters)) == (422, "invalid_request"), str(filters)
+    for name in ("metadata", "metadata[", "metadata[a", "metadata]", "metadatax[a]"):
+        assert untouched.get(path, **{name: "x"}).status_code == 200
+    for text in ("'", "%", "\\", "]", "\u202e"[:0], "\U0001f680", "%ff"):
+        assert untouched.get(path, **{f"metadata[{text}x]": text}).json()["items"] == []
+    raw = "?metadata[%ff]=%fe&metadata[a]]=[&metadata=&external_id=%ff&&&=&metadata[b]"
+    assert untouched.send("GET", path + raw).status_code == 200
+
+
+def test_the_order_of_metadata_means_nothing(bank: "Bank") -> None:
+    one, other = {"a": "1", "b": "2"}, {"b": "2", "a": "1"}
+    first = bank.given(alice=0).deposit("alice", 1, key="k", metadata=one)
+    again = bank.deposit("alice", 1, key="k", metadata=other)
+    assert (again.status_code, again.content) == (200, first.content)
+
+
+def test_a_filter_that_stands_twice_must_hold_twice(bank: "Bank") -> None:
+    bank.post("/accounts", owner_name="alice", metadata={"order": "7"})
+    for order, found in (("7", 1), ("8", 0)):
+        path = f"/accounts?metadata[order]={order}&metadata[order]=7"
+        assert len(bank.send("GET", path).json()["items"]) == found
+
+
 # ----- Dialect: /bank, the banking kata
 # Accounts under the caller's own names, by the caller's own clock.
 
