@@ -19,8 +19,9 @@ from against import table_against
 from harness import (
     ACCOUNTS,
     PAGE_ENTRIES,
+    Load,
     Server,
-    background_transfers,
+    background_load,
     call,
     connect,
     fill_page,
@@ -44,6 +45,9 @@ ORM = "transfers, one ORM session each"
 READ_ACCOUNT = "reading an account"
 READ_STATEMENT = f"reading a statement of {PAGE_ENTRIES} entries"
 TOP_UPS = "top-ups"
+BULK = "bulk, 4 connections"
+BULK_TRANSFERS = 1_000  # As many as load.lua puts into a request.
+BULK_SECONDS_MIN = 4
 POSTGRES_SPREAD = "on PostgreSQL, spread"
 POSTGRES_HOT = "on PostgreSQL, hot account"
 ROWLOCK_SPREAD = "row locks in pgbench, spread"
@@ -110,6 +114,7 @@ def measure_rates(bench: Bench) -> None:
         bench.report.show("the -wal file after 128 connections, MB", measured)
         measure_reads_beside_writes(bench, ledger)
         measure_top_ups(bench, ledger)
+        measure_bulk(bench, ledger)
 
 
 def transfer_cases(bench: Bench, ledger: Server, orm: Server, connections: int) -> dict[str, Case]:
@@ -149,17 +154,25 @@ def measure_reads_beside_writes(bench: Bench, ledger: Server) -> None:
     """Measure reads over one connection while others transfer."""
     tell("reads beside transfers")
     cases = {
-        READ_ACCOUNT: beside_transfers(bench.load(ledger, "account", 1)),
-        READ_STATEMENT: beside_transfers(bench.load(ledger, "statement", 1)),
+        READ_ACCOUNT: bench.load(ledger, "account", 1),
+        READ_STATEMENT: bench.load(ledger, "statement", 1),
     }
-    seconds = (bench.plan.rounds + 1) * len(cases) * bench.plan.seconds + 2
-    with background_transfers(ledger, seconds):
-        rounds = Rounds(cases, bench.plan.rounds)
+    rounds = measure_beside(bench, ledger, "spread", 32, cases)
     bench.report.add("reads, 1 connection, beside 32 of transfers", rounds)
 
 
-def beside_transfers(case: Case) -> Case:
-    """Return a case without its CPU time, most of which the transfers took."""
+def measure_beside(
+    bench: Bench, ledger: Server, mode: str, connections: int, cases: dict[str, Case]
+) -> Rounds:
+    """Run cases while others load the ledger too, without their CPU: most of it was theirs."""
+    cases = {name: without_cpu(case) for name, case in cases.items()}
+    seconds = (bench.plan.rounds + 1) * len(cases) * bench.plan.seconds + 2
+    with background_load(ledger, mode, connections, seconds):
+        return Rounds(cases, bench.plan.rounds)
+
+
+def without_cpu(case: Case) -> Case:
+    """Return a case that does not tell its CPU time."""
     return lambda: replace(case(), cpu_us=nan)
 
 
@@ -169,6 +182,34 @@ def measure_top_ups(bench: Bench, ledger: Server) -> None:
     cases = {SPREAD: bench.load(ledger, "spread", 32), TOP_UPS: bench.load(ledger, "topup", 32)}
     rounds = bench.measure("top-ups", 32, cases)
     bench.report.at_least(f"{TOP_UPS}, 32, of transfers", rounds.ratio(TOP_UPS, SPREAD), 1.0)
+
+
+def measure_bulk(bench: Bench, ledger: Server) -> None:
+    """Compare transfers by the thousand to single ones, and see what a single one waits then."""
+    # A second has too few requests of a thousand, and of those who wait behind them.
+    plan = replace(bench.plan, seconds=max(BULK_SECONDS_MIN, bench.plan.seconds))
+    bench = replace(bench, plan=plan)
+    cases = {SPREAD: bench.load(ledger, "spread", 32)}
+    cases[BULK] = by_transfers(bench.load(ledger, "bulk", 4))
+    rounds, report = bench.measure("bulk, and transfers", 32, cases), bench.report
+    ratio = rounds.ratio(BULK, SPREAD)
+    report.at_least("bulk, transfers a second, of single transfers at 32", ratio, 4)
+    tell("transfers beside bulk")
+    cases = {SPREAD: bench.load(ledger, "spread", 1)}
+    rounds = measure_beside(bench, ledger, "bulk", 4, cases)
+    report.add("transfers, 1 connection, beside 4 of bulk", rounds)
+    report.at_most("p99 of a single transfer beside bulk, ms", rounds.median(SPREAD, "p99_ms"), 250)
+
+
+def by_transfers(case: Case) -> Case:
+    """Return a case of bulk requests that counts their transfers; its latencies are a request's."""
+
+    def run() -> Load:
+        load, n = case(), BULK_TRANSFERS
+        rate, cpu_us = load.rate_per_second * n, load.cpu_us / n
+        return replace(load, requests=load.requests * n, rate_per_second=rate, cpu_us=cpu_us)
+
+    return run
 
 
 def measure_postgres(bench: Bench) -> None:

@@ -204,6 +204,8 @@ def parse_load(returncode: int, output: str) -> Load:
     if returncode or found is None:
         raise RuntimeError(f"the load generator failed:\n{output}")
     requests, duration_us, p50_us, p99_us = map(int, found.groups())
+    if not requests:
+        raise RuntimeError("the load generator got no answer in its time")
     return Load(requests, requests / duration_us * 1e6, p50_us / 1e3, p99_us / 1e3)
 
 
@@ -220,9 +222,9 @@ def run_load(server: Server, mode: str, connections: int, seconds: int) -> Load:
 
 
 @contextmanager
-def background_transfers(server: Server, seconds: int) -> Iterator[None]:
-    """Keep 32 connections busy with transfers while the block runs."""
-    command = wrk_command(server, "spread", 32, seconds)
+def background_load(server: Server, mode: str, connections: int, seconds: int) -> Iterator[None]:
+    """Keep connections busy with one kind of load while the block runs."""
+    command = wrk_command(server, mode, connections, seconds)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         time.sleep(0.5)

@@ -3,13 +3,14 @@
 -- ACCOUNTS_FILE has one account id per line. MODE is one of these:
 --   spread     transfers between two random accounts
 --   hot        transfers that all touch the first account, in turn as source and destination
+--   bulk       requests of 1,000 transfers, each between two random accounts
 --   topup      top-ups of random users of wallets, named like the accounts: one treasury pays all
 --   account    reads of a random account
 --   statement  reads of the first page of 50 entries of the first account
 
 local random, format = math.random, string.format
 local accounts, host, mode = {}, nil, nil
-local transfer_head, topup_tail, hot_is_source = nil, nil, false
+local transfer_head, bulk_head, topup_tail, hot_is_source = nil, nil, nil, false
 
 -- The seed is 48 random bits from the system, so that no two runs repeat their keys.
 local function seed_from_system()
@@ -31,10 +32,17 @@ end
 -- that a request needs is one concatenation.
 local SOURCE, DEST, TAIL = '{"source_account_id":"', '","dest_account_id":"', '","amount":1}'
 
+-- As many transfers as bench.py counts for a bulk request.
+local BULK, BULK_HEAD, BULK_TAIL = 1000, '{"transfers":[', ']}'
+
 local TOPUP = '{"amount":"0.0001","asset_type_id":1}'
 
+local function body(source, dest)
+  return SOURCE .. source .. DEST .. dest .. TAIL
+end
+
 local function transfer(source, dest)
-  return transfer_head .. random_key() .. "\r\n\r\n" .. SOURCE .. source .. DEST .. dest .. TAIL
+  return transfer_head .. random_key() .. "\r\n\r\n" .. body(source, dest)
 end
 
 local function random_pair()
@@ -62,6 +70,16 @@ function makers.hot()
   return transfer(other, accounts[1])
 end
 
+function makers.bulk()
+  local transfers = {}
+  for index = 1, BULK do
+    local first, second = random_pair()
+    transfers[index] = body(accounts[first], accounts[second])
+  end
+  return bulk_head .. random_key() .. "\r\n\r\n" .. BULK_HEAD .. table.concat(transfers, ",")
+    .. BULK_TAIL
+end
+
 function makers.topup()
   return "POST /api/v1/wallets/users/" .. accounts[random(1, #accounts)] .. topup_tail
     .. random_key() .. "\r\n\r\n" .. TOPUP
@@ -85,13 +103,16 @@ function init(args)
   request = assert(makers[mode], "unknown mode")
   host = wrk.host .. ":" .. wrk.port
   local api_key = args[3] and ("\r\nX-API-Key: " .. args[3]) or ""
+  local function head(path, length)
+    return path .. " HTTP/1.1\r\nHost: " .. host .. api_key
+      .. "\r\nContent-Type: application/json\r\nContent-Length: " .. length
+      .. "\r\nIdempotency-Key: "
+  end
   local length = #SOURCE + 36 + #DEST + 36 + #TAIL
-  transfer_head = "POST /transfers HTTP/1.1\r\nHost: " .. host .. api_key
-    .. "\r\nContent-Type: application/json\r\nContent-Length: " .. length
-    .. "\r\nIdempotency-Key: "
-  topup_tail = "/top-up HTTP/1.1\r\nHost: " .. host
-    .. "\r\nContent-Type: application/json\r\nContent-Length: " .. #TOPUP
-    .. "\r\nIdempotency-Key: "
+  transfer_head = head("POST /transfers", length)
+  -- Between two transfers stands a comma.
+  bulk_head = head("POST /transfers/bulk", #BULK_HEAD + BULK * (length + 1) - 1 + #BULK_TAIL)
+  topup_tail = head("/top-up", #TOPUP)
   seed_from_system()
 end
 
