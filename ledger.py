@@ -1163,7 +1163,8 @@ class Ledger:
 
     def _take(self, loop: Loop) -> list[tuple[Command, Pending]]:
         """Take what waits for a batch: all small commands or, by turns, one large one alone."""
-        large, small = [], []
+        large: list[tuple[Command, Pending]] = []
+        small: list[tuple[Command, Pending]] = []
         for each in self._waiting.pop(loop):
             (large if len(each[0].accounts) > LARGE_ACCOUNTS else small).append(each)
         self._is_large_next = bool(large) and not (small and self._is_large_next)
