@@ -424,7 +424,9 @@ class Book:
         self.accounts: dict[str, Account] = {}
         self.inserts: dict[str, list[Row]] = defaultdict(list)
         self.updates: dict[str, dict[int, Row]] = defaultdict(dict)
+        self.tidied: dict[str, int] = {}  # When an account's expired holds were looked for.
         self._undo: list[Callable[[], Any]] = []
+        self._savepoints = 0
 
     def post(self, kind: str, legs: Sequence[Leg], **event: Any) -> str:
         """Turn legs into entries, move the balances, and return the transaction's id.
@@ -484,8 +486,12 @@ class Book:
 
     def require_new(self, table: str, external_id: str | None) -> None:
         """Refuse an external id that another row of the table has."""
+        if external_id is None:
+            return
+        # Without writing what was gathered, which takes long if it is done for each of many.
+        gathered = any(row["external_id"] == external_id for row in self.inserts[table])
         query = f"SELECT id FROM {table} WHERE external_id = :external_id"  # noqa: S608
-        if external_id is not None and self.ask(query, external_id=external_id):
+        if gathered or self.connection.rows(query, external_id=external_id):
             raise ExternalIdExists("This external_id is in use")
 
     def account(self, reference: str) -> Account:
@@ -501,9 +507,13 @@ class Book:
 
     def release_expired(self, account: Account) -> None:
         """Make available what expired holds still hold; nobody else needs to tidy up."""
+        if self.tidied.get(account.id) == self.now:
+            return
         query = f"SELECT * FROM hold WHERE account_id = :id AND {PENDING} AND expires_at <= :now"  # noqa: S608
         for hold in self.ask(f"{query} FOR UPDATE", id=account.id, now=self.now):
             self.release(account, hold, status="EXPIRED")
+        self.tidied[account.id] = self.now
+        self._undo.append(partial(self.tidied.pop, account.id, None))
 
     def release(self, account: Account, hold: Row, **changes: Any) -> None:
         """End a hold."""
@@ -588,11 +598,20 @@ class Book:
             self.connection.execute("ROLLBACK TO SAVEPOINT gathered")
             self.connection.execute("RELEASE SAVEPOINT gathered")
             self.inserts, self.updates = inserts, updates
+            self._savepoints -= 1
 
         self.connection.execute("SAVEPOINT gathered")
         self.connection.save(inserts, updates)
         self.inserts, self.updates = defaultdict(list), defaultdict(dict)
         self._undo.append(take_back)
+        self._savepoints += 1
+
+    def keep(self) -> None:
+        """Let what a command has done stay: a deep nest of savepoints makes PostgreSQL slow."""
+        for _ in range(self._savepoints):
+            self.connection.execute("RELEASE SAVEPOINT gathered")
+        self._savepoints = 0
+        self._undo.clear()
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -1067,6 +1086,7 @@ def execute(command: Command, book: Book, known: dict[str, Row]) -> Answer:
     try:
         with book.attempt():
             answer = command.run(book) or DONE
+        book.keep()
     except LedgerError as refusal:
         # No error of the database: inside a write that is the driver's still, and ends it.
         answer = refusal.to_answer()
@@ -2240,7 +2260,7 @@ def is_local_host(host: bytes) -> bool:
 BODY_BYTES_MAX = 65_536
 PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
 ERRORS_LISTED_MAX = 20
-NOTE_FILTER = re.compile(r"metadata\[.*\]$")
+NOTE_FILTER = re.compile(r"metadata\[.*\]", re.DOTALL)
 EXAMPLE_ID = "01a1fefb-c2f0-7ab1-8d0e-391f6d6292a4"
 UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 
@@ -2401,13 +2421,17 @@ def parse_decimal(given: Any, *, exponent: int, or_number: bool = False) -> int:
         raise PydanticCustomError("decimal", message) from None
 
 
+RFC_3339 = "[0-9-]{10}[Tt][0-9]{2}(?::[0-9]{2}){2}(?:[.][0-9]+)?(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
+
+
 def parse_time(given: Any) -> int:
     """Return an RFC 3339 time, of any offset, as it is stored."""
     # In a query, the plus of an offset means a blank.
     text = re.sub(r" (?=[0-9:]{5}$)", "+", str(given))
-    if re.fullmatch(r"[0-9-]{10}[Tt][0-9:.]{8,}(?:[Zz]|[+-][0-9]{2}:[0-9]{2})", text):
+    if re.fullmatch(RFC_3339, text):
         with suppress(ValueError, OverflowError):
-            moment = datetime.fromisoformat(text.upper())
+            # In UTC, where the first and the last year may end a few hours sooner.
+            moment = datetime.fromisoformat(text.upper()).astimezone(UTC)
             return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
     raise PydanticCustomError("time", "Input should be a time such as 2026-11-21T12:00:00Z")
 
@@ -2426,8 +2450,13 @@ Limit = Annotated[PlainInt, Query(ge=1, le=PAGE_SIZE_MAX)]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
 NoteName = Annotated[PrintableText, pydantic.StringConstraints(min_length=1, max_length=40)]
 NoteText = Annotated[PrintableText, pydantic.StringConstraints(max_length=500)]
-Metadata = Annotated[dict[NoteName, NoteText], pydantic.Field(max_length=50)]
-NoteFilter = Annotated[dict[str, str], BeforeValidator(dict)]
+# In one order, because two objects that differ in it alone mean the same.
+Metadata = Annotated[
+    dict[NoteName, NoteText],
+    pydantic.Field(max_length=50),
+    AfterValidator(lambda notes: dict(sorted(notes.items()))),
+]
+NoteFilter = Annotated[tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50)]
 """The parameters `metadata[NAME]=VALUE`, which all must hold."""
 Moment = Annotated[int, BeforeValidator(parse_time), pydantic.WithJsonSchema(DATE_TIME)]
 
@@ -2617,8 +2646,9 @@ class Route(APIRoute):
 
     def parse(self, request: Request, document: Any, intent: Intent) -> BaseModel:
         """Return the function's arguments, each of its declared type."""
-        query: Row = dict(parse_qsl(request.scope["query_string"].decode("latin-1"), True))
-        query["metadata"] = {name[9:-1]: query[name] for name in query if NOTE_FILTER.match(name)}
+        pairs = parse_qsl(request.scope["query_string"].decode("latin-1"), True)
+        notes = {(name[9:-1], value) for name, value in pairs if NOTE_FILTER.fullmatch(name)}
+        query: Row = dict(pairs) | {"metadata": sorted(notes)}
         # PostgreSQL cannot even ask for a NUL, and no name has one.
         named = {name: text.replace("\0", "\1") for name, text in request.path_parameters.items()}
         given = {**query, **named, "body": document}
@@ -2794,7 +2824,7 @@ def get_accounts(
     owner_name: Printable | None = None,
     name: Annotated[PrintableText, pydantic.StringConstraints(max_length=220)] | None = None,
     external_id: Printable | None = None,
-    metadata: NoteFilter = {},  # noqa: B006
+    metadata: NoteFilter = (),
 ) -> Page[AccountPublic]:
     """List the customers' accounts, oldest first; `metadata[NAME]=VALUE` finds by notes."""
     columns = {"owner_name": owner_name, "name": name, "external_id": external_id}
@@ -2838,11 +2868,11 @@ ACCOUNTS = f"""
 """  # noqa: S608
 
 
-def filtered(metadata: Mapping[str, str], owner: str, **columns: Any) -> tuple[str, Row]:
+def filtered(metadata: NoteFilter, owner: str, **columns: Any) -> tuple[str, Row]:
     """Return the condition that columns have the values given, and an owner these notes."""
     values = {column: value for column, value in columns.items() if value is not None}
     condition = "".join(f" AND {column} = :{column}" for column in values)
-    for number, (name, value) in enumerate(sorted(metadata.items())):
+    for number, (name, value) in enumerate(metadata):
         noted = f"SELECT owner_id FROM note WHERE name = :name{number} AND value = :value{number}"  # noqa: S608
         condition += f" AND {owner} IN ({noted})"
         values |= {f"name{number}": name, f"value{number}": value}
@@ -3031,7 +3061,7 @@ def get_transactions(
     cursor: Cursor = None,
     account_id: AccountId | None = None,
     external_id: Printable | None = None,
-    metadata: NoteFilter = {},  # noqa: B006
+    metadata: NoteFilter = (),
 ) -> Page[TransactionPublic]:
     """List transactions, newest first; `metadata[NAME]=VALUE` finds by notes."""
     where, values = filtered(metadata, "event.id", external_id=external_id)
