@@ -337,6 +337,7 @@ class Book:
         self.inserts: dict[str, list[Row]] = defaultdict(list)
         self.updates: dict[str, dict[int, Row]] = defaultdict(dict)
         self._undo: list[Callable[[], Any]] = []
+        self._savepoints = 0
 
     def post(self, kind: str, legs: Sequence[Leg], memo: str | None = None, **event: Any) -> str:
         """Turn legs into entries, move the balances, and return the transaction's id.
@@ -468,11 +469,20 @@ class Book:
             self.connection.execute("ROLLBACK TO SAVEPOINT gathered")
             self.connection.execute("RELEASE SAVEPOINT gathered")
             self.inserts, self.updates = inserts, updates
+            self._savepoints -= 1
 
         self.connection.execute("SAVEPOINT gathered")
         self.connection.save(inserts, updates)
         self.inserts, self.updates = defaultdict(list), defaultdict(dict)
         self._undo.append(take_back)
+        self._savepoints += 1
+
+    def keep(self) -> None:
+        """Let what a command has done stay: savepoints in savepoints would slow the others down."""
+        for _ in range(self._savepoints):
+            self.connection.execute("RELEASE SAVEPOINT gathered")
+        self._savepoints = 0
+        self._undo.clear()
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -790,6 +800,7 @@ def execute(command: Command, book: Book, known: dict[str, Row]) -> Answer:
     try:
         with book.attempt():
             answer = command.run(book) or DONE
+        book.keep()
     except LedgerError as refusal:
         # No error of the database: inside a write that is the driver's still, and ends it.
         answer = refusal.to_answer()
