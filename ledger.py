@@ -607,7 +607,7 @@ class Book:
         self._savepoints += 1
 
     def keep(self) -> None:
-        """Let what a command has done stay: a deep nest of savepoints makes PostgreSQL slow."""
+        """Let what a command has done stay: savepoints in savepoints would slow the others down."""
         for _ in range(self._savepoints):
             self.connection.execute("RELEASE SAVEPOINT gathered")
         self._savepoints = 0
@@ -1235,7 +1235,7 @@ def time_of_id(given: str) -> int:
 # Each read and each write begins and ends here, and nowhere else. SQLite is a library and called
 # inline on the event loop; PostgreSQL is a server and called in threads.
 
-READERS_MAX, LONG_READERS_MAX = 4, 3
+READERS_MAX, LONG_READERS_MAX = 4, 2
 SHORT_ROWS_MAX = 500
 BUSY_SECONDS_MAX, BUSY_RETRY_SECONDS = 5.0, 0.001
 ANSWER_SECONDS_MAX, CLOSING_SECONDS_MAX = 10.0, 1.0
@@ -2614,7 +2614,7 @@ class Route(APIRoute):
                 return await app.ledger.database.run_read(self.run, arguments)
         turn = app.long_reads[asyncio.get_running_loop()]
         try:
-            await asyncio.wait_for(turn.acquire(), ANSWER_SECONDS_MAX)
+            await asyncio.wait_for(turn.acquire(), REQUEST_SECONDS_MAX)
         except TimeoutError:
             raise DatabaseBusy from None
         request.end_turn = turn.release
