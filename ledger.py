@@ -501,17 +501,20 @@ class Book:
         # No caller may reach a system account.
         if account is None or account.kind != "CUSTOMER":
             raise AccountNotFound(f"There is no account {reference}")
-        if account.held:
-            self.release_expired(account)
+        self.release_expired(account)
         return account
 
     def release_expired(self, account: Account) -> None:
-        """Make available what expired holds still hold; nobody else needs to tidy up."""
-        if self.tidied.get(account.id) == self.now:
+        """Make available what expired holds still hold; once a moment, since none ends sooner."""
+        if not account.held or self.tidied.get(account.id) == self.now:
             return
-        query = f"SELECT * FROM hold WHERE account_id = :id AND {PENDING} AND expires_at <= :now"  # noqa: S608
-        for hold in self.ask(f"{query} FOR UPDATE", id=account.id, now=self.now):
-            self.release(account, hold, status="EXPIRED")
+        expired = f"account_id = :id AND {PENDING} AND expires_at <= :now"
+        query = f"SELECT CAST(COALESCE(SUM(amount), 0) AS bigint) AS held FROM hold WHERE {expired}"  # noqa: S608
+        [found] = self.ask(query, id=account.id, now=self.now)
+        if found["held"]:
+            ending = f"UPDATE hold SET status = 'EXPIRED' WHERE {expired}"  # noqa: S608
+            self.connection.execute(ending, id=account.id, now=self.now)
+            self.change("account", vars(account), held=account.held - found["held"])
         self.tidied[account.id] = self.now
         self._undo.append(partial(self.tidied.pop, account.id, None))
 
@@ -861,7 +864,8 @@ def change_status(book: Book, reference: str, status: str) -> Account:
     account = book.account(reference)
     if status not in STATUS_STEPS[account.status]:
         raise InvalidStateTransition(f"No account goes from {account.status} to {status}")
-    pending = f"SELECT 1 AS one FROM hold WHERE :id IN (account_id, dest_account_id) AND {PENDING}"  # noqa: S608
+    sides = "(account_id = :id OR dest_account_id = :id)"
+    pending = f"SELECT 1 AS one FROM hold WHERE {sides} AND {PENDING}"  # noqa: S608
     if status == "CLOSED" and book.ask(
         f"{pending} AND expires_at > :now", id=account.id, now=book.now
     ):
@@ -926,8 +930,7 @@ def reverse(book: Book, transaction_id: str, **event: Any) -> str:
     legs = []
     for entry in entries:
         account = book.accounts[entry["account_id"]]
-        if account.held:
-            book.release_expired(account)
+        book.release_expired(account)
         legs.append(Leg(account, entry["amount"] * (+1 if entry["type"] == "DEBIT" else -1)))
     return book.post("REVERSAL", legs, reverses=transaction_id, **event)
 
@@ -997,10 +1000,8 @@ def pending_hold(book: Book, hold_id: str) -> tuple[Row, Account]:
     # The account first, as everywhere, so that no two batches wait for each other.
     account = book.account(found[0]["account_id"])
     [hold] = book.ask("SELECT * FROM hold WHERE id = :id FOR UPDATE", id=hold_id)
-    is_expired = hold["status"] == "PENDING" and hold["expires_at"] <= book.now
-    status = "EXPIRED" if is_expired else hold["status"]
-    if status != "PENDING":
-        raise HOLD_ENDS[status](f"This hold is {status}")
+    if hold["status"] != "PENDING":
+        raise HOLD_ENDS[hold["status"]](f"This hold is {hold['status']}")
     return hold, account
 
 
@@ -1959,6 +1960,10 @@ CHECKS = [
             SELECT id, held, (SELECT COALESCE(SUM(amount), 0) FROM hold
             WHERE account_id = account.id AND {PENDING}) AS pending FROM account
         ) AS stood WHERE held <> pending""",  # noqa: S608
+        """SELECT 'hold ' || hold.id || ' was not captured as it says' AS wrong FROM hold
+        LEFT JOIN event ON event.id = hold.transaction_id AND kind = 'CAPTURE'
+        LEFT JOIN entry ON entry.transaction_id = event.id AND entry.account_id = hold.account_id
+        WHERE status = 'CAPTURED' AND (entry.amount = captured_amount) IS NOT TRUE""",
     ),
     (
         "reversals turn their transactions round, once",
@@ -2004,7 +2009,7 @@ CHECKS = [
         *[
             f"SELECT '{table} ' || id || ' has no UUID for its id' AS wrong FROM {table} "  # noqa: S608
             "WHERE length(id) <> 36 OR trim(id, '0123456789abcdef-') <> ''"
-            for table in ("account", "event", "entry")
+            for table in ("account", "event", "entry", "hold")
         ],
         f"SELECT 'event ' || id || ' is a ' || kind AS wrong FROM event WHERE kind NOT IN {KINDS}",  # noqa: S608
     ),
