@@ -1198,8 +1198,13 @@ class Ledger:
         """Credit what is due by a clock; one pass at a time serves all who wait for it."""
         loop, run = asyncio.get_running_loop(), partial(credit_cashbacks, clock=clock, until=until)
         due = {"clock": clock, "until": until, "limit": 1}
-        while await self.database.run_read(lambda books: books.rows(DUE_CASHBACKS, **due)):
-            if loop not in self._crediting or self._crediting[loop].done():
+        while True:
+            last = self._crediting.get(loop)
+            is_running = last is not None and not last.done()
+            if not await self.database.run_read(lambda books: books.rows(DUE_CASHBACKS, **due)):
+                return
+            # A pass that began or ended while we looked may have credited what we saw.
+            if not is_running and self._crediting.get(loop) is last:
                 crediting = self.submit(Command(caller, "{}", run))
                 self._crediting[loop] = loop.create_task(crediting)
             await asyncio.shield(self._crediting[loop])
