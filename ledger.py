@@ -123,17 +123,8 @@ def minor_units(decimal: str, exponent: int) -> int:
 
 
 # ----- Refusals
-# What the ledger refuses. A refusal is an answer like any other, stored under its key.
-
-
-class Answer(NamedTuple):
-    """What the caller of a command gets, and gets again with the same key, byte for byte."""
-
-    status: int
-    body: str
-    location: str | None = None
-    replayed: bool = False
-    media_type: str = ""
+# What the ledger refuses; what one section alone refuses stands there. A refusal is an answer like
+# any other, stored under its key.
 
 
 class LedgerError(Exception):
@@ -154,7 +145,7 @@ class LedgerError(Exception):
         super().__init__(detail or self.detail)
         self.members = members
 
-    def to_answer(self) -> Answer:
+    def to_answer(self) -> "Answer":
         """Return the problem document (RFC 9457) that the caller gets."""
         problem = {
             "type": f"urn:ledger:error:{self.code}",
@@ -170,8 +161,6 @@ class LedgerError(Exception):
 class SameAccount(LedgerError, status=400): ...
 class AccountNotFound(LedgerError, status=404): ...
 class AssetNotFound(LedgerError, status=404): ...
-class TransactionNotFound(LedgerError, status=404): ...
-class HoldNotFound(LedgerError, status=404): ...
 class AccountExists(LedgerError, status=409): ...
 class ExternalIdExists(LedgerError, status=409): ...
 class InsufficientFunds(LedgerError, status=409): ...
@@ -183,15 +172,6 @@ class AssetMismatch(LedgerError, status=409): ...
 class AssetClosedLoop(LedgerError, status=409): ...
 class BalanceLimit(LedgerError, status=409): ...
 class CashbackPending(LedgerError, status=409): ...
-class CashbackCredited(LedgerError, status=409): ...
-class AlreadyReversed(LedgerError, status=409): ...
-class NotReversible(LedgerError, status=409): ...
-class HoldsPending(LedgerError, status=409): ...
-class HoldCaptured(LedgerError, status=409): ...
-class HoldVoided(LedgerError, status=409): ...
-class HoldExpired(LedgerError, status=409): ...
-class AmountExceedsHold(LedgerError, status=409): ...
-class BulkFailed(LedgerError, status=409): ...
 class IdempotencyKeyReused(LedgerError, status=409): ...
 class Unbalanced(LedgerError, status=422): ...
 class AccountRepeated(LedgerError, status=422): ...
@@ -203,10 +183,13 @@ class AccountRepeated(LedgerError, status=422): ...
 # Ids are text; times are integer microseconds since 1970 in UTC.
 
 
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
 @lru_cache(maxsize=10_000)
 def utc_text(microseconds: int) -> str:
     """Return a stored time as RFC 3339: 0 is "1970-01-01T00:00:00.000000Z"."""
-    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=microseconds)
+    moment = EPOCH + timedelta(microseconds=microseconds)
     return moment.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
@@ -217,24 +200,22 @@ STRICT = {"sqlite_strict": True}
 NO_ROWID = STRICT | {"sqlite_with_rowid": False}
 NO_ENTRIES = "kind >= 'a'"  # Capitals, which transactions have, come before.
 PENDING = "status = 'PENDING'"
-
-
-Notes = Annotated[
-    str | None, pydantic.PlainSerializer(lambda notes: json.loads(notes or "{}"), dict[str, str])
-]
-"""The caller's own metadata as JSON, which callers see as an object."""
+IS_OVER = f"{PENDING} AND expires_at <= :now"
+# The caller's own metadata is stored as JSON, and callers see an object.
+SHOWN_NOTES = pydantic.PlainSerializer(lambda notes: json.loads(notes or "{}"), dict[str, str])
+Notes = Annotated[str | None, SHOWN_NOTES, pydantic.Field(serialization_alias="metadata")]
 
 
 def partial_index(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
-    """Declare an index of the rows that a condition holds for."""
+    """Declare an index of the rows for which a condition holds; the others cost nothing."""
     given = sa.text(where)
     return sa.Index(name, *columns, unique=unique, sqlite_where=given, postgresql_where=given)
 
 
-def unique_where_given(table: str, column: str) -> sa.Index:
-    """Declare a column unique among the rows that have it; the others cost nothing."""
-    name, where = f"{table}_{column}_unique", f"{column} IS NOT NULL"
-    return partial_index(name, column, where=where, unique=True)
+def unique_if_given(table: str, column: str) -> sa.Index:
+    """Declare a column unique among the rows that have it."""
+    name = f"{table}_{column}_unique"
+    return partial_index(name, column, where=f"{column} IS NOT NULL", unique=True)
 
 
 class Public(SQLModel):
@@ -270,7 +251,7 @@ class AccountPublic(Public):
     balance: int = 0
     held: int = 0
     external_id: str | None = None
-    notes: Notes = Field(default=None, serialization_alias="metadata")
+    notes: Notes = None
     created_at: Timestamp
 
     @pydantic.computed_field
@@ -292,7 +273,7 @@ class AccountTable(Account, table=True):
     __table_args__ = (
         sa.UniqueConstraint("name", "asset"),
         sa.Index("account_owner", "owner_name", "id"),
-        unique_where_given("account", "external_id"),
+        unique_if_given("account", "external_id"),
         sa.CheckConstraint("kind IN ('CUSTOMER', 'SYSTEM')"),
         sa.CheckConstraint("status IN ('ACTIVE', 'FROZEN', 'CLOSED')"),
         sa.CheckConstraint("held >= 0 AND (held <= balance OR kind = 'SYSTEM')"),
@@ -310,7 +291,7 @@ class TransactionBase(Public):
     memo: str | None = None
     ts: Timestamp
     external_id: str | None = None
-    notes: Notes = Field(default=None, serialization_alias="metadata")
+    notes: Notes = None
     reverses: str | None = Field(default=None, foreign_key="event.id")
 
 
@@ -320,8 +301,8 @@ class Event(TransactionBase, table=True):
     # An account's transactions are found by its entries: to index them too costs each a page.
     __table_args__ = (
         partial_index("event_other", "account_id", "id", where=NO_ENTRIES),
-        unique_where_given("event", "external_id"),
-        unique_where_given("event", "reverses"),
+        unique_if_given("event", "external_id"),
+        unique_if_given("event", "reverses"),
         sa.CheckConstraint("(kind = 'REVERSAL') = (reverses IS NOT NULL)"),
         NO_ROWID,
     )
@@ -354,39 +335,6 @@ class Entry(EntryBase, table=True):
     )
 
     seq: int = Field(primary_key=True)
-
-
-class HoldPublic(Public):
-    """Money that is promised and not moved yet, until it is captured, voided or expired."""
-
-    id: str = Field(primary_key=True)
-    status: str = "PENDING"
-    account_id: str = Field(foreign_key="account.id")
-    dest_account_id: str = Field(foreign_key="account.id")
-    asset: str
-    amount: int
-    captured_amount: int = 0
-    transaction_id: str | None = Field(default=None, foreign_key="event.id")
-    memo: str | None = None
-    external_id: str | None = None
-    notes: Notes = Field(default=None, serialization_alias="metadata")
-    created_at: Timestamp
-    expires_at: Timestamp
-
-
-class Hold(HoldPublic, table=True):
-    """Every hold; one that has expired is PENDING here until somebody needs its money."""
-
-    __table_args__ = (
-        sa.Index("hold_from", "account_id", "id"),
-        sa.Index("hold_to", "dest_account_id", "id"),
-        partial_index("hold_pending", "account_id", "expires_at", where=PENDING),
-        unique_where_given("hold", "external_id"),
-        sa.CheckConstraint("status IN ('PENDING', 'CAPTURED', 'VOIDED', 'EXPIRED')"),
-        sa.CheckConstraint("amount >= 1 AND captured_amount BETWEEN 0 AND amount"),
-        sa.CheckConstraint("(status = 'CAPTURED') = (transaction_id IS NOT NULL)"),
-        NO_ROWID,
-    )
 
 
 class Note(SQLModel, table=True):
@@ -424,7 +372,6 @@ class Book:
         self.accounts: dict[str, Account] = {}
         self.inserts: dict[str, list[Row]] = defaultdict(list)
         self.updates: dict[str, dict[int, Row]] = defaultdict(dict)
-        self.tidied: dict[str, int] = {}  # When an account's expired holds were looked for.
         self._undo: list[Callable[[], Any]] = []
         self._savepoints = 0
 
@@ -501,27 +448,7 @@ class Book:
         # No caller may reach a system account.
         if account is None or account.kind != "CUSTOMER":
             raise AccountNotFound(f"There is no account {reference}")
-        self.release_expired(account)
         return account
-
-    def release_expired(self, account: Account) -> None:
-        """Make available what expired holds still hold; once a moment, since none ends sooner."""
-        if not account.held or self.tidied.get(account.id) == self.now:
-            return
-        expired = f"account_id = :id AND {PENDING} AND expires_at <= :now"
-        query = f"SELECT CAST(COALESCE(SUM(amount), 0) AS bigint) AS held FROM hold WHERE {expired}"  # noqa: S608
-        [found] = self.ask(query, id=account.id, now=self.now)
-        if found["held"]:
-            ending = f"UPDATE hold SET status = 'EXPIRED' WHERE {expired}"  # noqa: S608
-            self.connection.execute(ending, id=account.id, now=self.now)
-            self.change("account", vars(account), held=account.held - found["held"])
-        self.tidied[account.id] = self.now
-        self._undo.append(partial(self.tidied.pop, account.id, None))
-
-    def release(self, account: Account, hold: Row, **changes: Any) -> None:
-        """End a hold."""
-        self.change("hold", hold, **changes)
-        self.change("account", vars(account), held=account.held - hold["amount"])
 
     def system_account(self, name: str, asset: str) -> Account:
         """Return the contra account of an operation."""
@@ -536,7 +463,7 @@ class Book:
         self.require_new("account", columns.get("external_id"))
         columns |= {"id": self.new_id(), "name": name, "owner_name": owner_name, "asset": asset}
         account = Account(**columns, created_at=self.now)
-        self.hold(account)
+        self.remember(account)
         self.insert("account", dict(vars(account)))
         self.index_notes(vars(account))
         return account
@@ -549,11 +476,25 @@ class Book:
         accounts, newest, *found = self.connection.all_rows(
             lock_accounts(missing), NEWEST, *queries
         )
-        for row in accounts:
-            if row["id"] not in self.accounts:
-                self.hold(Account(**row))
         self.follow(newest)
+        loaded = [Account(**row) for row in accounts if row["id"] not in self.accounts]
+        for account in loaded:
+            self.remember(account)
+        self.release_expired([account.id for account in loaded if account.held])
         return found
+
+    def release_expired(self, account_ids: list[str]) -> None:
+        """Make available what expired holds still hold of accounts that were just loaded."""
+        if account_ids:
+            query = f"SELECT * FROM hold WHERE account_id = ANY(:ids) AND {IS_OVER}"  # noqa: S608
+            for hold in self.connection.rows(query, ids=account_ids, now=self.now):
+                self.release(hold, status="EXPIRED")
+
+    def release(self, hold: Row, **changes: Any) -> None:
+        """End a hold, which makes what it held available."""
+        account = self.accounts[hold["account_id"]]
+        self.change("hold", hold, **changes)
+        self.change("account", vars(account), held=account.held - hold["amount"])
 
     def follow(self, newest: list[Row]) -> None:
         """Let times and ids rise, whatever the clock does and other servers have written."""
@@ -566,7 +507,7 @@ class Book:
         self.last_time += 1
         return id_of_time(self.last_time, self.secret)
 
-    def hold(self, account: Account) -> None:
+    def remember(self, account: Account) -> None:
         """Let an account be found by its id, and by its name if it has one."""
         aliases = [f"{account.name}@{account.asset}"] if account.name else []
         for reference in (account.id, *aliases):
@@ -638,20 +579,17 @@ def lock_accounts(references: Sequence[str]) -> tuple[str, Row]:
 
 def require_balanced(legs: Sequence[Leg]) -> None:
     """Refuse legs that make or lose money of an asset, and an account that is in two of them."""
-    totals: defaultdict[str, int] = defaultdict(int)
-    for account, amount in legs:
-        totals[account.asset] += amount
-    if len({account.id for account, _ in legs}) < len(legs):
+    if len({leg.account.id for leg in legs}) < len(legs):
         raise AccountRepeated("An account may stand in one entry alone")
-    for asset, total in totals.items():
-        if total or not all(leg.amount for leg in legs):
-            debits = -sum(
-                leg.amount for leg in legs if leg.account.asset == asset and leg.amount < 0
-            )
-            sums = {"asset": asset, "debits": debits, "credits": total + debits}
+    totals: dict[str, list[int]] = {}
+    for account, amount in legs:
+        totals.setdefault(account.asset, [0, 0])[amount > 0] += abs(amount)
+    for asset, (debits, credits) in totals.items():
+        if debits != credits:
+            sums = {"asset": asset, "debits": debits, "credits": credits}
             raise Unbalanced(f"The debits of {asset} must equal its credits", **sums)
-    if not legs:
-        raise Unbalanced("There must be entries")
+    if not all(leg.amount for leg in legs) or not legs:
+        raise Unbalanced("There must be entries, and each of an amount")
 
 
 def require_active(account: Account) -> None:
@@ -721,10 +659,15 @@ def require_open_loop(asset: str) -> None:
         raise AssetClosedLoop(f"{asset} is moved by top-up, bonus and spend alone")
 
 
-def require_one_asset(payer: Account, payee: Account) -> None:
-    """Refuse to turn one asset into another."""
+def payer_and_payee(book: Book, source: str, dest: str) -> tuple[Account, Account]:
+    """Return two accounts of one asset, between which money may move."""
+    if source == dest:
+        raise SameAccount("Cannot transfer to the same account")
+    payer, payee = book.account(source), book.account(dest)
+    require_open_loop(payer.asset)
     if payer.asset != payee.asset:
         raise AssetMismatch("The accounts hold different assets")
+    return payer, payee
 
 
 def deposit(book: Book, reference: str, *, amount: int, **event: Any) -> Account:
@@ -745,13 +688,11 @@ def withdraw(book: Book, reference: str, *, amount: int, **event: Any) -> Accoun
     return account
 
 
-def transfer(book: Book, source: str, dest: str, *, amount: int, **event: Any) -> str:
+def transfer(
+    book: Book, source_account_id: str, dest_account_id: str, *, amount: int, **event: Any
+) -> str:
     """Move money between two customers: DEBIT the source, CREDIT the destination."""
-    if source == dest:
-        raise SameAccount("Cannot transfer to the same account")
-    payer, payee = book.account(source), book.account(dest)
-    require_open_loop(payer.asset)
-    require_one_asset(payer, payee)
+    payer, payee = payer_and_payee(book, source_account_id, dest_account_id)
     return book.post("TRANSFER", [Leg(payer, -amount), Leg(payee, +amount)], **event)
 
 
@@ -796,9 +737,9 @@ class ScheduledCashback(CashbackPublic, table=True):
     transaction_id: str | None = Field(default=None, foreign_key="event.id")
 
 
-def pay(book: Book, reference: str, *, amount: int, payee: str = "merchants", **event: Any) -> Row:
+def pay(book: Book, account_id: str, *, amount: int, payee: str = "merchants", **event: Any) -> Row:
     """Pay, and promise a cashback: DEBIT the account, CREDIT the payee; return the promise."""
-    account = book.account(reference)
+    account = book.account(account_id)
     require_open_loop(account.asset)
     contra = book.system_account(payee, account.asset)
     payment_id = book.post("PAYMENT", [Leg(account, -amount), Leg(contra, +amount)], **event)
@@ -864,19 +805,9 @@ def change_status(book: Book, reference: str, status: str) -> Account:
     account = book.account(reference)
     if status not in STATUS_STEPS[account.status]:
         raise InvalidStateTransition(f"No account goes from {account.status} to {status}")
-    sides = "(account_id = :id OR dest_account_id = :id)"
-    pending = f"SELECT 1 AS one FROM hold WHERE {sides} AND {PENDING}"  # noqa: S608
-    if status == "CLOSED" and book.ask(
-        f"{pending} AND expires_at > :now", id=account.id, now=book.now
-    ):
-        raise HoldsPending(f"Account {account.id} has a pending hold: capture or void it first")
-    if status == "CLOSED" and account.balance:
-        held = f"Account {account.id} holds {account.balance}: only an empty one can be closed"
-        raise AccountNotEmpty(held, balance=account.balance)
-    to_come = "account_id = :id AND status IN ('SCHEDULED', 'WAITING') AND amount > 0"
-    promises = f"SELECT 1 AS one FROM scheduled_cashback WHERE {to_come} LIMIT 1"  # noqa: S608
-    if status == "CLOSED" and book.ask(promises, id=account.id):
-        raise CashbackPending(f"Account {account.id} has cashback to come: close it later")
+    if status == "CLOSED":
+        require_no_holds(book, account)
+        require_nothing_left(book, account)
     book.record(STATUS_STEPS[account.status][status], account)
     book.change("account", vars(account), status=status)
     if status == "ACTIVE":
@@ -885,6 +816,17 @@ def change_status(book: Book, reference: str, status: str) -> Account:
         again = "SET status = 'SCHEDULED' WHERE account_id = :id AND status = 'WAITING'"
         book.connection.execute(f"UPDATE scheduled_cashback {again}", id=account.id)
     return account
+
+
+def require_nothing_left(book: Book, account: Account) -> None:
+    """Refuse to close an account with money in it or to come."""
+    if account.balance:
+        held = f"Account {account.id} holds {account.balance}: only an empty one can be closed"
+        raise AccountNotEmpty(held, balance=account.balance)
+    to_come = "account_id = :id AND status IN ('SCHEDULED', 'WAITING') AND amount > 0"
+    promises = f"SELECT 1 AS one FROM scheduled_cashback WHERE {to_come} LIMIT 1"  # noqa: S608
+    if book.ask(promises, id=account.id):
+        raise CashbackPending(f"Account {account.id} has cashback to come: close it later")
 
 
 def open_wallets(book: Book, *, owner_name: str, name: str) -> None:
@@ -911,6 +853,15 @@ def journal(book: Book, entries: Iterable[tuple[str, int]], **event: Any) -> str
 REVERSED_BY = "(SELECT id FROM event AS later WHERE later.reverses = event.id) AS reversed_by"
 
 
+# fmt: off
+class TransactionNotFound(LedgerError, status=404): ...
+class AlreadyReversed(LedgerError, status=409): ...
+class CashbackCredited(LedgerError, status=409): ...
+class NotReversible(LedgerError, status=409): ...
+class BulkFailed(LedgerError, status=409): ...
+# fmt: on
+
+
 def reverse(book: Book, transaction_id: str, **event: Any) -> str:
     """Take a transaction back as a whole: the same entries, turned round, and only once."""
     query = f"SELECT kind, {REVERSED_BY} FROM event WHERE id = :id AND kind < 'a'"  # noqa: S608
@@ -927,11 +878,10 @@ def reverse(book: Book, transaction_id: str, **event: Any) -> str:
     query = "SELECT * FROM entry WHERE transaction_id = :id ORDER BY id"
     entries = book.ask(query, id=transaction_id)
     book.lock([entry["account_id"] for entry in entries])
-    legs = []
-    for entry in entries:
-        account = book.accounts[entry["account_id"]]
-        book.release_expired(account)
-        legs.append(Leg(account, entry["amount"] * (+1 if entry["type"] == "DEBIT" else -1)))
+    legs = [
+        Leg(book.accounts[e["account_id"]], e["amount"] * (+1 if e["type"] == "DEBIT" else -1))
+        for e in entries
+    ]
     return book.post("REVERSAL", legs, reverses=transaction_id, **event)
 
 
@@ -945,71 +895,11 @@ def cancel_cashback(book: Book, payment_id: str) -> None:
     book.change("scheduled_cashback", cashback, status="CANCELLED")
 
 
-def place_hold(
-    book: Book, reference: str, dest: str, *, amount: int, expires_in: int, **given: Any
-) -> Row:
-    """Promise money to an account: it stays where it is, and is no longer available."""
-    if reference == dest:
-        raise SameAccount("Cannot hold money for the same account")
-    account, payee = book.account(reference), book.account(dest)
-    require_open_loop(account.asset)
-    require_one_asset(account, payee)
-    for one in (account, payee):
-        require_active(one)
-    require_funds(Leg(account, -amount))
-    book.require_new("hold", given["external_id"])
-    ends = {"account_id": account.id, "dest_account_id": payee.id, "asset": account.asset}
-    times = {"created_at": book.now, "expires_at": book.now + expires_in * 1_000_000}
-    hold = HoldPublic(id=book.new_id(), amount=amount, **{**ends, **times, **given})
-    book.insert("hold", vars(hold))
-    book.change("account", vars(account), held=account.held + amount)
-    book.record("hold", account)
-    return vars(hold)
-
-
-def capture_hold(book: Book, hold_id: str, *, amount: int | None = None) -> Row:
-    """Move what was promised, or a part of it; the rest is available again at once."""
-    hold, account = pending_hold(book, hold_id)
-    moved = hold["amount"] if amount is None else amount
-    if moved > hold["amount"]:
-        raise AmountExceedsHold(f"The hold is of {hold['amount']}", amount=hold["amount"])
-    legs = [Leg(account, -moved), Leg(book.account(hold["dest_account_id"]), +moved)]
-    book.change("account", vars(account), held=account.held - hold["amount"])
-    transaction_id = book.post("CAPTURE", legs, memo=hold["memo"])
-    changes = {"status": "CAPTURED", "captured_amount": moved, "transaction_id": transaction_id}
-    book.change("hold", hold, **changes)
-    return hold
-
-
-def void_hold(book: Book, hold_id: str) -> Row:
-    """Give up what was promised."""
-    hold, account = pending_hold(book, hold_id)
-    book.release(account, hold, status="VOIDED")
-    book.record("void", account)
-    return hold
-
-
-HOLD_ENDS = {"CAPTURED": HoldCaptured, "VOIDED": HoldVoided, "EXPIRED": HoldExpired}
-
-
-def pending_hold(book: Book, hold_id: str) -> tuple[Row, Account]:
-    """Return a hold that can still be captured, and its account."""
-    found = book.ask("SELECT account_id FROM hold WHERE id = :id", id=hold_id)
-    if not found:
-        raise HoldNotFound(f"There is no hold {hold_id}")
-    # The account first, as everywhere, so that no two batches wait for each other.
-    account = book.account(found[0]["account_id"])
-    [hold] = book.ask("SELECT * FROM hold WHERE id = :id FOR UPDATE", id=hold_id)
-    if hold["status"] != "PENDING":
-        raise HOLD_ENDS[hold["status"]](f"This hold is {hold['status']}")
-    return hold, account
-
-
 def update_account(book: Book, reference: str, **changes: Any) -> Account:
     """Change what an account's owner is called, or the notes about it."""
     account = book.account(reference)
     book.record("update_account", account)
-    book.change("account named", vars(account), **changes)
+    book.change("account", vars(account), **changes)
     if "notes" in changes:
         book.write()
         book.connection.execute("DELETE FROM note WHERE owner_id = :id", id=account.id)
@@ -1018,20 +908,133 @@ def update_account(book: Book, reference: str, **changes: Any) -> Account:
 
 
 def transfer_many(book: Book, transfers: Iterable[Row], *, atomic: bool) -> list[Row]:
-    """Do one transfer after the other; if it is `atomic`, all of them or none."""
+    """Make one transfer after the other; if it is `atomic`, all of them or none."""
     results = []
     for index, each in enumerate(transfers):
+        result: Row = {"index": index, "transfer_id": None, "error": None}
         try:
             with book.attempt():
-                transfer_id = transfer(book, **each)
-            results.append({"index": index, "transfer_id": transfer_id, "error": None})
+                result["transfer_id"] = transfer(book, **each)
         except LedgerError as refusal:
-            error = json.loads(refusal.to_answer().body)
+            result["error"] = json.loads(refusal.to_answer().body)
             if atomic:
                 why = f"Transfer {index} was refused, and none was made"
-                raise BulkFailed(why, index=index, error=error) from None
-            results.append({"index": index, "transfer_id": None, "error": error})
+                raise BulkFailed(why, index=index, error=result["error"]) from None
+        results.append(result)
     return results
+
+
+# ----- Holds
+# Money that is promised and not moved yet: it stays where it is, and is no longer available.
+
+
+# fmt: off
+class HoldNotFound(LedgerError, status=404): ...
+class HoldsPending(LedgerError, status=409): ...
+class HoldCaptured(LedgerError, status=409): ...
+class HoldVoided(LedgerError, status=409): ...
+class HoldExpired(LedgerError, status=409): ...
+class AmountExceedsHold(LedgerError, status=409): ...
+# fmt: on
+HOLD_ENDS = {"CAPTURED": HoldCaptured, "VOIDED": HoldVoided, "EXPIRED": HoldExpired}
+
+
+class HoldPublic(Public):
+    """Money that is promised and not moved yet, until it is captured, voided or expired."""
+
+    id: str = Field(primary_key=True)
+    status: str = "PENDING"
+    account_id: str = Field(foreign_key="account.id")
+    dest_account_id: str = Field(foreign_key="account.id")
+    asset: str
+    amount: int
+    captured_amount: int = 0
+    transaction_id: str | None = Field(default=None, foreign_key="event.id")
+    memo: str | None = None
+    external_id: str | None = None
+    notes: Notes = None
+    created_at: Timestamp
+    expires_at: Timestamp
+
+
+class Hold(HoldPublic, table=True):
+    """Every hold; one that has expired is PENDING here until somebody needs its money."""
+
+    __table_args__ = (
+        sa.Index("hold_from", "account_id", "id"),
+        sa.Index("hold_to", "dest_account_id", "id"),
+        partial_index("hold_pending", "account_id", "expires_at", where=PENDING),
+        unique_if_given("hold", "external_id"),
+        sa.CheckConstraint("status IN ('PENDING', 'CAPTURED', 'VOIDED', 'EXPIRED')"),
+        sa.CheckConstraint("amount >= 1 AND captured_amount BETWEEN 0 AND amount"),
+        sa.CheckConstraint("(status = 'CAPTURED') = (transaction_id IS NOT NULL)"),
+        NO_ROWID,
+    )
+
+
+def place_hold(
+    book: Book, account_id: str, dest_account_id: str, *, expires_in: int, **columns: Any
+) -> HoldPublic:
+    """Promise money to an account, for some seconds: a hold writes no entries."""
+    account, payee = payer_and_payee(book, account_id, dest_account_id)
+    for one in (account, payee):
+        require_active(one)
+    require_funds(Leg(account, -columns["amount"]))
+    book.require_new("hold", columns["external_id"])
+    ends = {"account_id": account.id, "dest_account_id": payee.id, "asset": account.asset}
+    times = {"created_at": book.now, "expires_at": book.now + expires_in * 1_000_000}
+    hold = HoldPublic(**{"id": book.new_id(), **ends, **times, **columns})
+    book.insert("hold", vars(hold))
+    book.change("account", vars(account), held=account.held + hold.amount)
+    book.record("hold", account)
+    return hold
+
+
+def capture_hold(book: Book, hold_id: str, *, amount: int | None) -> Row:
+    """Move what was promised, or a part of it; the rest is available again at once."""
+    hold = pending_hold(book, hold_id)
+    moved = amount or hold["amount"]
+    if moved > hold["amount"]:
+        raise AmountExceedsHold(f"The hold is of {hold['amount']}", amount=hold["amount"])
+    source, dest = book.accounts[hold["account_id"]], book.accounts[hold["dest_account_id"]]
+    book.release(hold, status="CAPTURED", captured_amount=moved)
+    legs = [Leg(source, -moved), Leg(dest, +moved)]
+    transaction_id = book.post("CAPTURE", legs, memo=hold["memo"])
+    book.change("hold", hold, transaction_id=transaction_id)
+    return hold
+
+
+def void_hold(book: Book, hold_id: str) -> Row:
+    """Give up what was promised."""
+    hold = pending_hold(book, hold_id)
+    book.release(hold, status="VOIDED")
+    book.record("void", book.accounts[hold["account_id"]])
+    return hold
+
+
+def pending_hold(book: Book, hold_id: str) -> Row:
+    """Return a hold that can still be captured or voided."""
+    query = "SELECT * FROM hold WHERE id = :id"
+    for hold in book.ask(query, id=hold_id):
+        # The accounts are locked first, as everywhere, and then the hold is as nobody changes it.
+        book.lock([hold["account_id"], hold["dest_account_id"]])
+    found = book.ask(query, id=hold_id)
+    if not found:
+        raise HoldNotFound(f"There is no hold {hold_id}")
+    [hold] = found
+    is_over = hold["status"] == "PENDING" and hold["expires_at"] <= book.now
+    status = "EXPIRED" if is_over else hold["status"]
+    if status != "PENDING":
+        raise HOLD_ENDS[status](f"This hold is {status}")
+    return hold
+
+
+def require_no_holds(book: Book, account: Account) -> None:
+    """Refuse to close an account that a pending hold is of, or is for."""
+    either = "account_id = :id OR dest_account_id = :id"
+    query = f"SELECT id FROM hold WHERE ({either}) AND {PENDING} AND expires_at > :now"  # noqa: S608
+    if book.ask(query, id=account.id, now=book.now):
+        raise HoldsPending(f"Account {account.id} has a pending hold: capture or void it first")
 
 
 # ----- Batches
@@ -1040,11 +1043,23 @@ def transfer_many(book: Book, transfers: Iterable[Row], *, atomic: bool) -> list
 
 COMMITS_MAX = 4
 GATHERING_TURNS_MAX, LARGE_ACCOUNTS = 32, 50
-DONE = Answer(200, "")
 UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 NEWEST: tuple[str, Row] = ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {})
 Loop = asyncio.AbstractEventLoop
-Pending = asyncio.Future[Answer]
+Pending = asyncio.Future["Answer"]
+
+
+class Answer(NamedTuple):
+    """What the caller of a command gets, and gets again with the same key, byte for byte."""
+
+    status: int
+    body: str
+    location: str | None = None
+    replayed: bool = False
+    media_type: str = ""
+
+
+DONE = Answer(200, "")
 
 
 class IdempotencyKey(SQLModel, table=True):
@@ -1284,8 +1299,7 @@ POSTGRES_ERRORS = {
     "25006": DatabaseLost,  # A server that only reads, as one that became a standby.
 }
 CHANGING_COLUMNS = {
-    "account": ("status", "balance", "held", "last_seq"),
-    "account named": ("owner_name", "notes"),
+    "account": ("status", "balance", "held", "last_seq", "owner_name", "notes"),
     "hold": ("status", "captured_amount", "transaction_id"),
     "scheduled_cashback": ("status", "transaction_id"),
     "api_key": ("revoked_at",),
@@ -1363,7 +1377,7 @@ class Connection:
                 self.insert(table, rows)
         for table, columns in CHANGING_COLUMNS.items():
             if changed := updates.get(table):
-                self.update(table.partition(" ")[0], columns, list(changed.values()))
+                self.update(table, columns, list(changed.values()))
 
 
 class PostgresConnection(Connection):
@@ -1827,7 +1841,7 @@ ENDS = {
 for name, (ended, message) in ENDS.items():
     TRIGGERS[f"{name}_ended"] = (f"BEFORE UPDATE ON {name}", ended, message)
 for name in TABLES.keys() - {"note"}:
-    changing = CHANGING_COLUMNS.get(name, ()) + CHANGING_COLUMNS.get(f"{name} named", ())
+    changing = CHANGING_COLUMNS.get(name, ())
     fixed = [column.name for column in TABLES[name].columns if column.name not in changing]
     message = f"what {name} holds is for ever"
     unchanged = f"BEFORE UPDATE OF {', '.join(fixed)} ON {name}"
@@ -2453,18 +2467,14 @@ def parse_decimal(given: Any, *, exponent: int, or_number: bool = False) -> int:
         raise PydanticCustomError("decimal", message) from None
 
 
-RFC_3339 = "[0-9-]{10}[Tt][0-9]{2}(?::[0-9]{2}){2}(?:[.][0-9]+)?(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
-
-
-def parse_time(given: Any) -> int:
-    """Return an RFC 3339 time, of any offset, as it is stored."""
+def parse_time(given: str) -> int:
+    """Return a time of any offset (RFC 3339) as it is stored."""
     # In a query, the plus of an offset means a blank.
-    text = re.sub(r" (?=[0-9:]{5}$)", "+", str(given))
-    if re.fullmatch(RFC_3339, text):
-        with suppress(ValueError, OverflowError):
-            # In UTC, where the first and the last year may end a few hours sooner.
-            moment = datetime.fromisoformat(text.upper()).astimezone(UTC)
-            return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    text = re.sub(" (?=[0-9:]{5}$)", "+", given.upper())
+    with suppress(ValueError, OverflowError):
+        moment = datetime.fromisoformat(text)
+        if moment.tzinfo and "T" in text:
+            return (moment.astimezone(UTC) - EPOCH) // timedelta(microseconds=1)
     raise PydanticCustomError("time", "Input should be a time such as 2026-11-21T12:00:00Z")
 
 
@@ -2482,11 +2492,12 @@ Limit = Annotated[PlainInt, Query(ge=1, le=PAGE_SIZE_MAX)]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
 NoteName = Annotated[PrintableText, pydantic.StringConstraints(min_length=1, max_length=40)]
 NoteText = Annotated[PrintableText, pydantic.StringConstraints(max_length=500)]
-# In one order, because two objects that differ in it alone mean the same.
+# As it is stored, and in one order: two objects that differ in it alone mean the same.
 Metadata = Annotated[
     dict[NoteName, NoteText],
     pydantic.Field(max_length=50),
-    AfterValidator(lambda notes: dict(sorted(notes.items()))),
+    AfterValidator(partial(json.dumps, sort_keys=True)),
+    SHOWN_NOTES,
 ]
 NoteFilter = Annotated[tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50)]
 """The parameters `metadata[NAME]=VALUE`, which all must hold."""
@@ -2631,7 +2642,7 @@ class Route(APIRoute):
             return await self.read(app, request, arguments)
         command = Command(
             caller=caller.name,
-            arguments=arguments.model_dump_json(),
+            arguments=arguments.model_dump_json(by_alias=True, exclude_none=True),
             run=partial(self.run, arguments=arguments),
             key=intent.key and stored_key(caller.name, f"{self.method} {self.path}", intent.key),
             accounts=intent.accounts,
@@ -2724,27 +2735,33 @@ class Page(BaseModel, Generic[T]):
     next_cursor: str | None
 
 
-def read_cursor(cursor: str | None, scope: Sequence[Any], *, start: str, form: str) -> str:
-    """Return the position that a cursor of this list points to, or `start` where there is none."""
-    if cursor is None:
-        return start
-    position = cursor.rpartition(".")[0]
-    if cursor != make_cursor(position, scope) or not re.fullmatch(form, position):
+def read_page(
+    connection: Connection, query: str, limit: int, cursor: str | None, start: str, **values: Any
+) -> Row:
+    """Return rows of a query beyond the place that a cursor leads to, its `:seq` and its `:id`.
+
+    A cursor has a checksum over the place and over what is listed, which keeps mistakes out.
+    """
+
+    def lead_to(place: str) -> str:
+        checked = json.dumps([query, values, place])
+        return f"{place}.{hashlib.sha256(checked.encode()).hexdigest()[:16]}"
+
+    place = start if cursor is None else cursor.rpartition(".")[0]
+    if cursor not in (None, lead_to(place)) or not re.fullmatch("[0-9]{1,18}_[0-9a-g-]*", place):
         raise InvalidCursor("Invalid cursor")
-    return position
+    seq, _, row_id = place.partition("_")
+    values_at = {"seq": int(seq), "id": row_id, "limit": limit + 1, "now": utc_now()}
+    rows = connection.rows(f"{query} LIMIT :limit", **values, **values_at)
+    items, next_cursor = rows[:limit], None
+    if len(rows) > limit:
+        last_seq = min(row.get("seq", 0) for row in items)
+        next_cursor = lead_to(f"{last_seq}_{items[-1]['id']}")
+    return {"items": items, "next_cursor": next_cursor}
 
 
-def make_cursor(position: str, scope: Sequence[Any]) -> str:
-    """Return a position with a checksum over list, filters and position: it keeps mistakes out."""
-    checked = json.dumps([*scope, position])
-    return f"{position}.{hashlib.sha256(checked.encode()).hexdigest()[:16]}"
-
-
-def page_of(rows: list[Row], limit: int, scope: Sequence[Any], position: str) -> Row:
-    """Return `limit` rows, and a cursor to their last one's position if there are more."""
-    items, more = rows[:limit], len(rows) > limit
-    cursor = make_cursor(position.format(**items[-1]), scope) if more else None
-    return {"items": items, "next_cursor": cursor}
+NEWEST_FIRST = f"{10**18 - 1}_g"
+OLDEST_FIRST = "0_"
 
 
 # ----- The API
@@ -2768,16 +2785,10 @@ def get_health(connection: Connection) -> Health:
 
 
 class Named(RequestBody):
-    """What callers may add: a name of their own that is unique, and notes."""
+    """What callers may add: a name of their own, which is unique, and notes."""
 
     external_id: Name | None = None
-    metadata: Metadata | None = None
-
-    def columns(self) -> Row:
-        """Return what is stored of it."""
-        notes = json.dumps(self.metadata) if self.metadata else None
-        stored = ("amount", "memo", "external_id")
-        return {"notes": notes} | {n: v for n, v in vars(self).items() if n in stored}
+    notes: Annotated[Metadata | None, pydantic.Field(alias="metadata")] = None
 
 
 class EventCreate(Named):
@@ -2818,7 +2829,7 @@ class TransferPublic(BaseModel):
 def post_transfer(book: Book, body: TransferCreate) -> TransferPublic:
     """Move money between two customers' accounts, at once and as a whole."""
     ends = (body.source_account_id, body.dest_account_id)
-    transfer_id = transfer(book, *ends, **body.columns())
+    transfer_id = transfer(book, **vars(body))
     source, dest = (book.account(account_id) for account_id in ends)
     shown: Row = {"transfer_id": transfer_id, "asset": source.asset, "ts": book.now}
     return TransferPublic(**shown, amount=body.amount, memo=body.memo, source=source, dest=dest)
@@ -2827,13 +2838,13 @@ def post_transfer(book: Book, body: TransferCreate) -> TransferPublic:
 @api.post("/accounts/{account_id}/deposit", roles=SERVICES, key="required")
 def post_deposit(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
     """Take money in for an account."""
-    return deposit(book, account_id, **body.columns())
+    return deposit(book, account_id, **vars(body))
 
 
 @api.post("/accounts/{account_id}/withdraw", roles=ADMINS, key="required")
 def post_withdrawal(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
     """Pay money out of an account."""
-    return withdraw(book, account_id, **body.columns())
+    return withdraw(book, account_id, **vars(body))
 
 
 class AccountCreate(Named):
@@ -2846,7 +2857,7 @@ class AccountCreate(Named):
 @api.post("/accounts", roles=SERVICES, status=201, location="/accounts/{0.id}")
 def post_account(book: Book, body: AccountCreate) -> AccountPublic:
     """Open an account for a customer."""
-    return open_account(book, owner_name=body.owner_name, asset=body.asset, **body.columns())
+    return open_account(book, **vars(body))
 
 
 @api.get("/accounts", roles=READERS)
@@ -2862,11 +2873,9 @@ def get_accounts(
     """List the customers' accounts, oldest first; `metadata[NAME]=VALUE` finds by notes."""
     columns = {"owner_name": owner_name, "name": name, "external_id": external_id}
     where, values = filtered(metadata, "id", **columns)
-    scope = ("accounts", values)
-    after = read_cursor(cursor, scope, start="", form=UUID_PATTERN)
-    where = f"kind = 'CUSTOMER' AND id > :after{where} ORDER BY id LIMIT :limit"
-    rows = find_accounts(connection, where, **values, after=after, limit=limit + 1)
-    return Page[AccountPublic].model_validate(page_of(rows, limit, scope, "{id}"))
+    query = f"{ACCOUNTS} WHERE kind = 'CUSTOMER' AND id > :id{where} ORDER BY id"
+    page = read_page(connection, query, limit, cursor, OLDEST_FIRST, **values)
+    return Page[AccountPublic](**page)
 
 
 @api.get("/accounts/{account_id}", roles=READERS)
@@ -2879,26 +2888,26 @@ def find_account(connection: Connection, reference: str) -> Row:
     """Return an account of any kind by its id, or a dialect's by its name@ASSET."""
     name, _, asset = reference.rpartition("@")
     where = "name = :name AND asset = :asset" if name else "id = :asset"
-    found = find_accounts(connection, where, name=name, asset=asset)
+    among = {"name": name, "asset": asset, "now": utc_now()}
+    found = connection.rows(f"{ACCOUNTS} WHERE {where}", **among)
     if not found:
         raise AccountNotFound(f"There is no account {reference}")
     return found[0]
 
 
-def find_accounts(connection: Connection, where: str, **values: Any) -> list[Row]:
-    """Return accounts; what expired holds still hold is available again."""
-    rows = connection.rows(f"{ACCOUNTS} WHERE {where}", now=utc_now(), **values)
-    for row in rows:
-        row["held"] -= row.pop("expired")
-    return rows
+def select(table: str, **instead: str) -> str:
+    """Return the query for a table's columns, of which some are worked out."""
+    columns = TABLES[table].columns.keys()
+    shown = [f"{instead[name]} AS {name}" if name in instead else name for name in columns]
+    return f"SELECT {', '.join(shown)} FROM {table}"  # noqa: S608
 
 
-ACCOUNTS = f"""
-    SELECT account.*, CASE held WHEN 0 THEN 0 ELSE (
-        SELECT CAST(COALESCE(SUM(amount), 0) AS bigint) FROM hold
-        WHERE account_id = account.id AND {PENDING} AND expires_at <= :now
-    ) END AS expired FROM account
-"""  # noqa: S608
+# What expired holds still hold is available again.
+EXPIRED = f"SELECT SUM(amount) FROM hold WHERE account_id = account.id AND {IS_OVER}"  # noqa: S608
+STILL_HELD = f"CASE held WHEN 0 THEN 0 ELSE held - COALESCE(({EXPIRED}), 0) END"
+ACCOUNTS = select("account", held=f"CAST({STILL_HELD} AS bigint)")
+HOLD_STATUS = f"CASE WHEN {IS_OVER} THEN 'EXPIRED' ELSE status END"
+HOLDS = select("hold", status=HOLD_STATUS)
 
 
 def filtered(metadata: NoteFilter, owner: str, **columns: Any) -> tuple[str, Row]:
@@ -2916,17 +2925,13 @@ class AccountChange(RequestBody):
     """What may be changed of an account; its metadata as a whole."""
 
     owner_name: Name | None = None
-    metadata: Metadata | None = None
+    notes: Annotated[Metadata | None, pydantic.Field(alias="metadata")] = None
 
 
 @api.patch("/accounts/{account_id}", roles=SERVICES)
 def patch_account(book: Book, account_id: AccountId, body: AccountChange) -> AccountPublic:
     """Change an owner's name, or the notes about an account."""
-    changes: Row = {}
-    if body.owner_name is not None:
-        changes["owner_name"] = body.owner_name
-    if body.metadata is not None:
-        changes["notes"] = json.dumps(body.metadata)
+    changes = {name: value for name, value in vars(body).items() if value is not None}
     return update_account(book, account_id, **changes)
 
 
@@ -2970,25 +2975,24 @@ def get_statement(
     to: Moment | None = None,
 ) -> Page[EntryPublic]:
     """List an account's entries, newest first: from a time on, and before another."""
-    scope = ("statement", account_id, start, to)
-    before = int(read_cursor(cursor, scope, start=str(BALANCE_MAX), form="[0-9]{1,18}"))
     account = find_account(connection, account_id)
-    if to is not None:
-        before = min(before, last_before(connection, account, to)["seq"] + 1)
     after = last_before(connection, account, start)["seq"] if start is not None else 0
-    where = "entry.account_id = :id AND seq < :before AND seq > :after ORDER BY seq DESC"
-    among = {"id": account_id, "before": before, "after": after, "limit": limit + 1}
-    rows = connection.rows(f"{ENTRIES} WHERE {where} LIMIT :limit", **among)
-    return Page[EntryPublic].model_validate(page_of(rows, limit, scope, "{seq}"))
+    before = last_before(connection, account, to)["seq"] + 1
+    query = f"{ENTRIES} WHERE entry.account_id = :account AND seq < :seq AND seq > :after"
+    query += " ORDER BY seq DESC"
+    values = {"account": account_id, "after": after, "to": to}
+    return Page[EntryPublic](**read_page(connection, query, limit, cursor, f"{before}_", **values))
 
 
-def last_before(connection: Connection, account: Row, moment: int) -> Row:
+def last_before(connection: Connection, account: Row, moment: int | None) -> Row:
     """Return an account's last entry before a time, by bisection: within it, times rise."""
     low, high, last = 0, account["last_seq"], {"seq": 0, "balance": 0}
-    query = f"{ENTRIES} WHERE entry.account_id = :id AND seq = :seq"
+    if moment is None:
+        return account | {"seq": high}
+    query = f"{ENTRIES} WHERE entry.account_id = :account AND seq = :seq"
     while low < high:
         middle = (low + high + 1) // 2
-        [entry] = connection.rows(query, id=account["id"], seq=middle)
+        [entry] = connection.rows(query, account=account["id"], seq=middle)
         if entry["ts"] < moment:
             low, last = middle, entry
         else:
@@ -3014,8 +3018,7 @@ def get_balance(
     account, moment = find_account(connection, account_id), utc_now() if at is None else at
     if moment < account["created_at"]:
         raise AccountNotFound(f"There was no account {account_id} yet")
-    last = account | {"seq": account["last_seq"]}
-    last = last if at is None else last_before(connection, account, at + 1)
+    last = last_before(connection, account, None if at is None else at + 1)
     shown = {"account_id": account_id, "asset": account["asset"], "at": moment}
     return BalancePublic(**shown, balance=last["balance"], seq=last["seq"])
 
@@ -3038,22 +3041,27 @@ class TrialBalance(BaseModel):
 @api.get("/balances", roles=READERS, long=True)
 def get_balances(connection: Connection) -> TrialBalance:
     """Show the trial balance."""
-    # In two parts, because a sum may leave 64 bits where no balance does.
-    sums = connection.rows(
-        """SELECT asset, CAST(SUM(balance / 1000000000) AS bigint) AS billions,
-        CAST(SUM(balance % 1000000000) AS bigint) AS rest
-        FROM account WHERE kind = 'CUSTOMER' GROUP BY asset"""
-    )
-    customers = {row["asset"]: 10**9 * row["billions"] + row["rest"] for row in sums}
-    system: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for row in connection.rows("SELECT * FROM account WHERE kind = 'SYSTEM' ORDER BY name"):
-        system[row["asset"]][row["name"]] = row["balance"]
+    name = "CASE kind WHEN 'SYSTEM' THEN name END"
+    query = f"SELECT asset, {name} AS name, {sum_of('balance')} FROM account GROUP BY asset, {name}"  # noqa: S608
+    sums: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for row in connection.rows(f"{query} ORDER BY asset, {name}"):
+        sums[row["asset"]][row["name"] or ""] = total_of(row)
     items = []
-    for asset, balances in sorted(system.items()):
-        held = customers.get(asset, 0)
-        shown = {"asset": asset, "customers": held, "system": balances}
-        items.append(AssetBalances(**shown, total=held + sum(balances.values())))
+    for asset, balances in sums.items():
+        total, customers = sum(balances.values()), balances.pop("", 0)
+        items.append(AssetBalances(asset=asset, customers=customers, system=balances, total=total))
     return TrialBalance(items=items)
+
+
+def sum_of(column: str) -> str:
+    """Return a column's sum in two parts, because it may leave 64 bits where no row does."""
+    of = "CAST(COALESCE(SUM({}), 0) AS bigint)".format
+    return f"{of(f'{column} / 1000000000')} AS billions, {of(f'{column} % 1000000000')} AS rest"
+
+
+def total_of(row: Row) -> int:
+    """Return the sum whose two parts a row has."""
+    return int(10**9 * row["billions"] + row["rest"])
 
 
 class TransactionPublic(TransactionBase):
@@ -3098,20 +3106,15 @@ def get_transactions(
 ) -> Page[TransactionPublic]:
     """List transactions, newest first; `metadata[NAME]=VALUE` finds by notes."""
     where, values = filtered(metadata, "event.id", external_id=external_id)
-    scope = ("transactions", account_id, values)
-    form, start = "[0-9]{1,18}_[0-9a-g-]{1,36}", f"{10**18 - 1}_g"
-    seq, event_id = read_cursor(cursor, scope, start=start, form=form).split("_")
-    among = {"seq": int(seq), "id": event_id, "account_id": account_id, "limit": limit + 1}
-    source, order, shown = "event", "event.id", ":seq AS seq"
+    source, seq, order = "event", "0", "event.id"
     if account_id is not None:
-        source, order, shown = "entry JOIN event ON event.id = transaction_id", "seq", "seq"
-        where += " AND entry.account_id = :account_id AND seq < :seq"
-    query = f"SELECT event.*, {shown}, {REVERSED_BY} FROM {source} WHERE kind < 'a' "  # noqa: S608
-    query += f"AND event.id < :id{where} ORDER BY {order} DESC LIMIT :limit"
-    found = connection.rows(query, **values, **among)
-    page = page_of(found, limit, scope, "{seq}_{id}")
-    items = with_entries(connection.rows, page["items"])
-    return Page[TransactionPublic](items=items, next_cursor=page["next_cursor"])
+        source, seq, order = "entry JOIN event ON event.id = transaction_id", "seq", "seq"
+        where, values["account"] = f"{where} AND entry.account_id = :account", account_id
+    query = f"SELECT event.*, {seq} AS seq, {REVERSED_BY} FROM {source} "  # noqa: S608
+    query += f"WHERE kind < 'a' AND event.id < :id{where} ORDER BY {order} DESC"
+    page = read_page(connection, query, limit, cursor, NEWEST_FIRST, **values)
+    page["items"] = with_entries(connection.rows, page["items"])
+    return Page[TransactionPublic](**page)
 
 
 class EntryCreate(RequestBody):
@@ -3137,27 +3140,23 @@ class TransactionCreate(EventCreate):
     ]
 
 
-TRANSACTION = "/transactions/{0.id}"
-
-
-@api.post("/transactions", roles=SERVICES, key="required", status=201, location=TRANSACTION)
+@api.post(
+    "/transactions", roles=SERVICES, key="required", status=201, location="/transactions/{0.id}"
+)
 def post_transaction(book: Book, body: TransactionCreate) -> TransactionPublic:
     """Post entries between any number of accounts, at once and as a whole."""
     signs = {"DEBIT": -1, "CREDIT": +1}
     entries = [(entry.account_id, signs[entry.type] * entry.amount) for entry in body.entries]
-    return find_transaction(book.ask, journal(book, entries, **body.columns()))
+    return find_transaction(book.ask, journal(book, **vars(body) | {"entries": entries}))
 
 
-@api.post(
-    "/transactions/{transaction_id}/reverse",
-    roles=ADMINS,
-    key="required",
-    status=201,
-    location=TRANSACTION,
-)
+REVERSE = "/transactions/{transaction_id}/reverse"
+
+
+@api.post(REVERSE, roles=ADMINS, key="required", status=201, location="/transactions/{0.id}")
 def post_reversal(book: Book, transaction_id: Uuid, body: EventCreate) -> TransactionPublic:
     """Take a transaction back as a whole, once."""
-    return find_transaction(book.ask, reverse(book, transaction_id, **body.columns()))
+    return find_transaction(book.ask, reverse(book, transaction_id, **vars(body)))
 
 
 EXAMPLE_TRANSFER = TransferCreate.model_json_schema()["examples"][0]
@@ -3192,10 +3191,10 @@ class BulkPublic(BaseModel):
 @api.post("/transfers/bulk", roles=SERVICES, key="required", body_bytes_max=8 * BODY_BYTES_MAX)
 def post_bulk(book: Book, body: BulkCreate) -> BulkPublic:
     """Make many transfers in one commit."""
-    transfers = []
-    for each in body.transfers:
-        ends = {"source": each.source_account_id, "dest": each.dest_account_id}
-        transfers.append({**ends, **each.columns(), "arguments": each.model_dump_json()})
+    transfers = [
+        vars(each) | {"arguments": each.model_dump_json(by_alias=True, exclude_none=True)}
+        for each in body.transfers
+    ]
     results = transfer_many(book, transfers, atomic=body.atomic)
     failed = sum(result["error"] is not None for result in results)
     shown: Row = {"succeeded": len(results) - failed, "failed": failed, "results": results}
@@ -3213,8 +3212,7 @@ class HoldCreate(CashCreate):
 @api.post("/holds", roles=SERVICES, key="required", status=201, location="/holds/{0.id}")
 def post_hold(book: Book, body: HoldCreate) -> HoldPublic:
     """Promise money to an account, until it is captured or voided, or expires."""
-    ends = (body.account_id, body.dest_account_id)
-    return HoldPublic(**place_hold(book, *ends, expires_in=body.expires_in, **body.columns()))
+    return place_hold(book, **vars(body))
 
 
 class CaptureCreate(RequestBody):
@@ -3235,23 +3233,13 @@ def post_void(book: Book, hold_id: Uuid) -> HoldPublic:
     return HoldPublic(**void_hold(book, hold_id))
 
 
-SHOWN = f"CASE WHEN {PENDING} AND expires_at <= :now THEN 'EXPIRED' ELSE status END"
-
-
-def find_holds(connection: Connection, where: str, **values: Any) -> list[HoldPublic]:
-    """Return holds, those that have expired as such."""
-    query = f"SELECT hold.*, {SHOWN} AS shown FROM hold WHERE {where}"  # noqa: S608
-    rows = connection.rows(query, now=utc_now(), **values)
-    return [HoldPublic(**row | {"status": row["shown"]}) for row in rows]
-
-
 @api.get("/holds/{hold_id}", roles=READERS)
 def get_hold(connection: Connection, hold_id: Uuid) -> HoldPublic:
     """Show a hold."""
-    found = find_holds(connection, "id = :id", id=hold_id)
+    found = connection.rows(f"{HOLDS} WHERE id = :id", id=hold_id, now=utc_now())
     if not found:
         raise HoldNotFound(f"There is no hold {hold_id}")
-    return found[0]
+    return HoldPublic(**found[0])
 
 
 @api.get("/holds", roles=READERS)
@@ -3263,14 +3251,12 @@ def get_holds(
     status: Literal["PENDING", "CAPTURED", "VOIDED", "EXPIRED"] | None = None,
 ) -> Page[HoldPublic]:
     """List holds, newest first; those of an account on either side."""
-    scope = ("holds", account_id, status)
-    before = read_cursor(cursor, scope, start="g", form=UUID_PATTERN)
-    among = {"account_id": account_id, "status": status, "before": before, "limit": limit + 1}
-    where = "id < :before"
-    where += " AND :account_id IN (account_id, dest_account_id)" if account_id else ""
-    where += f" AND {SHOWN} = :status" if status else ""
-    holds = find_holds(connection, f"{where} ORDER BY id DESC LIMIT :limit", **among)
-    return Page[HoldPublic].model_validate(page_of([*map(vars, holds)], limit, scope, "{id}"))
+    query = f"{HOLDS} WHERE id < :id"
+    query += " AND :account IN (account_id, dest_account_id)" if account_id else ""
+    query += f" AND {HOLD_STATUS} = :status" if status else ""
+    among = {"account": account_id, "status": status}
+    page = read_page(connection, f"{query} ORDER BY id DESC", limit, cursor, NEWEST_FIRST, **among)
+    return Page[HoldPublic](**page)
 
 
 class PaymentCreate(CashCreate):
@@ -3290,7 +3276,7 @@ class PaymentPublic(BaseModel):
 @api.post("/payments", roles=SERVICES, key="required")
 def post_payment(book: Book, body: PaymentCreate) -> PaymentPublic:
     """Pay at once, and get 2 % back after 24 hours."""
-    cashback = pay(book, body.account_id, **body.columns())
+    cashback = pay(book, **vars(body))
     return payment_public(cashback, book.account(body.account_id))
 
 
@@ -3321,15 +3307,16 @@ def get_payment(connection: Connection, payment_id: Uuid) -> PaymentPublic:
 
 # What the audit log calls the kinds of events that it does not call by their names.
 ACTIONS = {"WITHDRAWAL": "withdraw", "PAYMENT": "pay", "CASHBACK": "credit_cashback"}
-# All events; and those of an account, which are those of its entries and those without any.
-AUDIT_OF_ALL = "SELECT event.*, :seq AS seq FROM event WHERE id < :id ORDER BY id DESC LIMIT :limit"
-AUDIT_OF_ACCOUNT = (
-    """SELECT event.*, seq FROM entry JOIN event ON event.id = transaction_id
-    WHERE entry.account_id = :account_id AND seq < :seq AND transaction_id < :id
-    ORDER BY seq DESC LIMIT :limit""",
-    """SELECT event.*, :seq AS seq FROM event WHERE account_id = :account_id AND id < :id
-    AND kind >= 'a' ORDER BY id DESC LIMIT :limit""",
-)
+AUDIT_OF_ALL = "SELECT * FROM event WHERE id < :id ORDER BY id DESC"
+# The events of an account are those of its entries, and those without any.
+AUDIT_OF_ACCOUNT = """SELECT * FROM (
+        SELECT event.*, seq FROM entry JOIN event ON event.id = transaction_id
+        WHERE entry.account_id = :account_id AND seq < :seq AND transaction_id < :id
+        ORDER BY seq DESC LIMIT :limit
+    ) AS posted UNION ALL SELECT * FROM (
+        SELECT event.*, :seq AS seq FROM event
+        WHERE account_id = :account_id AND id < :id AND kind >= 'a' ORDER BY id DESC LIMIT :limit
+    ) AS other ORDER BY id DESC"""
 
 
 class AuditEventPublic(BaseModel):
@@ -3352,19 +3339,13 @@ def get_audit(
     account_id: AccountId | None = None,
 ) -> Page[AuditEventPublic]:
     """List what was done, newest first; of one account, all that touched it."""
-    # A position is an event, and the last of the account's entries that was listed before it.
-    form, start, scope = "[0-9]{1,18}_[0-9a-g-]{1,36}", f"{10**18 - 1}_g", ("audit", account_id)
-    seq, event_id = read_cursor(cursor, scope, start=start, form=form).split("_")
-    among = {"account_id": account_id, "seq": int(seq), "id": event_id, "limit": limit + 1}
-    queries = AUDIT_OF_ACCOUNT if account_id else (AUDIT_OF_ALL,)
-    rows = [row for query in queries for row in connection.rows(query, **among)]
-    rows = sorted(rows, key=itemgetter("id"), reverse=True)[: limit + 1]
-    for row in rows:
-        row["seq"] = among["seq"] = min(among["seq"], row["seq"])
+    query = AUDIT_OF_ACCOUNT if account_id else AUDIT_OF_ALL
+    page = read_page(connection, query, limit, cursor, NEWEST_FIRST, account_id=account_id)
+    for row in page["items"]:
         row["action"] = ACTIONS.get(row["kind"], row["kind"].lower())
         row["details"] = row["arguments"]
         row["transaction_id"] = row["id"] if row["kind"] < "a" else None
-    return Page[AuditEventPublic].model_validate(page_of(rows, limit, scope, "{seq}_{id}"))
+    return Page[AuditEventPublic](**page)
 
 
 # ----- Dialect: /bank, the banking kata
@@ -3549,16 +3530,14 @@ def get_bank_top_spenders(
     n: Annotated[PlainInt, Query(ge=1, le=200)],
 ) -> BankTopSpenders:
     """List who has sent and paid the most, and then by name."""
-    # The sum may leave 64 bits where no amount does, so it is taken in two parts.
     rows = connection.rows(
-        """SELECT name, CAST(SUM(amount / 1000000000) AS bigint) AS billions,
-        CAST(SUM(amount % 1000000000) AS bigint) AS rest
+        f"""SELECT name, {sum_of("amount")}
         FROM account LEFT JOIN (entry JOIN event ON event.id = transaction_id)
         ON entry.account_id = account.id AND type = 'DEBIT'
         AND event.kind IN ('TRANSFER', 'PAYMENT', 'JOURNAL', 'CAPTURE')
-        WHERE name >= 'bank:' AND name < 'bank;' GROUP BY account.id, name"""
+        WHERE name >= 'bank:' AND name < 'bank;' GROUP BY account.id, name"""  # noqa: S608
     )
-    spent = [(10**9 * (r["billions"] or 0) + (r["rest"] or 0), r["name"][5:]) for r in rows]
+    spent = [(total_of(row), row["name"].removeprefix("bank:")) for row in rows]
     ranked = sorted(spent, key=lambda one: (-one[0], one[1]))
     return BankTopSpenders(top_spenders=[f"{name}({total})" for total, name in ranked[:n]])
 
