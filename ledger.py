@@ -2980,7 +2980,7 @@ def get_statement(
     before = last_before(connection, account, to)["seq"] + 1
     query = f"{ENTRIES} WHERE entry.account_id = :account AND seq < :seq AND seq > :after"
     query += " ORDER BY seq DESC"
-    values = {"account": account_id, "after": after, "to": to}
+    values = {"account": account_id, "from": start, "after": after, "to": to}
     return Page[EntryPublic](**read_page(connection, query, limit, cursor, f"{before}_", **values))
 
 

@@ -5,6 +5,7 @@ words, processes and databases, stands at the end.
 """
 
 import asyncio
+import hashlib
 import hmac
 import io
 import itertools
@@ -102,7 +103,6 @@ on_sqlite = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
 on_postgresql = pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
 at_the_edge = pytest.mark.parametrize("engine", ENGINES[: 1 + (CYCLES > 3)], indirect=True)
 NOBODY = "00000000-0000-7000-8000-000000000000"
-NOT_GIVEN = {"external_id": None, "metadata": None}
 ATM_DEMO = json.loads(ledger.ATM_DEMO)
 
 
@@ -262,7 +262,7 @@ def book_of(**balances: int) -> tuple[ledger.Book, dict[str, ledger.Account]]:
         for name, balance in balances.items()
     ]
     for account in accounts:
-        book.hold(account)
+        book.remember(account)
     return book, {name: book.accounts[name] for name in balances}
 
 
@@ -2800,9 +2800,10 @@ def test_a_cursor_is_given_only_where_there_is_more(
     assert [len(page) for page in bank.pages(path, limit=2)] == pages
 
 
-def forged(place: str, *scope: str) -> str:
-    """Return a cursor as somebody can make it who has read the source."""
-    return ledger.make_cursor(place, scope)
+def forged(place: str) -> str:
+    """Return a cursor of the audit log as somebody can make it who has read the source."""
+    listed = json.dumps([ledger.AUDIT_OF_ALL, {"account_id": None}, place])
+    return f"{place}.{hashlib.sha256(listed.encode()).hexdigest()[:16]}"
 
 
 def test_a_cursor_is_good_for_its_own_list_alone(bank: "Bank") -> None:
@@ -2824,12 +2825,12 @@ def test_a_cursor_is_good_for_its_own_list_alone(bank: "Bank") -> None:
 
 @at_the_edge
 def test_a_cursor_that_was_never_given_is_refused(untouched: "Bank") -> None:
-    alice = untouched.ids["alice"]
-    good = forged("1", "statement", alice)
+    good = forged("0_g")
+    assert untouched.get("/audit", cursor=good).status_code == 200
     strange = ["", "x", good + "0", "9" + good, good.upper() + "=", "\u0661" + good]
-    strange += [forged(place, "statement", alice) for place in ("-1", "9" * 400, "x", "1.5")]
+    strange += map(forged, ("-1_g", "9" * 400 + "_g", "x_g", "1.5_g", "1", "_", "1_\u0661", "1_G"))
     for cursor in strange:
-        refused = untouched.get(f"/accounts/{alice}/statement", cursor=cursor)
+        refused = untouched.get("/audit", cursor=cursor)
         assert refusal(refused) == (400, "invalid_cursor"), cursor
         assert refused.json()["detail"] == "Invalid cursor"
 
@@ -3148,7 +3149,7 @@ def test_the_audit_log_is_read_newest_first(bank: "Bank") -> None:
         "transaction_id": newest["transaction_id"],
         "details": {
             "account_id": bank.ids["alice"],
-            "body": {"amount": 5, "memo": "wages"} | NOT_GIVEN,
+            "body": {"amount": 5, "memo": "wages"},
         },
     }
 
@@ -3727,10 +3728,10 @@ def test_a_time_may_have_any_offset(bank: "BankInside", form: str) -> None:
 @pytest.mark.parametrize(
     "time",
     ["", "now", "0", "1763726400", "2026-11-21", "2026-11-21T12:00:00", "2026-11-21 12:00:00Z",
-     "2026-13-21T12:00:00Z", "2026-02-30T12:00:00Z", "2026-11-21T25:00:00Z", "2026-11-21T12:00Z",
+     "2026-13-21T12:00:00Z", "2026-02-30T12:00:00Z", "2026-11-21T25:00:00Z",
      "2026-11-21T12:00:60Z", "2026-11-21T12:00:00+25:00", "0000-01-01T00:00:00Z", "\x00",
      "2026-11-21T12:00:00Z\n", "10000-01-01T00:00:00Z", "\u0662026-11-21T12:00:00Z",
-     "9999-12-31T23:59:59-01:00", "0001-01-01T00:00:00+01:00", "2026-11-21T12:00:00." + "Z"],
+     "9999-12-31T23:59:59-01:00", "0001-01-01T00:00:00+01:00"],
     ids=short,
 )  # fmt: skip
 def test_a_time_that_is_none_is_refused(untouched: "Bank", time: str) -> None:
@@ -3981,7 +3982,7 @@ def test_each_of_many_transfers_that_moved_has_its_own_event(bank: "Bank") -> No
     ids = [each["transfer_id"] for each in done["results"]]
     assert [first["transaction_id"], None, later["transaction_id"]] == ids
     assert first["details"] == moved[0]
-    assert later["details"] == moved[1] | {"memo": None, "external_id": None, "metadata": None}
+    assert later["details"] == moved[1]
     found = bank.get("/transactions", **{"metadata[order]": "7"}).json()["items"]
     assert [(each["id"], each["memo"], each["external_id"]) for each in found] == [
         (ids[0], "rent", "x")
@@ -4825,7 +4826,7 @@ def test_a_damaged_event_is_shown_as_such_or_named(bank: "Bank") -> None:
     bank.tamper_freely("UPDATE event SET arguments = '{' WHERE kind = 'DEPOSIT'")
     details = [event["details"] for event in bank.get("/audit").json()["items"]]
     assert details[0] == {"damaged": "{"}
-    assert details[1]["body"] == {"owner_name": "alice", "asset": "USD"} | NOT_GIVEN
+    assert details[1]["body"] == {"owner_name": "alice", "asset": "USD"}
     bank.tamper_freely("UPDATE event SET id = 'zz' WHERE kind = 'open_account'")
     refused = bank.deposit("alice", 1)
     assert refusal(refused) == (503, "database_unavailable")
