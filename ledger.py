@@ -806,7 +806,6 @@ def change_status(book: Book, reference: str, status: str) -> Account:
     if status not in STATUS_STEPS[account.status]:
         raise InvalidStateTransition(f"No account goes from {account.status} to {status}")
     if status == "CLOSED":
-        require_no_holds(book, account)
         require_nothing_left(book, account)
     book.record(STATUS_STEPS[account.status][status], account)
     book.change("account", vars(account), status=status)
@@ -819,7 +818,11 @@ def change_status(book: Book, reference: str, status: str) -> Account:
 
 
 def require_nothing_left(book: Book, account: Account) -> None:
-    """Refuse to close an account with money in it or to come."""
+    """Refuse to close an account with holds, with money in it, or with money to come."""
+    either = "account_id = :id OR dest_account_id = :id"
+    holds = f"SELECT id FROM hold WHERE ({either}) AND {PENDING} AND expires_at > :now"  # noqa: S608
+    if book.ask(holds, id=account.id, now=book.now):
+        raise HoldsPending(f"Account {account.id} has a pending hold: capture or void it first")
     if account.balance:
         held = f"Account {account.id} holds {account.balance}: only an empty one can be closed"
         raise AccountNotEmpty(held, balance=account.balance)
@@ -996,8 +999,8 @@ def capture_hold(book: Book, hold_id: str, *, amount: int | None) -> Row:
     moved = amount or hold["amount"]
     if moved > hold["amount"]:
         raise AmountExceedsHold(f"The hold is of {hold['amount']}", amount=hold["amount"])
-    source, dest = book.accounts[hold["account_id"]], book.accounts[hold["dest_account_id"]]
     book.release(hold, status="CAPTURED", captured_amount=moved)
+    source, dest = book.accounts[hold["account_id"]], book.accounts[hold["dest_account_id"]]
     legs = [Leg(source, -moved), Leg(dest, +moved)]
     transaction_id = book.post("CAPTURE", legs, memo=hold["memo"])
     book.change("hold", hold, transaction_id=transaction_id)
@@ -1027,14 +1030,6 @@ def pending_hold(book: Book, hold_id: str) -> Row:
     if status != "PENDING":
         raise HOLD_ENDS[status](f"This hold is {status}")
     return hold
-
-
-def require_no_holds(book: Book, account: Account) -> None:
-    """Refuse to close an account that a pending hold is of, or is for."""
-    either = "account_id = :id OR dest_account_id = :id"
-    query = f"SELECT id FROM hold WHERE ({either}) AND {PENDING} AND expires_at > :now"  # noqa: S608
-    if book.ask(query, id=account.id, now=book.now):
-        raise HoldsPending(f"Account {account.id} has a pending hold: capture or void it first")
 
 
 # ----- Batches
@@ -1126,7 +1121,6 @@ class Ledger:
         self.database = database
         self._waiting: defaultdict[Loop, list[tuple[Command, Pending]]] = defaultdict(list)
         self._writing: dict[Loop, asyncio.Task[None]] = {}
-        self._is_large_next = False
         self._crediting: dict[Loop, asyncio.Task[Answer]] = {}
 
     def commit(self, commands: Sequence[Command]) -> list[Answer]:
@@ -1186,7 +1180,11 @@ class Ledger:
                 if len(self._waiting[loop]) == seen:
                     break
             # Some were answered 503 meanwhile, by `in_time`, and are not begun.
-            batch = [waiting for waiting in self._take(loop) if not waiting[1].done()]
+            waiting = [each for each in self._waiting.pop(loop) if not each[1].done()]
+            # Of the large ones, a batch takes one, so that no small one waits for many.
+            small = [each for each in waiting if len(each[0].accounts) < LARGE_ACCOUNTS]
+            large = [each for each in waiting if len(each[0].accounts) >= LARGE_ACCOUNTS]
+            batch, self._waiting[loop] = small + large[:1], large[1:]
             commands = [command for command, _ in batch]
             outcomes = await self.database.run_write(self.commit_or_split, commands)
             for (_, answer), outcome in zip(batch, outcomes, strict=True):
@@ -1197,18 +1195,6 @@ class Ledger:
                 else:
                     answer.set_result(outcome)
         del self._writing[loop]
-
-    def _take(self, loop: Loop) -> list[tuple[Command, Pending]]:
-        """Take what waits for a batch: all small commands or, by turns, one large one alone."""
-        large: list[tuple[Command, Pending]] = []
-        small: list[tuple[Command, Pending]] = []
-        for each in self._waiting.pop(loop):
-            (large if len(each[0].accounts) > LARGE_ACCOUNTS else small).append(each)
-        self._is_large_next = bool(large) and not (small and self._is_large_next)
-        taken, left = (large[:1], small + large[1:]) if self._is_large_next else (small, large)
-        if left:
-            self._waiting[loop] = left
-        return taken
 
     async def credit_due(self, clock: str, until: int, caller: str = "system") -> None:
         """Credit what is due by a clock; one pass at a time serves all who wait for it."""
@@ -2308,7 +2294,7 @@ BODY_BYTES_MAX = 65_536
 PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
 ERRORS_LISTED_MAX = 20
 NOTE_FILTER = re.compile(r"metadata\[.*\]", re.DOTALL)
-EXAMPLE_ID = "01a1fefb-c2f0-7ab1-8d0e-391f6d6292a4"
+ALICE, BOB = (f"01a1fefb-c2f0-7ab1-8d0e-391f6d6292{end}" for end in ("a4", "b5"))  # Examples.
 
 
 class Request:
@@ -2486,7 +2472,8 @@ PrintableText = Annotated[str, AfterValidator(NO_CONTROLS)]
 Printable = Annotated[PrintableText, pydantic.StringConstraints(max_length=200)]
 Name = Annotated[Printable, AfterValidator(NOT_BLANK), pydantic.Field(examples=["alice"])]
 Uuid = Annotated[str, pydantic.StringConstraints(pattern=UUID_PATTERN)]
-AccountId = Annotated[Uuid, names_account("{}"), pydantic.Field(examples=[EXAMPLE_ID])]
+AccountId = Annotated[Uuid, names_account("{}"), pydantic.Field(examples=[ALICE])]
+OtherAccountId = Annotated[AccountId, pydantic.Field(examples=[BOB])]
 PlainInt = Annotated[int, BeforeValidator(PLAIN_DIGITS)]
 Limit = Annotated[PlainInt, Query(ge=1, le=PAGE_SIZE_MAX)]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
@@ -2803,9 +2790,6 @@ class CashCreate(EventCreate):
     amount: Amount
 
 
-OtherAccountId = Annotated[AccountId, pydantic.Field(examples=[EXAMPLE_ID[:-1] + "b"])]
-
-
 class TransferCreate(CashCreate):
     """A transfer between two accounts of one asset."""
 
@@ -3042,26 +3026,16 @@ class TrialBalance(BaseModel):
 def get_balances(connection: Connection) -> TrialBalance:
     """Show the trial balance."""
     name = "CASE kind WHEN 'SYSTEM' THEN name END"
-    query = f"SELECT asset, {name} AS name, {sum_of('balance')} FROM account GROUP BY asset, {name}"  # noqa: S608
-    sums: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for row in connection.rows(f"{query} ORDER BY asset, {name}"):
-        sums[row["asset"]][row["name"] or ""] = total_of(row)
+    # No sum leaves 64 bits: what all customers have is at most what one system account owes.
+    query = f"SELECT asset, {name} AS name, CAST(SUM(balance) AS bigint) AS balance FROM account"  # noqa: S608
+    balances_of: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for row in connection.rows(f"{query} GROUP BY asset, {name} ORDER BY asset, {name}"):
+        balances_of[row["asset"]][row["name"] or ""] = row["balance"]
     items = []
-    for asset, balances in sums.items():
+    for asset, balances in balances_of.items():
         total, customers = sum(balances.values()), balances.pop("", 0)
         items.append(AssetBalances(asset=asset, customers=customers, system=balances, total=total))
     return TrialBalance(items=items)
-
-
-def sum_of(column: str) -> str:
-    """Return a column's sum in two parts, because it may leave 64 bits where no row does."""
-    of = "CAST(COALESCE(SUM({}), 0) AS bigint)".format
-    return f"{of(f'{column} / 1000000000')} AS billions, {of(f'{column} % 1000000000')} AS rest"
-
-
-def total_of(row: Row) -> int:
-    """Return the sum whose two parts a row has."""
-    return int(10**9 * row["billions"] + row["rest"])
 
 
 class TransactionPublic(TransactionBase):
@@ -3126,18 +3100,17 @@ class EntryCreate(RequestBody):
 
 
 EXAMPLE_ENTRIES = [
-    {"account_id": EXAMPLE_ID, "type": "DEBIT", "amount": 300},
-    {"account_id": EXAMPLE_ID[:-1] + "b", "type": "CREDIT", "amount": 300},
+    {"account_id": ALICE, "type": "DEBIT", "amount": 300},
+    {"account_id": BOB, "type": "CREDIT", "amount": 300},
 ]
 
 
 class TransactionCreate(EventCreate):
     """Entries whose debits equal their credits, for each asset."""
 
-    entries: Annotated[
-        list[EntryCreate],
-        pydantic.Field(min_length=2, max_length=100, examples=[EXAMPLE_ENTRIES]),
-    ]
+    entries: list[EntryCreate] = pydantic.Field(
+        min_length=2, max_length=100, examples=[EXAMPLE_ENTRIES]
+    )
 
 
 @api.post(
@@ -3159,17 +3132,13 @@ def post_reversal(book: Book, transaction_id: Uuid, body: EventCreate) -> Transa
     return find_transaction(book.ask, reverse(book, transaction_id, **vars(body)))
 
 
-EXAMPLE_TRANSFER = TransferCreate.model_json_schema()["examples"][0]
-
-
 class BulkCreate(RequestBody):
     """Many transfers, one after the other; all of them or none, if it is `atomic`."""
 
     atomic: Annotated[bool, pydantic.Field(strict=True)] = True
-    transfers: Annotated[
-        list[TransferCreate],
-        pydantic.Field(min_length=1, max_length=1_000, examples=[[EXAMPLE_TRANSFER]]),
-    ]
+    transfers: list[TransferCreate] = pydantic.Field(
+        min_length=1, max_length=1_000, examples=[TransferCreate.model_json_schema()["examples"]]
+    )
 
 
 class BulkResult(BaseModel):
@@ -3530,14 +3499,16 @@ def get_bank_top_spenders(
     n: Annotated[PlainInt, Query(ge=1, le=200)],
 ) -> BankTopSpenders:
     """List who has sent and paid the most, and then by name."""
+    # The sum may leave 64 bits where no amount does, so it is taken in two parts.
     rows = connection.rows(
-        f"""SELECT name, {sum_of("amount")}
+        """SELECT name, CAST(SUM(amount / 1000000000) AS bigint) AS billions,
+        CAST(SUM(amount % 1000000000) AS bigint) AS rest
         FROM account LEFT JOIN (entry JOIN event ON event.id = transaction_id)
         ON entry.account_id = account.id AND type = 'DEBIT'
         AND event.kind IN ('TRANSFER', 'PAYMENT', 'JOURNAL', 'CAPTURE')
-        WHERE name >= 'bank:' AND name < 'bank;' GROUP BY account.id, name"""  # noqa: S608
+        WHERE name >= 'bank:' AND name < 'bank;' GROUP BY account.id, name"""
     )
-    spent = [(total_of(row), row["name"].removeprefix("bank:")) for row in rows]
+    spent = [(10**9 * (r["billions"] or 0) + (r["rest"] or 0), r["name"][5:]) for r in rows]
     ranked = sorted(spent, key=lambda one: (-one[0], one[1]))
     return BankTopSpenders(top_spenders=[f"{name}({total})" for total, name in ranked[:n]])
 
