@@ -24,17 +24,18 @@ Sign convention: every account is credit-normal. CREDIT raises a balance, DEBIT 
 leg's amount is positive for CREDIT and negative for DEBIT. A deposit of 500 is DEBIT cash 500,
 CREDIT alice 500: so cash, which is the money outside, goes negative, and all balances sum to zero.
 
-Invariants. The code keeps them all. The database keeps 3, 4, 5, 7 and the uniqueness in 6 too, and
-2 wherever an account is written. `check` verifies what stored rows can show.
+Invariants. The code keeps them all. The database keeps 3, 4, 5, 7, 9 and the uniqueness in 6 too,
+and 2 wherever an account is written. `check` verifies what stored rows can show.
 
     1. The entries of every transaction sum to zero per asset, and so does the whole ledger.
     2. A balance equals the sum of its entries; every entry carries the balance after it.
     3. The entries of an account are numbered 1, 2, 3 ... without a gap.
-    4. No customer's account is ever below zero.
+    4. No customer's account is ever below zero, nor below what is held of it.
     5. Entries and events are never changed or deleted.
     6. An idempotency key of a caller acts at most once; the same request gets the same answer.
     7. Frozen accounts move no money; closed accounts are empty and never come back.
     8. Nothing is acknowledged before it is committed to disk.
+    9. A transaction is reversed once, a hold ends once, and an external id is used once.
 
 Part one is the ledger: money, tables, posting, operations, batches. Part two stores it in SQLite
 or PostgreSQL, part three speaks HTTP, part four runs it. A reader who stops after part one knows
@@ -182,7 +183,6 @@ class AccountRepeated(LedgerError, status=422): ...
 # What is stored. The constraints repeat the rules, so that a bug in one is caught by the other.
 # Ids are text; times are integer microseconds since 1970 in UTC.
 
-
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -193,12 +193,12 @@ def utc_text(microseconds: int) -> str:
     return moment.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
-DATE_TIME = {"type": "string", "format": "date-time"}
-TIME_SCHEMA = pydantic.WithJsonSchema(DATE_TIME)
+TIME_SCHEMA = pydantic.WithJsonSchema({"type": "string", "format": "date-time"})
 Timestamp = Annotated[int, pydantic.PlainSerializer(utc_text, return_type=str), TIME_SCHEMA]
 STRICT = {"sqlite_strict": True}
 NO_ROWID = STRICT | {"sqlite_with_rowid": False}
 NO_ENTRIES = "kind >= 'a'"  # Capitals, which transactions have, come before.
+HAS_EXTERNAL_ID = "external_id IS NOT NULL"
 PENDING = "status = 'PENDING'"
 IS_OVER = f"{PENDING} AND expires_at <= :now"
 # The caller's own metadata is stored as JSON, and callers see an object.
@@ -212,12 +212,6 @@ def partial_index(name: str, *columns: str, where: str, unique: bool = False) ->
     return sa.Index(name, *columns, unique=unique, sqlite_where=given, postgresql_where=given)
 
 
-def unique_if_given(table: str, column: str) -> sa.Index:
-    """Declare a column unique among the rows that have it."""
-    name = f"{table}_{column}_unique"
-    return partial_index(name, column, where=f"{column} IS NOT NULL", unique=True)
-
-
 class Public(SQLModel):
     """What callers see of stored rows, and the base of the tables that hold more of them."""
 
@@ -226,22 +220,8 @@ class Public(SQLModel):
     __init__ = BaseModel.__init__
 
 
-class Asset(SQLModel, table=True):
-    """What is counted. A closed-loop asset is issued, given and spent, and moves no other way."""
-
-    __table_args__ = (STRICT,)
-
-    code: str = Field(primary_key=True)
-    name: str
-    exponent: int
-    closed_loop: int
-
-
 class AccountPublic(Public):
-    """An account and its balance in minor units; `name` is a dialect's own name for it.
-
-    What is `held` is promised to somebody, and the rest of the balance is `available`.
-    """
+    """An account in minor units; `held` is promised, and `name` is a dialect's own name for it."""
 
     id: str = Field(primary_key=True)
     name: str | None = None
@@ -273,7 +253,7 @@ class AccountTable(Account, table=True):
     __table_args__ = (
         sa.UniqueConstraint("name", "asset"),
         sa.Index("account_owner", "owner_name", "id"),
-        unique_if_given("account", "external_id"),
+        partial_index("account_external_id", "external_id", where=HAS_EXTERNAL_ID, unique=True),
         sa.CheckConstraint("kind IN ('CUSTOMER', 'SYSTEM')"),
         sa.CheckConstraint("status IN ('ACTIVE', 'FROZEN', 'CLOSED')"),
         sa.CheckConstraint("held >= 0 AND (held <= balance OR kind = 'SYSTEM')"),
@@ -301,8 +281,8 @@ class Event(TransactionBase, table=True):
     # An account's transactions are found by its entries: to index them too costs each a page.
     __table_args__ = (
         partial_index("event_other", "account_id", "id", where=NO_ENTRIES),
-        unique_if_given("event", "external_id"),
-        unique_if_given("event", "reverses"),
+        partial_index("event_external_id", "external_id", where=HAS_EXTERNAL_ID, unique=True),
+        partial_index("event_reverses", "reverses", where="reverses IS NOT NULL", unique=True),
         sa.CheckConstraint("(kind = 'REVERSAL') = (reverses IS NOT NULL)"),
         NO_ROWID,
     )
@@ -335,16 +315,6 @@ class Entry(EntryBase, table=True):
     )
 
     seq: int = Field(primary_key=True)
-
-
-class Note(SQLModel, table=True):
-    """One member of somebody's metadata, by which an account or a transaction is found."""
-
-    __table_args__ = (NO_ROWID,)
-
-    name: str = Field(primary_key=True)
-    value: str = Field(primary_key=True)
-    owner_id: str = Field(primary_key=True, index=True)
 
 
 # ----- Posting
@@ -408,20 +378,10 @@ class Book:
 
     def record(self, kind: str, account: Account | None, **event: Any) -> str:
         """Add an event of the command whose turn it is, and return its id."""
-        row = {
-            "id": self.new_id(),
-            "kind": kind,
-            "memo": None,
-            "ts": self.now,
-            "effective_at": self.command.effective_at,
-            "caller": self.command.caller,
-            "account_id": account and account.id,
-            "arguments": self.command.arguments,
-            "external_id": None,
-            "notes": None,
-            "reverses": None,
-            **event,
-        }
+        row: Row = {"id": self.new_id(), "kind": kind, "memo": None, "ts": self.now}
+        row |= {"effective_at": self.command.effective_at, "caller": self.command.caller}
+        row |= {"account_id": account and account.id, "arguments": self.command.arguments}
+        row |= {"external_id": None, "notes": None, "reverses": None} | event
         self.insert("event", row)
         self.index_notes(row)
         return str(row["id"])
@@ -619,6 +579,18 @@ def require_funds(leg: Leg) -> None:
 # ----- Operations
 # What can happen to money and to accounts, each as bookkeeping over `post`. An operation may post
 # and ask as often as it needs; it knows no URL and no dialect.
+
+
+class Asset(SQLModel, table=True):
+    """What is counted. A closed-loop asset is issued, given and spent, and moves no other way."""
+
+    __table_args__ = (STRICT,)
+
+    code: str = Field(primary_key=True)
+    name: str
+    exponent: int
+    closed_loop: int
+
 
 ASSETS = {
     asset.code: asset
@@ -898,6 +870,16 @@ def cancel_cashback(book: Book, payment_id: str) -> None:
     book.change("scheduled_cashback", cashback, status="CANCELLED")
 
 
+class Note(SQLModel, table=True):
+    """One member of somebody's metadata, by which an account or a transaction is found."""
+
+    __table_args__ = (NO_ROWID,)
+
+    name: str = Field(primary_key=True)
+    value: str = Field(primary_key=True)
+    owner_id: str = Field(primary_key=True, index=True)
+
+
 def update_account(book: Book, reference: str, **changes: Any) -> Account:
     """Change what an account's owner is called, or the notes about it."""
     account = book.account(reference)
@@ -967,9 +949,10 @@ class Hold(HoldPublic, table=True):
         sa.Index("hold_from", "account_id", "id"),
         sa.Index("hold_to", "dest_account_id", "id"),
         partial_index("hold_pending", "account_id", "expires_at", where=PENDING),
-        unique_if_given("hold", "external_id"),
+        partial_index("hold_external_id", "external_id", where=HAS_EXTERNAL_ID, unique=True),
         sa.CheckConstraint("status IN ('PENDING', 'CAPTURED', 'VOIDED', 'EXPIRED')"),
         sa.CheckConstraint("amount >= 1 AND captured_amount BETWEEN 0 AND amount"),
+        sa.CheckConstraint("(status = 'CAPTURED') = (captured_amount > 0)"),
         sa.CheckConstraint("(status = 'CAPTURED') = (transaction_id IS NOT NULL)"),
         NO_ROWID,
     )
@@ -1038,7 +1021,6 @@ def pending_hold(book: Book, hold_id: str) -> Row:
 
 COMMITS_MAX = 4
 GATHERING_TURNS_MAX, LARGE_ACCOUNTS = 32, 50
-UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 NEWEST: tuple[str, Row] = ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {})
 Loop = asyncio.AbstractEventLoop
 Pending = asyncio.Future["Answer"]
@@ -1212,6 +1194,16 @@ class Ledger:
             await asyncio.shield(self._crediting[loop])
 
 
+# ===== Part two: storage
+# How rows get to disk and back, alike on two engines. Nothing here knows what a row means.
+
+
+# ----- Times and ids
+# Both rise from commit to commit, and an id begins with its time.
+
+UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
+
+
 def utc_now() -> int:
     """Return the time as it is stored."""
     return time.time_ns() // 1_000
@@ -1233,10 +1225,6 @@ def time_of_id(given: str) -> int:
     if not re.fullmatch(UUID_PATTERN, given):
         raise DatabaseUnavailable(f"The event {given!r} is damaged: run python ledger.py check")
     return int(given[:8] + given[9:13] + given[15:18], 16)
-
-
-# ===== Part two: storage
-# How rows get to disk and back, alike on two engines. Nothing here knows what a row means.
 
 
 # ----- Database
@@ -2488,7 +2476,7 @@ Metadata = Annotated[
 ]
 NoteFilter = Annotated[tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50)]
 """The parameters `metadata[NAME]=VALUE`, which all must hold."""
-Moment = Annotated[int, BeforeValidator(parse_time), pydantic.WithJsonSchema(DATE_TIME)]
+Moment = Annotated[int, BeforeValidator(parse_time), TIME_SCHEMA]
 
 
 def add_example(schema: Row) -> None:
@@ -3275,7 +3263,10 @@ def get_payment(connection: Connection, payment_id: Uuid) -> PaymentPublic:
 
 
 # What the audit log calls the kinds of events that it does not call by their names.
-ACTIONS = {"WITHDRAWAL": "withdraw", "PAYMENT": "pay", "CASHBACK": "credit_cashback"}
+ACTIONS = {
+    "WITHDRAWAL": "withdraw", "PAYMENT": "pay", "CASHBACK": "credit_cashback",
+    "REVERSAL": "reverse",
+}  # fmt: skip
 AUDIT_OF_ALL = "SELECT * FROM event WHERE id < :id ORDER BY id DESC"
 # The events of an account are those of its entries, and those without any.
 AUDIT_OF_ACCOUNT = """SELECT * FROM (

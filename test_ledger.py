@@ -3187,9 +3187,9 @@ def test_the_audit_log_tells_of_holds_and_reversals(bank: "Bank") -> None:
         items = bank.get("/audit", account_id=bank.ids[name]).json()["items"]
         return [event["action"] for event in items]
 
-    of_alice = ["reversal", "capture", "hold", "void", "hold", "deposit", "open_account"]
+    of_alice = ["reverse", "capture", "hold", "void", "hold", "deposit", "open_account"]
     assert actions("alice") == of_alice
-    assert actions("bob") == ["reversal", "capture", "open_account"]
+    assert actions("bob") == ["reverse", "capture", "open_account"]
 
 
 def test_the_audit_log_is_stable_while_events_arrive(bank: "Bank") -> None:
