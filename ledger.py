@@ -202,7 +202,9 @@ HAS_EXTERNAL_ID = "external_id IS NOT NULL"
 PENDING = "status = 'PENDING'"
 IS_OVER = f"{PENDING} AND expires_at <= :now"
 # The caller's own metadata is stored as JSON, and callers see an object.
-SHOWN_NOTES = pydantic.PlainSerializer(lambda notes: json.loads(notes or "{}"), dict[str, str])
+SHOWN_NOTES = pydantic.PlainSerializer(
+    lambda notes: json.loads(notes) if notes else {}, return_type=dict[str, str]
+)
 Notes = Annotated[str | None, SHOWN_NOTES, pydantic.Field(serialization_alias="metadata")]
 
 
@@ -885,8 +887,9 @@ def update_account(book: Book, reference: str, **changes: Any) -> Account:
     account = book.account(reference)
     book.record("update_account", account)
     book.change("account", vars(account), **changes)
+    book.write()
+    book.connection.update("account", NAMING_COLUMNS["account"], [vars(account)])
     if "notes" in changes:
-        book.write()
         book.connection.execute("DELETE FROM note WHERE owner_id = :id", id=account.id)
         book.index_notes(vars(account))
     return account
@@ -1273,11 +1276,13 @@ POSTGRES_ERRORS = {
     "25006": DatabaseLost,  # A server that only reads, as one that became a standby.
 }
 CHANGING_COLUMNS = {
-    "account": ("status", "balance", "held", "last_seq", "owner_name", "notes"),
+    "account": ("status", "balance", "held", "last_seq"),
     "hold": ("status", "captured_amount", "transaction_id"),
     "scheduled_cashback": ("status", "transaction_id"),
     "api_key": ("revoked_at",),
 }
+# Not among those, because with each of them SQLite would write the index of names anew.
+NAMING_COLUMNS = {"account": ("owner_name", "notes")}
 
 
 class Connection:
@@ -1815,7 +1820,7 @@ ENDS = {
 for name, (ended, message) in ENDS.items():
     TRIGGERS[f"{name}_ended"] = (f"BEFORE UPDATE ON {name}", ended, message)
 for name in TABLES.keys() - {"note"}:
-    changing = CHANGING_COLUMNS.get(name, ())
+    changing = CHANGING_COLUMNS.get(name, ()) + NAMING_COLUMNS.get(name, ())
     fixed = [column.name for column in TABLES[name].columns if column.name not in changing]
     message = f"what {name} holds is for ever"
     unchanged = f"BEFORE UPDATE OF {', '.join(fixed)} ON {name}"
