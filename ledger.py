@@ -855,10 +855,9 @@ def reverse(book: Book, transaction_id: str, **event: Any) -> str:
     query = "SELECT * FROM entry WHERE transaction_id = :id ORDER BY id"
     entries = book.ask(query, id=transaction_id)
     book.lock([entry["account_id"] for entry in entries])
-    legs = [
-        Leg(book.accounts[e["account_id"]], e["amount"] * (+1 if e["type"] == "DEBIT" else -1))
-        for e in entries
-    ]
+    signs = {"DEBIT": +1, "CREDIT": -1}
+    signed = [(row["account_id"], signs[row["type"]] * row["amount"]) for row in entries]
+    legs = [Leg(book.accounts[account_id], amount) for account_id, amount in signed]
     return book.post("REVERSAL", legs, reverses=transaction_id, **event)
 
 
@@ -1005,7 +1004,7 @@ def pending_hold(book: Book, hold_id: str) -> Row:
     """Return a hold that can still be captured or voided."""
     query = "SELECT * FROM hold WHERE id = :id"
     for hold in book.ask(query, id=hold_id):
-        # The accounts are locked first, as everywhere, and then the hold is as nobody changes it.
+        # Its accounts first, as everywhere: while they are locked, nobody else changes it.
         book.lock([hold["account_id"], hold["dest_account_id"]])
     found = book.ask(query, id=hold_id)
     if not found:
