@@ -2965,7 +2965,8 @@ def last_before(connection: Connection, account: Row, moment: int | None) -> Row
     low, high, last = 0, account["last_seq"], {"seq": 0, "balance": 0}
     if moment is None:
         return account | {"seq": high}
-    query = f"{ENTRIES} WHERE entry.account_id = :account AND seq = :seq"
+    query = "SELECT seq, balance, ts FROM entry JOIN event ON event.id = transaction_id "
+    query += "WHERE entry.account_id = :account AND seq = :seq"
     while low < high:
         middle = (low + high + 1) // 2
         [entry] = connection.rows(query, account=account["id"], seq=middle)
