@@ -3986,7 +3986,9 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.head_bytes, self.url = 0, b""
         self.deadline = self.loop.call_later(REQUEST_SECONDS_MAX, transport.abort)
-        if transport.get_extra_info("socket").fileno() > open_files_max() - 8:
+        # Where there is no bound it is -1; Windows does not tell it.
+        files_max = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
+        if files_max > 0 and transport.get_extra_info("socket").fileno() > files_max - 8:
             # What comes next is closed without a word: the system has no number left for it.
             log.warning("%d connections: hardly more files can be opened", len(self.connections))
 
@@ -4064,16 +4066,6 @@ class Protocol(HttpToolsProtocol):
             text = f"{head}connection: close\r\n\r\n{answer.body}"
             self.transport.write(STATUS_LINE[answer.status] + text.encode())
         self.transport.close()
-
-
-@lru_cache
-def open_files_max() -> int:
-    """Return how many files and connections this process may have open."""
-    if sys.platform == "win32":
-        return sys.maxsize
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 pages = Dialect("pages")
