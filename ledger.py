@@ -2499,8 +2499,10 @@ Metadata = Annotated[
     AfterValidator(partial(json.dumps, sort_keys=True)),
     SHOWN_NOTES,
 ]
-NoteFilter = Annotated[tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50)]
-"""The parameters `metadata[NAME]=VALUE`, which all must hold."""
+# The parameters `metadata[NAME]=VALUE`, which all must hold; FastAPI has no words for them.
+NoteFilter = Annotated[
+    tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50), Depends(lambda: ())
+]
 Moment = Annotated[int, BeforeValidator(parse_time), pydantic.WithJsonSchema(DATE_TIME)]
 
 
@@ -2601,18 +2603,13 @@ class Route(APIRoute):
         fields: Any = {
             p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in others
         }
-        shown = partial(function, None)
-        if "metadata" in fields:
-            # FastAPI has no words for `metadata[NAME]=VALUE`.
-            described = [p for p in others if p.name != "metadata"]
-            shown.__signature__ = signature.replace(parameters=described)  # type: ignore[attr-defined]
         self.arguments: type[BaseModel] = pydantic.create_model(function.__name__, **fields)
         self.result: TypeAdapter[Any] = TypeAdapter(signature.return_annotation)
         takes_key = {"parameters": [KEY_HEADER | {"required": self.key_is_required}]}
         # FastAPI documents every parameter but the first, which is not the caller's to give.
         super().__init__(
             dialect.prefix + path,
-            shown,
+            partial(function, None),
             name=function.__name__,
             description=f"{function.__doc__}\n\nRoles: {', '.join(roles) or 'anyone'}.",
             methods=[method],
