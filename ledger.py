@@ -2331,6 +2331,10 @@ class Request:
         self.caller: str | None = None
         self.key_prefix: str | None = None
         self.end_turn: Callable[[], None] | None = None
+        # What its arguments tell besides themselves: their types note it here.
+        self.key: str | None = None
+        self.accounts: list[str] = []
+        self.effective_at: int | None = None
 
     def credential(self) -> bytes:
         """Return the one key or token that is brought, or raise Unauthorized."""
@@ -2401,26 +2405,17 @@ def parse_key(given: str) -> str:
     return key[1] or key[2]
 
 
-@dataclass
-class Intent:
-    """What the arguments of a request tell besides themselves; their types note it here."""
-
-    key: str | None = None
-    accounts: list[str] = field(default_factory=list)
-    effective_at: int | None = None
-
-
 def names_account(*forms: str) -> AfterValidator:
     """Declare that an argument names accounts, so that a batch loads them all at once."""
 
-    def note(name: str, info: pydantic.ValidationInfo[Intent]) -> str:
+    def note(name: str, info: pydantic.ValidationInfo[Request]) -> str:
         info.context.accounts += [form.format(name) for form in forms]
         return name
 
     return AfterValidator(note)
 
 
-def note_key(key: str | None, info: pydantic.ValidationInfo[Intent]) -> str | None:
+def note_key(key: str | None, info: pydantic.ValidationInfo[Request]) -> str | None:
     """Take the idempotency key of callers who cannot send a header."""
     if key is not None:
         if info.context.key not in (None, parse_key(key)):
@@ -2429,7 +2424,7 @@ def note_key(key: str | None, info: pydantic.ValidationInfo[Intent]) -> str | No
     return key
 
 
-def note_time(milliseconds: int, info: pydantic.ValidationInfo[Intent]) -> int:
+def note_time(milliseconds: int, info: pydantic.ValidationInfo[Request]) -> int:
     """Take the caller's own time."""
     info.context.effective_at = milliseconds * 1_000
     return milliseconds
@@ -2627,23 +2622,23 @@ class Route(APIRoute):
             return Answer(*self.function(app))
         # First, because it may take its time, and a key may be revoked meanwhile.
         body = await request.body(self.body_bytes_max) if self.writes else b""
-        caller, intent = await self.admit(app, request), Intent()
+        caller = await self.admit(app, request)
         if self.writes and b"idempotency-key" in request.headers:
-            intent.key = parse_key(request.headers[b"idempotency-key"].decode("latin-1"))
+            request.key = parse_key(request.headers[b"idempotency-key"].decode("latin-1"))
         elif self.key_is_required:
             raise IdempotencyKeyMissing("The header Idempotency-Key is required here")
-        arguments = self.parse(request, self.document_of(request, body), intent)
-        if intent.effective_at is not None and caller.role in SERVICES:
-            await app.ledger.credit_due("CALLER", intent.effective_at, caller.name)
+        arguments = self.parse(request, self.document_of(request, body))
+        if request.effective_at is not None and caller.role in SERVICES:
+            await app.ledger.credit_due("CALLER", request.effective_at, caller.name)
         if self.reads:
             return await self.read(app, request, arguments)
         command = Command(
             caller=caller.name,
             arguments=arguments.model_dump_json(by_alias=True, exclude_none=True),
             run=partial(self.run, arguments=arguments),
-            key=intent.key and stored_key(caller.name, f"{self.method} {self.path}", intent.key),
-            accounts=intent.accounts,
-            effective_at=intent.effective_at,
+            key=request.key and stored_key(caller.name, f"{self.method} {self.path}", request.key),
+            accounts=request.accounts,
+            effective_at=request.effective_at,
         )
         return await app.ledger.submit(command)
 
@@ -2685,7 +2680,7 @@ class Route(APIRoute):
             raise InvalidRequest("The request does not fit: see errors", errors=[nothing])
         return None
 
-    def parse(self, request: Request, document: Any, intent: Intent) -> BaseModel:
+    def parse(self, request: Request, document: Any) -> BaseModel:
         """Return the function's arguments, each of its declared type."""
         pairs = parse_qsl(request.scope["query_string"].decode("latin-1"), True)
         notes = {(name[9:-1], value) for name, value in pairs if NOTE_FILTER.fullmatch(name)}
@@ -2694,7 +2689,7 @@ class Route(APIRoute):
         named = {name: text.replace("\0", "\1") for name, text in request.path_parameters.items()}
         given = {**query, **named, "body": document}
         try:
-            return self.arguments.model_validate(given, context=intent)
+            return self.arguments.model_validate(given, context=request)
         except ValidationError as error:
             found = error.errors(include_url=False, include_input=False)[:ERRORS_LISTED_MAX]
         errors = []
