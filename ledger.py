@@ -2430,23 +2430,19 @@ def note_time(milliseconds: int, info: pydantic.ValidationInfo[Request]) -> int:
     return milliseconds
 
 
-def refuse_text(pattern: str, what: str) -> Callable[[Any], Any]:
-    """Return what refuses text in which a pattern is found."""
-
-    def check(given: Any) -> Any:
-        if isinstance(given, str) and re.search(pattern, given):
-            raise PydanticCustomError("text", what)
-        return given
-
-    return check
+def refuse_text(pattern: str, what: str, given: Any) -> Any:
+    """Refuse text in which a pattern is found."""
+    if isinstance(given, str) and re.search(pattern, given):
+        raise PydanticCustomError("text", what)
+    return given
 
 
 # Bidirectional controls, too, which let a name look like another one.
 CONTROLS = r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-NO_CONTROLS = refuse_text(CONTROLS, "Text should hold no control characters")
-NOT_BLANK = refuse_text(r"^\s*$", "Text should not be blank")
+NO_CONTROLS = partial(refuse_text, CONTROLS, "Text should hold no control characters")
+NOT_BLANK = partial(refuse_text, r"^\s*$", "Text should not be blank")
 # Python takes more for an integer than anybody writes as one.
-PLAIN_DIGITS = refuse_text("^(?!-?[0-9]{1,40}$)", "Input should be a valid integer")
+PLAIN_DIGITS = partial(refuse_text, "^(?!-?[0-9]{1,40}$)", "Input should be a valid integer")
 
 
 def parse_decimal(given: Any, *, exponent: int, or_number: bool = False) -> int:
