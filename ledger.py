@@ -3342,18 +3342,10 @@ def get_audit(
 BANK_ACCOUNT = "bank:{}@USD"
 NOT_PAID = dict.fromkeys((AccountNotFound, InsufficientFunds), (400, "Payment failed"))
 NOT_TRANSFERRED = dict.fromkeys((*NOT_PAID, SameAccount), (400, "Transfer failed"))
-BANK_OPERATIONS = {
-    ("DEPOSIT", "CREDIT"): "deposited",
-    ("WITHDRAWAL", "DEBIT"): "withdrawn",
-    ("TRANSFER", "DEBIT"): "transferred out",
-    ("TRANSFER", "CREDIT"): "transferred in",
-    ("JOURNAL", "DEBIT"): "transferred out",
-    ("JOURNAL", "CREDIT"): "transferred in",
-    ("CAPTURE", "DEBIT"): "transferred out",
-    ("CAPTURE", "CREDIT"): "transferred in",
-    ("REVERSAL", "DEBIT"): "reversed",
-    ("REVERSAL", "CREDIT"): "reversed",
-}
+BANK_OPERATIONS = {"open_account": "created", "DEPOSIT": "deposited", "WITHDRAWAL": "withdrawn"}
+BANK_OPERATIONS |= {"PAYMENT": "payment{}", "REVERSAL": "reversed"}
+# All other kinds move money between two customers.
+BANK_TRANSFERS = {"DEBIT": "transferred out", "CREDIT": "transferred in"}
 
 BankTime = Annotated[
     int, pydantic.Field(strict=True, ge=0, le=2**53, examples=[1]), AfterValidator(note_time)
@@ -3556,12 +3548,12 @@ def get_bank_transactions(
     account = find_account(connection, BANK_ACCOUNT.format(name))
     connection.require_short(account["last_seq"])
     movements = connection.rows(
-        """SELECT seq, kind, type, entry.amount AS moved, COALESCE(effective_at, ts) / 1000 AS at,
-        number, cashback.amount, due_at, status
+        """SELECT 2 * seq AS line, kind, type, entry.amount AS moved,
+        COALESCE(effective_at, ts) / 1000 AS at, number, cashback.amount, due_at, status
         FROM entry JOIN event ON event.id = entry.transaction_id
         LEFT JOIN scheduled_cashback AS cashback ON payment_id = event.id
         WHERE entry.account_id = :id AND kind <> 'CASHBACK'
-        UNION ALL SELECT 0, kind, '', 0, COALESCE(effective_at, ts) / 1000, NULL, NULL, NULL, NULL
+        UNION ALL SELECT 1, kind, '', 0, COALESCE(effective_at, ts) / 1000, NULL, NULL, NULL, NULL
         FROM event WHERE account_id = :id AND kind >= 'a' AND kind = 'open_account'""",
         id=account["id"],
     )
@@ -3572,11 +3564,9 @@ def get_bank_transactions(
 
 def bank_operations(row: Row, timestamp: int) -> Iterator[BankOperation]:
     """Return the lines of a movement: line 2n is the nth entry, and 2n + 1 its cashback."""
-    number, at = 2 * row["seq"], row["at"]
-    if row["kind"] == "open_account":
-        yield BankOperation(transaction_id=1, timestamp=at, operation="created", amount=0)
-        return
-    name = BANK_OPERATIONS.get((row["kind"], row["type"]), f"payment{row['number'] or ''}")
+    number, at = row["line"], row["at"]
+    name = BANK_OPERATIONS.get(row["kind"]) or BANK_TRANSFERS[row["type"]]
+    name = name.format(row["number"] or "")
     yield BankOperation(transaction_id=number, timestamp=at, operation=name, amount=row["moved"])
     if row["due_at"] is not None:
         yield BankOperation(
