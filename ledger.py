@@ -1315,6 +1315,8 @@ class Connection:
 
     engine = "sqlite"
     is_writable = "SELECT 1 AS yes FROM asset LIMIT 1"
+    tables = "SELECT name FROM sqlite_schema WHERE type = 'table'"
+    schema = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -1388,6 +1390,21 @@ class PostgresConnection(Connection):
         "SELECT NOT pg_is_in_recovery() "
         "AND current_setting('default_transaction_read_only') = 'off' AS yes"
     )
+    tables = "SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()"
+    schema = """
+    WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
+    SELECT table_name::text AS name, concat_ws(' ', column_name, data_type, is_nullable) AS sql
+    FROM information_schema.columns WHERE table_schema = current_schema()
+    UNION ALL
+    SELECT conrelid::regclass::text, concat_ws(' ', convalidated, pg_get_constraintdef(oid))
+    FROM pg_constraint WHERE connamespace = (SELECT oid FROM here) AND contype <> 'n'
+    UNION ALL
+    SELECT indexname::text, replace(indexdef, current_schema() || '.', '') FROM pg_indexes
+    WHERE schemaname = current_schema()
+    UNION ALL
+    SELECT tgname::text, concat_ws(' ', tgtype, tgattr, tgenabled, prosrc) FROM pg_trigger
+    JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
+    WHERE NOT tgisinternal"""
 
     @staticmethod
     @lru_cache
@@ -1873,16 +1890,13 @@ def create_triggers(connection: Connection) -> None:
         if "BEFORE DELETE" in moment:
             whole = f"{moment.replace('DELETE', 'TRUNCATE')} EXECUTE FUNCTION {name}()"
             execute(f"CREATE TRIGGER {name}_whole {whole}")
-    version = {"version": SCHEMA_VERSION, "description": json.dumps(schema_now(connection))}
-    connection.insert("schema_version", [version])
+    made = json.dumps(connection.rows(connection.schema))
+    connection.insert("schema_version", [{"version": SCHEMA_VERSION, "description": made}])
 
 
 def stored_version(connection: Connection) -> int:
     """Return a ledger's schema version, or 0 for an empty database; else raise StartupError."""
-    names = "SELECT name FROM sqlite_schema WHERE type = 'table'"
-    if connection.engine == "postgresql":
-        names = "SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()"
-    found = {row["name"] for row in connection.rows(names)}
+    found = {row["name"] for row in connection.rows(connection.tables)}
     if not found:
         return 0
     if not found.issuperset(TABLES):
@@ -2057,7 +2071,7 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
     strange = [f"asset or system account {one}" for one in differing]
     yield "assets and system accounts are the known ones", len(assets | held), strange
     made, *others = connection.rows("SELECT description FROM schema_version")
-    now, then = schema_now(connection), json.loads(made["description"])
+    now, then = connection.rows(connection.schema), json.loads(made["description"])
     changed = [row for row in now + then if (row in now) != (row in then)]
     differing = sorted({f"{row['name']} is not as it was made" for row in changed})
     differing += ["there is a second row of schema_version" for _ in others]
@@ -2098,30 +2112,6 @@ def portions(connection: Connection, table: str) -> Iterator[list[Row]]:
         yield rows
         query = f"SELECT * FROM {table} WHERE ({order}) > ({after})"  # noqa: S608
         position = {key: rows[-1][key] for key in keys}
-
-
-def schema_now(connection: Connection) -> list[Row]:
-    """Return the names and descriptions of what there is, as the database tells them."""
-    sqlite = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
-    query = sqlite if connection.engine == "sqlite" else POSTGRES_SCHEMA
-    return connection.rows(query)
-
-
-POSTGRES_SCHEMA = """
-    WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
-    SELECT table_name::text AS name, concat_ws(' ', column_name, data_type, is_nullable) AS sql
-    FROM information_schema.columns WHERE table_schema = current_schema()
-    UNION ALL
-    SELECT conrelid::regclass::text, concat_ws(' ', convalidated, pg_get_constraintdef(oid))
-    FROM pg_constraint WHERE connamespace = (SELECT oid FROM here) AND contype <> 'n'
-    UNION ALL
-    SELECT indexname::text, replace(indexdef, current_schema() || '.', '') FROM pg_indexes
-    WHERE schemaname = current_schema()
-    UNION ALL
-    SELECT tgname::text, concat_ws(' ', tgtype, tgattr, tgenabled, prosrc) FROM pg_trigger
-    JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
-    WHERE NOT tgisinternal
-"""
 
 
 # ===== Part three: HTTP
