@@ -1282,13 +1282,11 @@ class StorageFull(LedgerError, status=507, detail="The disk is full, and nothing
 # fmt: on
 
 
-SQLITE_ERRORS = {
+KNOWN_ERRORS: dict[int | str, type[LedgerError]] = {
     sqlite3.SQLITE_BUSY: DatabaseBusy,
     sqlite3.SQLITE_LOCKED: DatabaseBusy,
     sqlite3.SQLITE_FULL: StorageFull,
-}
-# By SQLSTATE; a unique violation is what a key brings that is used on two servers.
-POSTGRES_ERRORS = {
+    # By SQLSTATE; a unique violation is what a key brings that is used on two servers.
     "23505": DatabaseConflict,
     "40001": DatabaseConflict,  # A serialization failure.
     "40P01": DatabaseConflict,  # A deadlock.
@@ -1457,10 +1455,6 @@ class Database:
         """Open a connection."""
         raise NotImplementedError
 
-    def translate_error(self, error: Any) -> LedgerError:
-        """Return the ledger's error for one of the driver's."""
-        raise NotImplementedError
-
     def prepare(self) -> None:
         """Make the place of a new ledger, or raise StartupError."""
 
@@ -1558,7 +1552,7 @@ class Database:
                 yield connection
                 connection.execute("COMMIT")
         except DRIVER_ERRORS as error:
-            failure = self.translate_error(error)
+            failure = translate_error(error)
             if isinstance(failure, DatabaseLost) and connection:
                 # New connections may find a server that has taken over.
                 connection.driver.close()
@@ -1574,6 +1568,21 @@ class Database:
                     self._busy.remove(connection)
                     connection.driver.rollback()
                     idle.append(connection)
+
+
+def translate_error(error: Any) -> LedgerError:
+    """Return the ledger's error for one of a driver's."""
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        return KNOWN_ERRORS.get(code, DatabaseUnavailable)()
+    known = KNOWN_ERRORS.get(error.sqlstate, DatabaseUnavailable)
+    if error.sqlstate is None:
+        is_lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+    else:
+        is_fatal = error.diag.severity_nonlocalized in ("FATAL", "PANIC")
+        is_lost = is_fatal or error.sqlstate.startswith(("08", "57"))
+    # Of a lost connection nobody knows whether it committed: the key will tell.
+    return DatabaseLost() if is_lost and known is not DatabaseBusy else known()
 
 
 async def in_time(waiting: "asyncio.Future[T]") -> T:
@@ -1677,10 +1686,6 @@ class SqliteDatabase(Database):
             super().open(make=make)
             self._opened = self._identities()
 
-    def translate_error(self, error: Any) -> LedgerError:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        return SQLITE_ERRORS.get(code, DatabaseUnavailable)()
-
     def require_present(self) -> None:
         """Raise DatabaseLost if other files have the names: the open ones end with us."""
         if self._opened and self._opened != self._identities():
@@ -1759,16 +1764,6 @@ class PostgresDatabase(Database):
         for statement in SESSION_SETTINGS:
             driver.execute(statement)
         return PostgresConnection(driver)
-
-    def translate_error(self, error: Any) -> LedgerError:
-        known = POSTGRES_ERRORS.get(error.sqlstate, DatabaseUnavailable)
-        if error.sqlstate is None:
-            is_lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-        else:
-            is_fatal = error.diag.severity_nonlocalized in ("FATAL", "PANIC")
-            is_lost = is_fatal or error.sqlstate.startswith(("08", "57"))
-        # Of a lost connection nobody knows whether it committed: the key will tell.
-        return DatabaseLost() if is_lost and known is not DatabaseBusy else known()
 
 
 # ----- Schema
