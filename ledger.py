@@ -1437,7 +1437,7 @@ class PostgresConnection(Connection):
 class Database:
     """Where a ledger is stored: connections that read, and one that writes."""
 
-    inline: bool  # Whether it is called on the event loop itself.
+    inline = False  # Whether it is called on the event loop itself.
     name: str  # What the operator knows it by, without any password.
     begin_read: str
     begin_write: str
@@ -1738,7 +1738,6 @@ SESSION_SETTINGS = (
 class PostgresDatabase(Database):
     """One database of a PostgreSQL server, or of several of which one can be written to."""
 
-    inline = False
     begin_read = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
     begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
@@ -1748,8 +1747,7 @@ class PostgresDatabase(Database):
             given: Any = conninfo_to_dict(url)
         except psycopg.ProgrammingError:
             raise StartupError("the database must be like postgresql://user@host/name") from None
-        settings: Any = conninfo_to_dict(POSTGRES_DEFAULTS) | given
-        self._conninfo = make_conninfo(**settings, client_encoding="utf8")
+        self._conninfo = make_conninfo(POSTGRES_DEFAULTS, **given | {"client_encoding": "utf8"})
         self.name = f"{given.get('dbname', 'PostgreSQL')} at {given.get('host', 'localhost')}"
         if "@" in self.name:
             # It would be a part of the password, and be printed.
