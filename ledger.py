@@ -1356,11 +1356,6 @@ class Connection:
         """End what another thread waits for on this connection."""
         self.driver.interrupt()
 
-    def require_short(self, row_count: int) -> None:
-        """Raise LongRead where so many rows would hold up all others."""
-        if self.is_short and row_count > SHORT_ROWS_MAX:
-            raise LongRead
-
     def rows(self, statement: str, **values: Any) -> list[Row]:
         """Return the rows of a query."""
         return self.all_rows((statement, values))[0]
@@ -3529,7 +3524,8 @@ def get_bank_transactions(
 ) -> BankOperations:
     """List everything that happened to an account, and the cashbacks that are to come."""
     account = find_account(connection, BANK_ACCOUNT.format(name))
-    connection.require_short(account["last_seq"])
+    if connection.is_short and account["last_seq"] > SHORT_ROWS_MAX:
+        raise LongRead
     movements = connection.rows(
         """SELECT 2 * seq AS line, kind, type, entry.amount AS moved,
         COALESCE(effective_at, ts) / 1000 AS at, number, cashback.amount, due_at, status
