@@ -1258,13 +1258,11 @@ class StorageFull(LedgerError, status=507, detail="The disk is full, and nothing
 # fmt: on
 
 
-SQLITE_ERRORS = {
+KNOWN_ERRORS: dict[int | str, type[LedgerError]] = {
     sqlite3.SQLITE_BUSY: DatabaseBusy,
     sqlite3.SQLITE_LOCKED: DatabaseBusy,
     sqlite3.SQLITE_FULL: StorageFull,
-}
-# By SQLSTATE; a unique violation is what a key brings that is used on two servers.
-POSTGRES_ERRORS = {
+    # By SQLSTATE; a unique violation is what a key brings that is used on two servers.
     "23505": DatabaseConflict,
     "40001": DatabaseConflict,  # A serialization failure.
     "40P01": DatabaseConflict,  # A deadlock.
@@ -1293,6 +1291,8 @@ class Connection:
 
     engine = "sqlite"
     is_writable = "SELECT 1 AS yes FROM asset LIMIT 1"
+    tables = "SELECT name FROM sqlite_schema WHERE type = 'table'"
+    schema = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -1334,11 +1334,6 @@ class Connection:
         """End what another thread waits for on this connection."""
         self.driver.interrupt()
 
-    def require_short(self, row_count: int) -> None:
-        """Raise LongRead where so many rows would hold up all others."""
-        if self.is_short and row_count > SHORT_ROWS_MAX:
-            raise LongRead
-
     def rows(self, statement: str, **values: Any) -> list[Row]:
         """Return the rows of a query."""
         return self.all_rows((statement, values))[0]
@@ -1366,6 +1361,21 @@ class PostgresConnection(Connection):
         "SELECT NOT pg_is_in_recovery() "
         "AND current_setting('default_transaction_read_only') = 'off' AS yes"
     )
+    tables = "SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()"
+    schema = """
+    WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
+    SELECT table_name::text AS name, concat_ws(' ', column_name, data_type, is_nullable) AS sql
+    FROM information_schema.columns WHERE table_schema = current_schema()
+    UNION ALL
+    SELECT conrelid::regclass::text, concat_ws(' ', convalidated, pg_get_constraintdef(oid))
+    FROM pg_constraint WHERE connamespace = (SELECT oid FROM here) AND contype <> 'n'
+    UNION ALL
+    SELECT indexname::text, replace(indexdef, current_schema() || '.', '') FROM pg_indexes
+    WHERE schemaname = current_schema()
+    UNION ALL
+    SELECT tgname::text, concat_ws(' ', tgtype, tgattr, tgenabled, prosrc) FROM pg_trigger
+    JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
+    WHERE NOT tgisinternal"""
 
     @staticmethod
     @lru_cache
@@ -1400,7 +1410,7 @@ class PostgresConnection(Connection):
 class Database:
     """Where a ledger is stored: connections that read, and one that writes."""
 
-    inline: bool  # Whether it is called on the event loop itself.
+    inline = False  # Whether it is called on the event loop itself.
     name: str  # What the operator knows it by, without any password.
     begin_read: str
     begin_write: str
@@ -1416,10 +1426,6 @@ class Database:
 
     def connect(self, *, write: bool) -> Connection:
         """Open a connection."""
-        raise NotImplementedError
-
-    def translate_error(self, error: Any) -> LedgerError:
-        """Return the ledger's error for one of the driver's."""
         raise NotImplementedError
 
     def prepare(self) -> None:
@@ -1519,7 +1525,7 @@ class Database:
                 yield connection
                 connection.execute("COMMIT")
         except DRIVER_ERRORS as error:
-            failure = self.translate_error(error)
+            failure = translate_error(error)
             if isinstance(failure, DatabaseLost) and connection:
                 # New connections may find a server that has taken over.
                 connection.driver.close()
@@ -1535,6 +1541,21 @@ class Database:
                     self._busy.remove(connection)
                     connection.driver.rollback()
                     idle.append(connection)
+
+
+def translate_error(error: Any) -> LedgerError:
+    """Return the ledger's error for one of a driver's."""
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        return KNOWN_ERRORS.get(code, DatabaseUnavailable)()
+    known = KNOWN_ERRORS.get(error.sqlstate, DatabaseUnavailable)
+    if error.sqlstate is None:
+        is_lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+    else:
+        is_fatal = error.diag.severity_nonlocalized in ("FATAL", "PANIC")
+        is_lost = is_fatal or error.sqlstate.startswith(("08", "57"))
+    # Of a lost connection nobody knows whether it committed: the key will tell.
+    return DatabaseLost() if is_lost and known is not DatabaseBusy else known()
 
 
 async def in_time(waiting: "asyncio.Future[T]") -> T:
@@ -1638,10 +1659,6 @@ class SqliteDatabase(Database):
             super().open(make=make)
             self._opened = self._identities()
 
-    def translate_error(self, error: Any) -> LedgerError:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        return SQLITE_ERRORS.get(code, DatabaseUnavailable)()
-
     def require_present(self) -> None:
         """Raise DatabaseLost if other files have the names: the open ones end with us."""
         if self._opened and self._opened != self._identities():
@@ -1694,7 +1711,6 @@ SESSION_SETTINGS = (
 class PostgresDatabase(Database):
     """One database of a PostgreSQL server, or of several of which one can be written to."""
 
-    inline = False
     begin_read = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
     begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
@@ -1704,8 +1720,7 @@ class PostgresDatabase(Database):
             given: Any = conninfo_to_dict(url)
         except psycopg.ProgrammingError:
             raise StartupError("the database must be like postgresql://user@host/name") from None
-        settings: Any = conninfo_to_dict(POSTGRES_DEFAULTS) | given
-        self._conninfo = make_conninfo(**settings, client_encoding="utf8")
+        self._conninfo = make_conninfo(POSTGRES_DEFAULTS, **given | {"client_encoding": "utf8"})
         self.name = f"{given.get('dbname', 'PostgreSQL')} at {given.get('host', 'localhost')}"
         if "@" in self.name:
             # It would be a part of the password, and be printed.
@@ -1720,16 +1735,6 @@ class PostgresDatabase(Database):
         for statement in SESSION_SETTINGS:
             driver.execute(statement)
         return PostgresConnection(driver)
-
-    def translate_error(self, error: Any) -> LedgerError:
-        known = POSTGRES_ERRORS.get(error.sqlstate, DatabaseUnavailable)
-        if error.sqlstate is None:
-            is_lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-        else:
-            is_fatal = error.diag.severity_nonlocalized in ("FATAL", "PANIC")
-            is_lost = is_fatal or error.sqlstate.startswith(("08", "57"))
-        # Of a lost connection nobody knows whether it committed: the key will tell.
-        return DatabaseLost() if is_lost and known is not DatabaseBusy else known()
 
 
 # ----- Schema
@@ -1851,16 +1856,13 @@ def create_triggers(connection: Connection) -> None:
         if "BEFORE DELETE" in moment:
             whole = f"{moment.replace('DELETE', 'TRUNCATE')} EXECUTE FUNCTION {name}()"
             execute(f"CREATE TRIGGER {name}_whole {whole}")
-    version = {"version": SCHEMA_VERSION, "description": json.dumps(schema_now(connection))}
-    connection.insert("schema_version", [version])
+    made = json.dumps(connection.rows(connection.schema))
+    connection.insert("schema_version", [{"version": SCHEMA_VERSION, "description": made}])
 
 
 def stored_version(connection: Connection) -> int:
     """Return a ledger's schema version, or 0 for an empty database; else raise StartupError."""
-    names = "SELECT name FROM sqlite_schema WHERE type = 'table'"
-    if connection.engine == "postgresql":
-        names = "SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()"
-    found = {row["name"] for row in connection.rows(names)}
+    found = {row["name"] for row in connection.rows(connection.tables)}
     if not found:
         return 0
     if not found.issuperset(TABLES):
@@ -2035,7 +2037,7 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
     strange = [f"asset or system account {one}" for one in differing]
     yield "assets and system accounts are the known ones", len(assets | held), strange
     made, *others = connection.rows("SELECT description FROM schema_version")
-    now, then = schema_now(connection), json.loads(made["description"])
+    now, then = connection.rows(connection.schema), json.loads(made["description"])
     changed = [row for row in now + then if (row in now) != (row in then)]
     differing = sorted({f"{row['name']} is not as it was made" for row in changed})
     differing += ["there is a second row of schema_version" for _ in others]
@@ -2076,30 +2078,6 @@ def portions(connection: Connection, table: str) -> Iterator[list[Row]]:
         yield rows
         query = f"SELECT * FROM {table} WHERE ({order}) > ({after})"  # noqa: S608
         position = {key: rows[-1][key] for key in keys}
-
-
-def schema_now(connection: Connection) -> list[Row]:
-    """Return the names and descriptions of what there is, as the database tells them."""
-    sqlite = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
-    query = sqlite if connection.engine == "sqlite" else POSTGRES_SCHEMA
-    return connection.rows(query)
-
-
-POSTGRES_SCHEMA = """
-    WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
-    SELECT table_name::text AS name, concat_ws(' ', column_name, data_type, is_nullable) AS sql
-    FROM information_schema.columns WHERE table_schema = current_schema()
-    UNION ALL
-    SELECT conrelid::regclass::text, concat_ws(' ', convalidated, pg_get_constraintdef(oid))
-    FROM pg_constraint WHERE connamespace = (SELECT oid FROM here) AND contype <> 'n'
-    UNION ALL
-    SELECT indexname::text, replace(indexdef, current_schema() || '.', '') FROM pg_indexes
-    WHERE schemaname = current_schema()
-    UNION ALL
-    SELECT tgname::text, concat_ws(' ', tgtype, tgattr, tgenabled, prosrc) FROM pg_trigger
-    JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
-    WHERE NOT tgisinternal
-"""
 
 
 # ===== Part three: HTTP
@@ -2309,6 +2287,10 @@ class Request:
         self.caller: str | None = None
         self.key_prefix: str | None = None
         self.end_turn: Callable[[], None] | None = None
+        # What its arguments tell besides themselves: their types note it here.
+        self.key: str | None = None
+        self.accounts: list[str] = []
+        self.effective_at: int | None = None
 
     def credential(self) -> bytes:
         """Return the one key or token that is brought, or raise Unauthorized."""
@@ -2379,26 +2361,17 @@ def parse_key(given: str) -> str:
     return key[1] or key[2]
 
 
-@dataclass
-class Intent:
-    """What the arguments of a request tell besides themselves; their types note it here."""
-
-    key: str | None = None
-    accounts: list[str] = field(default_factory=list)
-    effective_at: int | None = None
-
-
 def names_account(*forms: str) -> AfterValidator:
     """Declare that an argument names accounts, so that a batch loads them all at once."""
 
-    def note(name: str, info: pydantic.ValidationInfo[Intent]) -> str:
+    def note(name: str, info: pydantic.ValidationInfo[Request]) -> str:
         info.context.accounts += [form.format(name) for form in forms]
         return name
 
     return AfterValidator(note)
 
 
-def note_key(key: str | None, info: pydantic.ValidationInfo[Intent]) -> str | None:
+def note_key(key: str | None, info: pydantic.ValidationInfo[Request]) -> str | None:
     """Take the idempotency key of callers who cannot send a header."""
     if key is not None:
         if info.context.key not in (None, parse_key(key)):
@@ -2407,29 +2380,25 @@ def note_key(key: str | None, info: pydantic.ValidationInfo[Intent]) -> str | No
     return key
 
 
-def note_time(milliseconds: int, info: pydantic.ValidationInfo[Intent]) -> int:
+def note_time(milliseconds: int, info: pydantic.ValidationInfo[Request]) -> int:
     """Take the caller's own time."""
     info.context.effective_at = milliseconds * 1_000
     return milliseconds
 
 
-def refuse_text(pattern: str, what: str) -> Callable[[Any], Any]:
-    """Return what refuses text in which a pattern is found."""
-
-    def check(given: Any) -> Any:
-        if isinstance(given, str) and re.search(pattern, given):
-            raise PydanticCustomError("text", what)
-        return given
-
-    return check
+def refuse_text(pattern: str, what: str, given: Any) -> Any:
+    """Refuse text in which a pattern is found."""
+    if isinstance(given, str) and re.search(pattern, given):
+        raise PydanticCustomError("text", what)
+    return given
 
 
 # Bidirectional controls, too, which let a name look like another one.
 CONTROLS = r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-NO_CONTROLS = refuse_text(CONTROLS, "Text should hold no control characters")
-NOT_BLANK = refuse_text(r"^\s*$", "Text should not be blank")
+NO_CONTROLS = partial(refuse_text, CONTROLS, "Text should hold no control characters")
+NOT_BLANK = partial(refuse_text, r"^\s*$", "Text should not be blank")
 # Python takes more for an integer than anybody writes as one.
-PLAIN_DIGITS = refuse_text("^(?!-?[0-9]{1,40}$)", "Input should be a valid integer")
+PLAIN_DIGITS = partial(refuse_text, "^(?!-?[0-9]{1,40}$)", "Input should be a valid integer")
 
 
 def parse_decimal(given: Any, *, exponent: int, or_number: bool = False) -> int:
@@ -2478,8 +2447,10 @@ Metadata = Annotated[
     AfterValidator(partial(json.dumps, sort_keys=True)),
     SHOWN_NOTES,
 ]
-NoteFilter = Annotated[tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50)]
-"""The parameters `metadata[NAME]=VALUE`, which all must hold."""
+# The parameters `metadata[NAME]=VALUE`, which all must hold; FastAPI has no words for them.
+NoteFilter = Annotated[
+    tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50), Depends(lambda: ())
+]
 Moment = Annotated[int, BeforeValidator(parse_time), TIME_SCHEMA]
 
 
@@ -2580,18 +2551,13 @@ class Route(APIRoute):
         fields: Any = {
             p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in others
         }
-        shown = partial(function, None)
-        if "metadata" in fields:
-            # FastAPI has no words for `metadata[NAME]=VALUE`.
-            described = [p for p in others if p.name != "metadata"]
-            shown.__signature__ = signature.replace(parameters=described)  # type: ignore[attr-defined]
         self.arguments: type[BaseModel] = pydantic.create_model(function.__name__, **fields)
         self.result: TypeAdapter[Any] = TypeAdapter(signature.return_annotation)
         takes_key = {"parameters": [KEY_HEADER | {"required": self.key_is_required}]}
         # FastAPI documents every parameter but the first, which is not the caller's to give.
         super().__init__(
             dialect.prefix + path,
-            shown,
+            partial(function, None),
             name=function.__name__,
             description=f"{function.__doc__}\n\nRoles: {', '.join(roles) or 'anyone'}.",
             methods=[method],
@@ -2609,23 +2575,23 @@ class Route(APIRoute):
             return Answer(*self.function(app))
         # First, because it may take its time, and a key may be revoked meanwhile.
         body = await request.body(self.body_bytes_max) if self.writes else b""
-        caller, intent = await self.admit(app, request), Intent()
+        caller = await self.admit(app, request)
         if self.writes and b"idempotency-key" in request.headers:
-            intent.key = parse_key(request.headers[b"idempotency-key"].decode("latin-1"))
+            request.key = parse_key(request.headers[b"idempotency-key"].decode("latin-1"))
         elif self.key_is_required:
             raise IdempotencyKeyMissing("The header Idempotency-Key is required here")
-        arguments = self.parse(request, self.document_of(request, body), intent)
-        if intent.effective_at is not None and caller.role in SERVICES:
-            await app.ledger.credit_due("CALLER", intent.effective_at, caller.name)
+        arguments = self.parse(request, self.document_of(request, body))
+        if request.effective_at is not None and caller.role in SERVICES:
+            await app.ledger.credit_due("CALLER", request.effective_at, caller.name)
         if self.reads:
             return await self.read(app, request, arguments)
         command = Command(
             caller=caller.name,
             arguments=arguments.model_dump_json(by_alias=True, exclude_none=True),
             run=partial(self.run, arguments=arguments),
-            key=intent.key and stored_key(caller.name, f"{self.method} {self.path}", intent.key),
-            accounts=intent.accounts,
-            effective_at=intent.effective_at,
+            key=request.key and stored_key(caller.name, f"{self.method} {self.path}", request.key),
+            accounts=request.accounts,
+            effective_at=request.effective_at,
         )
         return await app.ledger.submit(command)
 
@@ -2667,7 +2633,7 @@ class Route(APIRoute):
             raise InvalidRequest("The request does not fit: see errors", errors=[nothing])
         return None
 
-    def parse(self, request: Request, document: Any, intent: Intent) -> BaseModel:
+    def parse(self, request: Request, document: Any) -> BaseModel:
         """Return the function's arguments, each of its declared type."""
         pairs = parse_qsl(request.scope["query_string"].decode("latin-1"), True)
         notes = {(name[9:-1], value) for name, value in pairs if NOTE_FILTER.fullmatch(name)}
@@ -2676,7 +2642,7 @@ class Route(APIRoute):
         named = {name: text.replace("\0", "\1") for name, text in request.path_parameters.items()}
         given = {**query, **named, "body": document}
         try:
-            return self.arguments.model_validate(given, context=intent)
+            return self.arguments.model_validate(given, context=request)
         except ValidationError as error:
             found = error.errors(include_url=False, include_input=False)[:ERRORS_LISTED_MAX]
         errors = []
@@ -3319,18 +3285,10 @@ def get_audit(
 BANK_ACCOUNT = "bank:{}@USD"
 NOT_PAID = dict.fromkeys((AccountNotFound, InsufficientFunds), (400, "Payment failed"))
 NOT_TRANSFERRED = dict.fromkeys((*NOT_PAID, SameAccount), (400, "Transfer failed"))
-BANK_OPERATIONS = {
-    ("DEPOSIT", "CREDIT"): "deposited",
-    ("WITHDRAWAL", "DEBIT"): "withdrawn",
-    ("TRANSFER", "DEBIT"): "transferred out",
-    ("TRANSFER", "CREDIT"): "transferred in",
-    ("JOURNAL", "DEBIT"): "transferred out",
-    ("JOURNAL", "CREDIT"): "transferred in",
-    ("CAPTURE", "DEBIT"): "transferred out",
-    ("CAPTURE", "CREDIT"): "transferred in",
-    ("REVERSAL", "DEBIT"): "reversed",
-    ("REVERSAL", "CREDIT"): "reversed",
-}
+BANK_OPERATIONS = {"open_account": "created", "DEPOSIT": "deposited", "WITHDRAWAL": "withdrawn"}
+BANK_OPERATIONS |= {"PAYMENT": "payment{}", "REVERSAL": "reversed"}
+# All other kinds move money between two customers.
+BANK_TRANSFERS = {"DEBIT": "transferred out", "CREDIT": "transferred in"}
 
 BankTime = Annotated[
     int, pydantic.Field(strict=True, ge=0, le=2**53, examples=[1]), AfterValidator(note_time)
@@ -3533,14 +3491,15 @@ def get_bank_transactions(
 ) -> BankOperations:
     """List everything that happened to an account, and the cashbacks that are to come."""
     account = find_account(connection, BANK_ACCOUNT.format(name))
-    connection.require_short(account["last_seq"])
+    if connection.is_short and account["last_seq"] > SHORT_ROWS_MAX:
+        raise LongRead
     movements = connection.rows(
-        """SELECT seq, kind, type, entry.amount AS moved, COALESCE(effective_at, ts) / 1000 AS at,
-        number, cashback.amount, due_at, status
+        """SELECT 2 * seq AS line, kind, type, entry.amount AS moved,
+        COALESCE(effective_at, ts) / 1000 AS at, number, cashback.amount, due_at, status
         FROM entry JOIN event ON event.id = entry.transaction_id
         LEFT JOIN scheduled_cashback AS cashback ON payment_id = event.id
         WHERE entry.account_id = :id AND kind <> 'CASHBACK'
-        UNION ALL SELECT 0, kind, '', 0, COALESCE(effective_at, ts) / 1000, NULL, NULL, NULL, NULL
+        UNION ALL SELECT 1, kind, '', 0, COALESCE(effective_at, ts) / 1000, NULL, NULL, NULL, NULL
         FROM event WHERE account_id = :id AND kind >= 'a' AND kind = 'open_account'""",
         id=account["id"],
     )
@@ -3551,11 +3510,9 @@ def get_bank_transactions(
 
 def bank_operations(row: Row, timestamp: int) -> Iterator[BankOperation]:
     """Return the lines of a movement: line 2n is the nth entry, and 2n + 1 its cashback."""
-    number, at = 2 * row["seq"], row["at"]
-    if row["kind"] == "open_account":
-        yield BankOperation(transaction_id=1, timestamp=at, operation="created", amount=0)
-        return
-    name = BANK_OPERATIONS.get((row["kind"], row["type"]), f"payment{row['number'] or ''}")
+    number, at = row["line"], row["at"]
+    name = BANK_OPERATIONS.get(row["kind"]) or BANK_TRANSFERS[row["type"]]
+    name = name.format(row["number"] or "")
     yield BankOperation(transaction_id=number, timestamp=at, operation=name, amount=row["moved"])
     if row["due_at"] is not None:
         yield BankOperation(
@@ -3953,7 +3910,9 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.head_bytes, self.url = 0, b""
         self.deadline = self.loop.call_later(REQUEST_SECONDS_MAX, transport.abort)
-        if transport.get_extra_info("socket").fileno() > open_files_max() - 8:
+        # Where there is no bound it is -1; Windows does not tell it.
+        files_max = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
+        if files_max > 0 and transport.get_extra_info("socket").fileno() > files_max - 8:
             # What comes next is closed without a word: the system has no number left for it.
             log.warning("%d connections: hardly more files can be opened", len(self.connections))
 
@@ -4031,16 +3990,6 @@ class Protocol(HttpToolsProtocol):
             text = f"{head}connection: close\r\n\r\n{answer.body}"
             self.transport.write(STATUS_LINE[answer.status] + text.encode())
         self.transport.close()
-
-
-@lru_cache
-def open_files_max() -> int:
-    """Return how many files and connections this process may have open."""
-    if sys.platform == "win32":
-        return sys.maxsize
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 pages = Dialect("pages")
