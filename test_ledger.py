@@ -38,6 +38,7 @@ import httpx
 import jwt
 import psycopg
 import pytest
+import uvicorn
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
 
@@ -1479,13 +1480,15 @@ def test_captures_and_voids_may_meet_the_moment_of_expiry(servers: "Bank") -> No
     holds = [servers.promised("kim", "leo", 10, expires_in=1) for _ in range(20)]
 
     def end(hold: str) -> httpx.Response:
-        time.sleep(random.random() * 1.5)
+        time.sleep(random.uniform(0.5, 1.1))
         return random.choice([servers.capture, servers.void])(hold)
 
+    def statuses() -> Counter[str]:
+        return Counter(servers.get(f"/holds/{hold}").json()["status"] for hold in holds)
+
     answers = at_once([partial(end, hold) for hold in holds])
-    time.sleep(1)
-    ended = Counter(answer.json().get("status") for answer in answers)
-    shown = Counter(servers.get(f"/holds/{hold}").json()["status"] for hold in holds)
+    wait_until(lambda: "PENDING" not in statuses())
+    ended, shown = Counter(answer.json().get("status") for answer in answers), statuses()
     assert shown == Counter({"CAPTURED": ended["CAPTURED"], "VOIDED": ended["VOIDED"]}) + Counter(
         EXPIRED=20 - ended["CAPTURED"] - ended["VOIDED"]
     )
@@ -1699,16 +1702,15 @@ def die(_: Any) -> None:
     raise RuntimeError
 
 
-@on_sqlite
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
-def test_a_ledger_is_readable_by_its_owner_alone(bank: "BankInside", tmp_path: Path) -> None:
-    copy = tmp_path / "copy.db"
-    assert ledger.main(["backup", str(copy), "--database-url", bank.database]) == 0
-    other = f"sqlite:///{tmp_path}/other.db"
-    assert ledger.main(["copy", "--from", bank.database, "--to", other]) == 0
-    files = [copy, file_of(other), *file_of(bank.database).parent.glob("ledger.db*")]
-    assert len(files) == 5
-    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+def test_a_ledger_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
+    copy, other = tmp_path / "copy.db", f"sqlite:///{tmp_path}/other.db"
+    with new_file(blank=True) as database, opened(database):
+        assert ledger.main(["backup", str(copy), "--database-url", database]) == 0
+        assert ledger.main(["copy", "--from", database, "--to", other]) == 0
+        files = [copy, file_of(other), *file_of(database).parent.glob("ledger.db*")]
+        assert len(files) == 5
+        assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
 @on_sqlite
@@ -1867,8 +1869,11 @@ def test_a_full_disk_refuses_and_loses_nothing(bank: "BankInside") -> None:
     assert bank.balances() == {"alice": 160}
 
 
-def test_serving_resumes_by_itself_when_the_database_is_back() -> None:
-    with own_postgresql() as (url, control), serving(url) as server:
+def test_serving_resumes_by_itself_when_the_database_is_back(
+    stoppable: tuple[str, Callable[[str], None]],
+) -> None:
+    url, control = stoppable
+    with serving(url) as server:
         bank = server.bank.given(alice=100)
         control("stop")
         for answer in (bank.deposit("alice", 1, key="k"), bank.get("/accounts")):
@@ -1880,9 +1885,25 @@ def test_serving_resumes_by_itself_when_the_database_is_back() -> None:
         assert bank.deposit("alice", 1, key="k").json()["balance"] == 101
 
 
+def run_hastily(*given: Any) -> None:
+    """Serve, and at the end give a second, instead of 8, to what is under way."""
+    configure = uvicorn.Config
+
+    def configure_hastily(app: Any, *, timeout_graceful_shutdown: int, **options: Any) -> Any:
+        assert timeout_graceful_shutdown == 8
+        return configure(app, timeout_graceful_shutdown=1, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn, "Config", configure_hastily)
+        run_main(*given)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot stop a process")
-def test_a_database_that_hangs_does_not_keep_the_server_from_ending() -> None:
-    with own_postgresql() as (url, _), serving(url) as server:
+def test_a_database_that_hangs_does_not_keep_the_server_from_ending(
+    stoppable: tuple[str, Callable[[str], None]],
+) -> None:
+    url, _ = stoppable
+    with serving(url, start=partial(as_fork, target=run_hastily)) as server:
         server.bank.given(alice=100)
 
         def deposit() -> None:
@@ -2025,14 +2046,10 @@ def test_servers_may_make_one_new_ledger_at_one_moment(new_database: "NewDatabas
         ("DELETE FROM scheduled_cashback", "for ever"),
     ],
 )
-def test_the_database_itself_refuses(bank: "Bank", statement: str, message: str) -> None:
-    bank.given(alice=100).pay("alice", 50)
-    for name in ("old", "new"):
-        new_api_key(bank.database, name, "admin")
-    key_command(bank.database, "revoke", "old")
+def test_the_database_itself_refuses(eventful: "Bank", statement: str, message: str) -> None:
     with pytest.raises(REFUSED, match=f"(?i){message}"):
-        bank.tamper(statement)
-    assert bank.wrong() == []
+        eventful.tamper(statement)
+    assert eventful.wrong() == []
 
 
 @pytest.mark.parametrize(
@@ -2057,15 +2074,12 @@ def test_the_database_itself_refuses(bank: "Bank", statement: str, message: str)
         ("UPDATE event SET reverses = NULL", "for ever"),
     ],
 )  # fmt: skip
-def test_the_database_keeps_holds_and_reversals(bank: "Bank", statement: str, message: str) -> None:
-    bank.given(alice=100, bob=0)
-    captured, voided, _ = (bank.promised("alice", "bob", 10) for _ in range(3))
-    bank.capture(captured)
-    bank.void(voided)
-    bank.reverse(bank.last("alice"))
+def test_the_database_keeps_holds_and_reversals(
+    eventful: "Bank", statement: str, message: str
+) -> None:
     with pytest.raises(REFUSED, match=f"(?i){message}"):
-        bank.tamper(statement)
-    assert bank.wrong() == []
+        eventful.tamper(statement)
+    assert eventful.wrong() == []
 
 
 def test_the_database_keeps_closed_accounts_closed(bank: "Bank") -> None:
@@ -2950,8 +2964,16 @@ def test_who_sends_nothing_or_half_a_request_is_left(database: str) -> None:
 def test_who_does_not_read_is_left(database: str) -> None:
     with serving(database, start=partial(as_fork, target=run_impatient)) as server:
         with socket.create_connection(server.bank.address(), timeout=30) as wire:
-            wire.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1_000)
-            time.sleep(3)
+            request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            wire.sendall(request * 1_000)
+
+            def is_left() -> bool:
+                with suppress(ConnectionResetError, BrokenPipeError):
+                    wire.sendall(request)
+                    return False
+                return True
+
+            wait_until(is_left)
             answers = b""
             with suppress(ConnectionResetError):
                 answers = b"".join(iter(partial(wire.recv, 65_536), b""))
@@ -5016,7 +5038,7 @@ def test_the_server_says_where_it_is(server: "Server") -> None:
 
 def test_sigterm_finishes_what_was_accepted(database: str) -> None:
     answers: list[int] = []
-    with serving(database, start=as_command) as server:
+    with serving(database) as server:
         server.bank.given(alice=0)
 
         def deposit() -> None:
@@ -5026,7 +5048,7 @@ def test_sigterm_finishes_what_was_accepted(database: str) -> None:
         with meanwhile(*[deposit] * 8):
             wait_until(lambda: len(answers) > 40)
             server.process.terminate()
-            server.process.wait(60)
+            server.process.join(60)
     assert set(answers) == {200}
     with opened(database) as bank:
         [kept] = bank.balances().values()
@@ -5102,11 +5124,12 @@ def test_a_new_key_is_printed_alone_and_told_where_it_is(tmp_path: Path) -> None
     assert ran.stderr == f"key 'a' is in {tmp_path}/ledger.db, and shown this once\n"
 
 
-def test_a_key_can_be_made_before_the_first_start(database: str) -> None:
-    key = new_api_key(database, "first", "admin")
-    with opened(database, ledger.DIALECTS) as bank:
-        assert refusal(bank.get("/accounts")) == (401, "unauthorized")
-        assert bank.by(key).get("/atm/").json()["sample_accounts"] == {}
+def test_a_key_can_be_made_before_the_first_start(new_database: "NewDatabase") -> None:
+    with new_database(blank=True) as database:
+        key = new_api_key(database, "first", "admin")
+        with opened(database, ledger.DIALECTS) as bank:
+            assert refusal(bank.get("/accounts")) == (401, "unauthorized")
+            assert bank.by(key).get("/atm/").json()["sample_accounts"] == {}
 
 
 @pytest.mark.parametrize("arguments", [("add", "--name", "a", "--role", "admin"), ("revoke", "a")])
@@ -5436,7 +5459,7 @@ class Bank:
     def tamper(self, *statements: str) -> None:
         """Change stored rows, or the tables themselves, behind the ledger's back."""
         if re.search("DROP|CREATE|ALTER|schema_version", "".join(statements)):
-            ALTERED.add(self.database)
+            RENEWALS.pop(self.database, None)
         with closing(connect(self.database)) as connection, connection:
             for statement in statements:
                 if self.database.startswith("sqlite"):
@@ -5686,6 +5709,21 @@ def untouched(shared: BankInside) -> Iterator[BankInside]:
     assert shared.contents() == before
 
 
+@pytest.fixture(scope="session")
+def eventful(new_database: "NewDatabase") -> Iterator[BankInside]:
+    """One ledger with rows in each table and in each state, for statements that are refused."""
+    with new_database() as database, opened(database) as bank:
+        bank.given(alice=100, bob=0).pay("alice", 50)
+        captured, voided, _ = (bank.promised("alice", "bob", 10) for _ in range(3))
+        bank.capture(captured)
+        bank.void(voided)
+        bank.reverse(bank.last("alice"))
+        for name in ("old", "new"):
+            new_api_key(database, name, "admin")
+        key_command(database, "revoke", "old")
+        yield bank
+
+
 # ----- Processes
 # `python ledger.py` itself, or a fork of a process that has imported it already: that runs the
 # same `main`, and is ready twenty times as soon.
@@ -5822,9 +5860,9 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
 # programs are installed; otherwise its tests are skipped.
 
 NewDatabase = Callable[..., Any]
-"""What lends an empty database for a block: `blank` is one without even tables."""
-ALTERED: set[str] = set()
-"""The databases whose tables a test has changed."""
+"""What lends a new ledger for a block, or a `blank` database, without even tables."""
+RENEWALS: dict[str, str] = {}
+"""For databases that have still the tables of a new ledger, what gives them its rows again."""
 
 
 @pytest.fixture(scope="session", params=ENGINES)
@@ -5835,19 +5873,19 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def new_database(engine: str, request: pytest.FixtureRequest) -> NewDatabase:
-    """What lends empty databases of the engine."""
+    """What lends new ledgers of the engine."""
     return databases_of(engine, request)
 
 
 @pytest.fixture
 def database(new_database: NewDatabase) -> Iterator[str]:
-    """The URL of an empty database."""
+    """The URL of a new ledger."""
     with new_database() as url:
         yield url
 
 
 def databases_of(engine: str, request: pytest.FixtureRequest) -> NewDatabase:
-    """Return what lends empty databases of an engine."""
+    """Return what lends new ledgers of an engine."""
     if engine == "sqlite":
         return new_file
     lend: NewDatabase = request.getfixturevalue("lend_postgresql")
@@ -5855,40 +5893,69 @@ def databases_of(engine: str, request: pytest.FixtureRequest) -> NewDatabase:
 
 
 @contextmanager
-def new_file(*, blank: bool = True) -> Iterator[str]:
-    """Lend a file that is not there yet, and remove it in the end."""
+def new_file(*, blank: bool = False) -> Iterator[str]:
+    """Lend a file that holds a new ledger, or is not there yet; remove it in the end."""
     with tempfile.TemporaryDirectory() as folder:
-        yield f"sqlite:///{folder}/ledger.db"
+        file = Path(folder, "ledger.db")
+        if not blank:
+            file.write_bytes(new_ledger())
+        yield f"sqlite:///{file}"
+
+
+@cache
+def new_ledger() -> bytes:
+    """Return the file of a new ledger: to copy it is quicker than to make another."""
+    with new_file(blank=True) as database:
+        make_ledger(database)
+        return file_of(database).read_bytes()
+
+
+def make_ledger(database: str) -> None:
+    """Make the tables of a ledger, and the rows that each begins with."""
+    ledger.create_app(ledger.Settings(database), ()).ledger.database.close()
 
 
 @pytest.fixture(scope="session")
 def lend_postgresql(postgresql: str) -> Iterator[NewDatabase]:
-    """What lends databases that were emptied: making one for each test takes too long."""
-    idle: list[str] = []
+    """What lends databases that are made new again: making one for each test takes too long."""
+    idle: list[tuple[str, Any]] = []
     with ExitStack() as made:
 
         @contextmanager
         def lend(*, blank: bool = False) -> Iterator[str]:
-            url = idle.pop() if idle else made.enter_context(new_postgresql(postgresql))
-            empty(url, blank=blank)
+            if not idle:
+                url = made.enter_context(new_postgresql(postgresql))
+                connection = psycopg.connect(url, autocommit=True)
+                idle.append((url, made.enter_context(closing(connection))))
+            url, connection = idle.pop()
+            renew(url, connection, blank=blank)
             yield url
-            idle.append(url)
+            idle.append((url, connection))
 
         yield lend
 
 
-def empty(database: str, *, blank: bool) -> None:
-    """Leave nothing but the tables of a database, or not even them."""
-    with closing(psycopg.connect(database, autocommit=True)) as connection:
-        if blank or database in ALTERED:
-            connection.execute("DROP SCHEMA public CASCADE")
-            connection.execute("CREATE SCHEMA public")
-            ALTERED.discard(database)
-            return
-        connection.execute("SET session_replication_role = replica")
-        for table in ledger.TABLES.keys() - {"schema_version"}:
-            with suppress(psycopg.errors.UndefinedTable):
-                connection.execute(f"DELETE FROM {table}")
+def renew(database: str, connection: Any, *, blank: bool) -> None:
+    """Make a database a new ledger again, or leave not even a table in it."""
+    if database in RENEWALS and not blank:
+        connection.execute(RENEWALS[database])
+        return
+    RENEWALS.pop(database, None)
+    connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    if not blank:
+        make_ledger(database)
+        RENEWALS[database] = renewal(connection)
+
+
+def renewal(connection: Any) -> str:
+    """Return the statements that leave the rows that are there now, and no others."""
+    statements = ["SET session_replication_role = replica"]  # No trigger keeps a row.
+    for table in ledger.TABLES.keys() - {"schema_version"}:
+        rows = connection.execute(f"SELECT json_agg({table})::text FROM {table}").fetchone()[0]
+        statements.append(f"DELETE FROM {table}")
+        source = f"json_populate_recordset(NULL::{table}, $rows${rows or '[]'}$rows$)"
+        statements.append(f"INSERT INTO {table} SELECT * FROM {source}")
+    return "; ".join(statements)
 
 
 @contextmanager
@@ -5917,6 +5984,13 @@ def postgresql() -> Iterator[str]:
         return
     with own_postgresql() as (url, _):
         yield url
+
+
+@pytest.fixture(scope="session")
+def stoppable() -> Iterator[tuple[str, Callable[[str], None]]]:
+    """A PostgreSQL server that tests may stop, and what starts and stops it."""
+    with own_postgresql() as server:
+        yield server
 
 
 @contextmanager
