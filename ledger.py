@@ -2499,7 +2499,7 @@ class Dialect:
     prefix: str = ""
     errors: Overrides = field(default_factory=dict)
     exponent: int | None = None
-    first_accounts: Callable[["Settings", bool], Iterator["partial[None]"]] = lambda *_: iter(())
+    first_accounts: Callable[["Settings", bool], Iterable["partial[None]"]] = lambda *_: ()
     routes: list["Route"] = field(default_factory=list)
 
     def get(self, path: str, **options: Any) -> Callable[[F], F]:
@@ -3647,13 +3647,6 @@ def post_atm_withdrawal(book: Book, number: AtmNumber, body: AtmMovement) -> Atm
 WALLET_ASSETS = {1: "GOLD", 2: "DMND", 3: "PTS"}
 WALLETS = [f"wallets:{{}}@{asset}" for asset in WALLET_ASSETS.values()]
 WALLET_EXPONENT = ASSETS["GOLD"].exponent
-WALLET_DEMO = {"user_alice": (100, 50, 500), "user_bob": (80, 30, 200)}
-
-
-def wallet_first_accounts(settings: "Settings", demo: bool) -> Iterator["partial[None]"]:
-    """Return what opens the wallets of the demo."""
-    for user, amounts in WALLET_DEMO.items() if demo else ():
-        yield partial(open_funded_wallets, user=user, amounts=amounts)
 
 
 def open_funded_wallets(book: Book, *, user: str, amounts: Sequence[int]) -> None:
@@ -3672,6 +3665,10 @@ def wallet(user: str, asset_type_id: int) -> str:
     return f"wallets:{user}@{WALLET_ASSETS[asset_type_id]}"
 
 
+WALLET_DEMO = (
+    partial(open_funded_wallets, user="user_alice", amounts=(100, 50, 500)),
+    partial(open_funded_wallets, user="user_bob", amounts=(80, 30, 200)),
+)
 CreditsIn = Annotated[
     int,
     BeforeValidator(partial(parse_decimal, exponent=WALLET_EXPONENT, or_number=True)),
@@ -3690,7 +3687,7 @@ wallets = Dialect(
         InsufficientFunds: (402, "Insufficient balance: have {balance}, need {requested}"),
     },
     exponent=WALLET_EXPONENT,
-    first_accounts=wallet_first_accounts,
+    first_accounts=lambda settings, demo: WALLET_DEMO if demo else (),
 )
 
 
