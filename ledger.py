@@ -1359,12 +1359,15 @@ class Connection:
 
     def save(self, inserts: Mapping[str, list[Row]], updates: Mapping[str, dict[int, Row]]) -> None:
         """Write what a batch has gathered, in the order that keys and triggers require."""
+        # Rows in the order of their keys, so that those of one page are written together.
         for table in TABLES:
             if rows := inserts.get(table):
-                self.insert(table, rows)
-        for table, columns in CHANGING_COLUMNS.items():
-            if changed := updates.get(table):
-                self.update(table.partition(" ")[0], columns, list(changed.values()))
+                self.insert(table, sorted(rows, key=itemgetter(PRIMARY_KEYS[table])))
+        for group, columns in CHANGING_COLUMNS.items():
+            if changed := updates.get(group):
+                table = group.partition(" ")[0]
+                rows = sorted(changed.values(), key=itemgetter(PRIMARY_KEYS[table]))
+                self.update(table, columns, rows)
 
 
 class PostgresConnection(Connection):
