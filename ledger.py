@@ -1583,8 +1583,7 @@ def translate_error(error: Any) -> LedgerError:
 async def in_time(waiting: "asyncio.Future[T]") -> T:
     """Return what is waited for, unless a database server says nothing at all for too long."""
     try:
-        async with asyncio.timeout(ANSWER_SECONDS_MAX):
-            return await waiting
+        return await asyncio.wait_for(waiting, ANSWER_SECONDS_MAX)
     except TimeoutError:
         raise DatabaseLost from None
 
@@ -2623,8 +2622,7 @@ class Route(APIRoute):
                 return await app.ledger.database.run_read(self.run, arguments)
         turn = app.long_reads[asyncio.get_running_loop()]
         try:
-            async with asyncio.timeout(REQUEST_SECONDS_MAX):
-                await turn.acquire()
+            await asyncio.wait_for(turn.acquire(), REQUEST_SECONDS_MAX)
         except TimeoutError:
             raise DatabaseBusy from None
         request.end_turn = turn.release
