@@ -4238,18 +4238,13 @@ def opened(settings: Settings, *, make: bool = False) -> Iterator[Database]:
         yield database
 
 
-def port_number(digits: str) -> int:
-    """Return a TCP port, or raise StartupError."""
-    if not re.fullmatch("[0-9]{1,5}", digits) or int(digits) > 65_535:
-        raise StartupError(f"the port must be a number from 0 to 65535, not {digits!r}")
-    return int(digits)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket, or raise StartupError where the port is taken."""
+def listen(host: str, port: str) -> socket.socket:
+    """Return a listening socket, or raise StartupError where the port is none or is taken."""
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
+        raise StartupError(f"the port must be a number from 0 to 65535, not {port!r}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2_048)
+        return socket.create_server((host, int(port)), family=family, backlog=2_048)
     except OSError as error:
         why = f"{os.strerror(error.errno or 0)}; choose another with --port"
         raise StartupError(f"cannot serve on {host}:{port}: {why}") from None
@@ -4377,7 +4372,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     serving = add_command(commands, "serve", serve)
     serving.add_argument("--host", default="127.0.0.1")
     port = os.environ.get("PORT") or "8000"
-    serving.add_argument("--port", type=port_number, default=port, help="default: $PORT, or 8000")
+    serving.add_argument("--port", default=port, help="default: $PORT, or 8000")
     add_command(commands, "check", run_check)
     add_command(commands, "seed", run_seed)
     add_command(commands, "backup", run_backup).add_argument("file", type=Path, metavar="FILE")
