@@ -2250,9 +2250,9 @@ def require_local(request: "Request") -> None:
     host = request.headers.get(b"host", b"")
     # A test client's peer cannot come over a network, and its Host is no name there.
     is_test = (peer, host) == ("testclient", b"testserver")
-    if not (is_test or is_loopback(peer)):
+    if not (is_test or is_local(peer)):
         raise Forbidden("In open mode only callers on this machine are served")
-    if not (is_test or is_local_host(host)):
+    if not (is_test or is_local(host.decode("latin-1"))):
         raise Forbidden("In open mode the Host must be this machine's own name")
     own = request.scope["scheme"].encode() + b"://" + host
     is_own = request.headers.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none")
@@ -2261,20 +2261,13 @@ def require_local(request: "Request") -> None:
 
 
 @lru_cache(maxsize=1_000)
-def is_loopback(address: str) -> bool:
-    """Tell whether an address is this machine's own."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
-
-
-@lru_cache(maxsize=1_000)
-def is_local_host(host: bytes) -> bool:
-    """Tell whether a Host header names this machine, as a page of another site cannot make it."""
-    name = re.sub(":[0-9]*$", "", host.decode("latin-1").lower())
-    return name == "localhost" or is_loopback(name.strip("[]"))
+def is_local(host: str) -> bool:
+    """Tell whether a host, with or without a port, is this machine: no other site can have it."""
+    name = re.sub(r"^(\[.*\]|[^:]*):[0-9]*$", r"\1", host.lower())
+    with suppress(ValueError):
+        address = ipaddress.ip_address(name.strip("[]"))
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    return name == "localhost"
 
 
 # ----- Requests
@@ -4202,8 +4195,7 @@ KEY_MODE = "keys: every caller needs an API key or a token"
 def serve(settings: Settings, options: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what was accepted."""
     listener = listen(options.host, options.port)
-    is_local = options.host == "localhost" or is_loopback(options.host)
-    app = create_app(settings, for_others=not is_local)
+    app = create_app(settings, for_others=not is_local(options.host))
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"ledger.py serves on {address}")
