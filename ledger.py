@@ -1564,8 +1564,7 @@ def translate_error(error: Any) -> LedgerError:
 async def in_time(waiting: "asyncio.Future[T]") -> T:
     """Return what is waited for, unless a database server says nothing at all for too long."""
     try:
-        async with asyncio.timeout(ANSWER_SECONDS_MAX):
-            return await waiting
+        return await asyncio.wait_for(waiting, ANSWER_SECONDS_MAX)
     except TimeoutError:
         raise DatabaseLost from None
 
@@ -1591,8 +1590,7 @@ def database_at(url: str) -> Database:
 
 
 # The event loop may wait for the disk, but not for another program's lock, so the writer asks for
-# that only once. All page caches together stay under 16 MB. `after_commit` moves committed pages
-# from the log into the file.
+# that only once. All page caches together stay under 16 MB.
 WRITER_PRAGMAS = (
     "busy_timeout = 0",
     "synchronous = FULL",
@@ -1699,16 +1697,16 @@ POSTGRES_DEFAULTS = (
     "application_name=ledger.py connect_timeout=3 keepalives_idle=5 keepalives_interval=2 "
     "keepalives_count=3 tcp_user_timeout=10000"
 )
-SESSION_SETTINGS = (
-    "SET lock_timeout = '5s'",
-    # Tables are made in the first schema of the path, which must not be the catalog.
-    r"SELECT set_config('search_path', regexp_replace(current_setting('search_path'), "
-    r"'^(\s*\"?pg_catalog\"?\s*,)+', ''), false)",
-    "SET idle_in_transaction_session_timeout = '60s'",
-    # Nothing is acknowledged that is not on disk, whatever the server's own default is.
-    "SELECT set_config('synchronous_commit', 'on', false) "
-    "WHERE current_setting('synchronous_commit') = 'off'",
-)
+# Tables are made in the first schema of the path, which must not be the catalog; and nothing is
+# acknowledged that is not on disk, whatever the server's own default is.
+SESSION_SETTINGS = r"""
+    SET lock_timeout = '5s';
+    SET idle_in_transaction_session_timeout = '60s';
+    SELECT set_config('search_path', regexp_replace(current_setting('search_path'),
+        '^(\s*"?pg_catalog"?\s*,)+', ''), false);
+    SELECT set_config('synchronous_commit', 'on', false)
+        WHERE current_setting('synchronous_commit') = 'off'
+"""
 
 
 class PostgresDatabase(Database):
@@ -1735,8 +1733,7 @@ class PostgresDatabase(Database):
         if driver.info.parameter_status("server_encoding") != "UTF8":
             driver.close()
             raise StartupError(f"{self.name} must be made with the encoding UTF8")
-        for statement in SESSION_SETTINGS:
-            driver.execute(statement)
+        driver.execute(SESSION_SETTINGS)
         return PostgresConnection(driver)
 
 
@@ -2110,14 +2107,14 @@ class MalformedJson(LedgerError, status=400): ...
 class IdempotencyKeyMissing(LedgerError, status=400): ...
 class IdempotencyKeyInvalid(LedgerError, status=400): ...
 class InvalidCursor(LedgerError, status=400): ...
-class MalformedRequest(LedgerError, status=400): ...
+class MalformedRequest(LedgerError, status=400, detail="This is not HTTP/1.1"): ...
 class NotFound(LedgerError, status=404): ...
 class PaymentNotFound(LedgerError, status=404): ...
 class MethodNotAllowed(LedgerError, status=405): ...
 class BodyTooLarge(LedgerError, status=413): ...
 class UriTooLong(LedgerError, status=414): ...
 class UnsupportedMediaType(LedgerError, status=415): ...
-class InvalidRequest(LedgerError, status=422): ...
+class InvalidRequest(LedgerError, status=422, detail="The request does not fit: see errors"): ...
 class HeadersTooLarge(LedgerError, status=431): ...
 class InternalError(LedgerError, status=500): ...
 # fmt: on
@@ -2190,8 +2187,7 @@ class Callers:
             if self._jwt_secret:
                 claims = JWT.decode(token, self._jwt_secret, [JWT_ALGORITHM])
         sub, role, exp = (claims.get(name) for name in ("sub", "role", "exp"))
-        # To Python, True is a number too.
-        is_time = isinstance(exp, int | float) and exp is not True and exp < JWT_EXP_MAX
+        is_time = isinstance(exp, int | float) and exp < JWT_EXP_MAX
         if not (is_time and is_name(sub) and role in ROLES):
             raise Unauthorized("The credentials are not valid")
         return Caller(f"jwt:{sub}", role)
@@ -2232,9 +2228,9 @@ def require_local(request: "Request") -> None:
     host = request.headers.get(b"host", b"")
     # A test client's peer cannot come over a network, and its Host is no name there.
     is_test = (peer, host) == ("testclient", b"testserver")
-    if not (is_test or is_loopback(peer)):
+    if not (is_test or is_local(peer)):
         raise Forbidden("In open mode only callers on this machine are served")
-    if not (is_test or is_local_host(host)):
+    if not (is_test or is_local(host.decode("latin-1"))):
         raise Forbidden("In open mode the Host must be this machine's own name")
     own = request.scope["scheme"].encode() + b"://" + host
     is_own = request.headers.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none")
@@ -2243,20 +2239,13 @@ def require_local(request: "Request") -> None:
 
 
 @lru_cache(maxsize=1_000)
-def is_loopback(address: str) -> bool:
-    """Tell whether an address is this machine's own."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
-
-
-@lru_cache(maxsize=1_000)
-def is_local_host(host: bytes) -> bool:
-    """Tell whether a Host header names this machine, as a page of another site cannot make it."""
-    name = re.sub(":[0-9]*$", "", host.decode("latin-1").lower())
-    return name == "localhost" or is_loopback(name.strip("[]"))
+def is_local(host: str) -> bool:
+    """Tell whether a host, with or without a port, is this machine: no other site can have it."""
+    name = re.sub(r"^(\[.*\]|[^:]*):[0-9]*$", r"\1", host.lower())
+    with suppress(ValueError):
+        address = ipaddress.ip_address(name.strip("[]"))
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    return name == "localhost"
 
 
 # ----- Requests
@@ -2429,8 +2418,7 @@ def parse_time(given: str) -> int:
 
 
 Amount = Annotated[
-    int,
-    pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units", examples=[300]),
+    int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units", examples=[300])
 ]
 PrintableText = Annotated[str, AfterValidator(NO_CONTROLS)]
 Printable = Annotated[PrintableText, pydantic.StringConstraints(max_length=200)]
@@ -2605,8 +2593,7 @@ class Route(APIRoute):
                 return await app.ledger.database.run_read(self.run, arguments)
         turn = app.long_reads[asyncio.get_running_loop()]
         try:
-            async with asyncio.timeout(REQUEST_SECONDS_MAX):
-                await turn.acquire()
+            await asyncio.wait_for(turn.acquire(), REQUEST_SECONDS_MAX)
         except TimeoutError:
             raise DatabaseBusy from None
         request.end_turn = turn.release
@@ -2632,8 +2619,7 @@ class Route(APIRoute):
                 raise UnsupportedMediaType("The Content-Type must be application/json")
             return parse_json(body)
         if body and parse_json(body) != {}:
-            nothing = {"pointer": "", "detail": "No body is expected here"}
-            raise InvalidRequest("The request does not fit: see errors", errors=[nothing])
+            raise InvalidRequest(errors=[{"pointer": "", "detail": "No body is expected here"}])
         return None
 
     def parse(self, request: Request, document: Any) -> BaseModel:
@@ -2654,7 +2640,7 @@ class Route(APIRoute):
             path = each["loc"][1:] if each["loc"][0] == "body" else each["loc"]
             parts = [str(part).replace("~", "~0").replace("/", "~1") for part in path]
             errors.append({"pointer": "".join(f"/{part}" for part in parts), "detail": each["msg"]})
-        raise InvalidRequest("The request does not fit: see errors", errors=errors)
+        raise InvalidRequest(errors=errors)
 
     def run(self, books: Any, arguments: BaseModel) -> Answer:
         """Call the function; its result is the answer, or an error in the dialect's words."""
@@ -3544,8 +3530,7 @@ PRELOAD = TypeAdapter(dict[Number, Balance])
 
 def atm_first_accounts(settings: "Settings", demo: bool) -> Iterator["partial[None]"]:
     """Return what opens the accounts of PRELOAD_ACCOUNTS, or of the demo."""
-    given = settings.preload_accounts
-    given = (ATM_DEMO if demo else "{}") if given is None else given
+    given = settings.preload_accounts or (ATM_DEMO if demo else "{}")
     try:
         balances = PRELOAD.validate_python(parse_json(given.encode()))
     except (LedgerError, ValidationError, UnicodeError):
@@ -3706,8 +3691,7 @@ class WalletBalance(BaseModel):
 def get_wallet_balance(connection: Connection, user: str, asset_type_id: PlainInt) -> WalletBalance:
     """Show what a user has of an asset."""
     held = find_account(connection, wallet(user, asset_type_id))
-    shown = held | {"account_id": held["id"], "asset_type_id": asset_type_id}
-    return WalletBalance(**shown)
+    return WalletBalance(**held, account_id=held["id"], asset_type_id=asset_type_id)
 
 
 class WalletUserCreate(RequestBody):
@@ -3975,12 +3959,11 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request, or one with too large a head, and close the connection."""
-        refusal: LedgerError = MalformedRequest("This is not HTTP/1.1")
+        refusal: LedgerError = MalformedRequest()
         if self.head_bytes > HEAD_BYTES_MAX:
-            is_url = len(self.url) > HEAD_BYTES_MAX // 2
-            refusal = (UriTooLong if is_url else HeadersTooLarge)(
-                f"The URL and the headers may have at most {HEAD_BYTES_MAX} bytes together"
-            )
+            kind = UriTooLong if len(self.url) > HEAD_BYTES_MAX // 2 else HeadersTooLarge
+            why = f"The URL and the headers may have at most {HEAD_BYTES_MAX} bytes together"
+            refusal = kind(why)
         answer = refusal.to_answer()
         head = f"content-type: application/problem+json\r\ncontent-length: {len(answer.body)}\r\n"
         # Not in the middle of an answer, nor in place of one that may be of a change.
@@ -4087,8 +4070,7 @@ def __getattr__(name: str) -> App:
 # One JSON object a line for each request, and for what else there is to say. Never a key, a token,
 # a name or an amount.
 
-LOG_LINES_MAX = 20_000
-LOG_SECONDS_MAX = 0.1
+LOG_LINES_MAX, LOG_SECONDS_MAX = 20_000, 0.1
 
 
 class Log(logging.Handler):
@@ -4174,8 +4156,7 @@ KEY_MODE = "keys: every caller needs an API key or a token"
 def serve(settings: Settings, options: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what was accepted."""
     listener = listen(options.host, options.port)
-    is_local = options.host == "localhost" or is_loopback(options.host)
-    app = create_app(settings, for_others=not is_local)
+    app = create_app(settings, for_others=not is_local(options.host))
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"ledger.py serves on {address}")
@@ -4210,18 +4191,13 @@ def opened(settings: Settings, *, make: bool = False) -> Iterator[Database]:
         yield database
 
 
-def port_number(digits: str) -> int:
-    """Return a TCP port, or raise StartupError."""
-    if not re.fullmatch("[0-9]{1,5}", digits) or int(digits) > 65_535:
-        raise StartupError(f"the port must be a number from 0 to 65535, not {digits!r}")
-    return int(digits)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket, or raise StartupError where the port is taken."""
+def listen(host: str, port: str) -> socket.socket:
+    """Return a listening socket, or raise StartupError where the port is none or is taken."""
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
+        raise StartupError(f"the port must be a number from 0 to 65535, not {port!r}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2_048)
+        return socket.create_server((host, int(port)), family=family, backlog=2_048)
     except OSError as error:
         why = f"{os.strerror(error.errno or 0)}; choose another with --port"
         raise StartupError(f"cannot serve on {host}:{port}: {why}") from None
@@ -4337,9 +4313,8 @@ def run_key_list(settings: Settings, options: argparse.Namespace) -> None:
     print(line.format("prefix", "role", "created", "revoked", "name"))
     with opened(settings) as database, database.read() as connection:
         for key in connection.rows("SELECT * FROM api_key ORDER BY created_at"):
-            revoked = utc_text(key["revoked_at"]) if key["revoked_at"] else "-"
-            created = utc_text(key["created_at"])
-            print(line.format(key["prefix"], key["role"], created, revoked, key["name"]))
+            times = [utc_text(key[at]) if key[at] else "-" for at in ("created_at", "revoked_at")]
+            print(line.format(key["prefix"], key["role"], *times, key["name"]))
 
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -4349,7 +4324,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     serving = add_command(commands, "serve", serve)
     serving.add_argument("--host", default="127.0.0.1")
     port = os.environ.get("PORT") or "8000"
-    serving.add_argument("--port", type=port_number, default=port, help="default: $PORT, or 8000")
+    serving.add_argument("--port", default=port, help="default: $PORT, or 8000")
     add_command(commands, "check", run_check)
     add_command(commands, "seed", run_seed)
     add_command(commands, "backup", run_backup).add_argument("file", type=Path, metavar="FILE")

@@ -5083,7 +5083,7 @@ def test_a_port_that_is_taken_ends_the_start_in_one_line(tmp_path: Path) -> None
 @pytest.mark.parametrize("port", ["abc", "-1", "65536", "8000.0", "\u0661", " 80", ""])
 def test_a_port_is_a_number(port: str) -> None:
     with pytest.raises(ledger.StartupError, match="the port must be a number from 0 to 65535"):
-        ledger.port_number(port)
+        ledger.listen("127.0.0.1", port)
 
 
 @pytest.mark.parametrize(
