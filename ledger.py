@@ -628,12 +628,11 @@ class Book:
         self._savepoints = 0
         self._undo.clear()
 
-    @contextmanager
-    def attempt(self) -> Iterator[None]:
+    def attempt(self, run: Callable[..., T], **arguments: Any) -> T:
         """Do a part of the batch as a whole: if it is refused, nothing of it stays."""
         mark = len(self._undo)
         try:
-            yield
+            return run(self, **arguments)
         except LedgerError:
             while len(self._undo) > mark:
                 self._undo.pop()()
@@ -1034,8 +1033,7 @@ def transfer_many(book: Book, transfers: Iterable[Row], *, atomic: bool) -> list
     results = []
     for index, each in enumerate(transfers):
         try:
-            with book.attempt():
-                transfer_id = transfer(book, **each)
+            transfer_id = book.attempt(transfer, **each)
             results.append({"index": index, "transfer_id": transfer_id, "error": None})
         except LedgerError as refusal:
             error = json.loads(refusal.to_answer().body)
@@ -1098,8 +1096,7 @@ def execute(command: Command, book: Book, known: dict[str, Row]) -> Answer:
         return IdempotencyKeyReused("This key was used for something else").to_answer()
     book.command = command
     try:
-        with book.attempt():
-            answer = command.run(book) or DONE
+        answer = book.attempt(command.run) or DONE
         book.keep()
     except LedgerError as refusal:
         # No error of the database: inside a write that is the driver's still, and ends it.
