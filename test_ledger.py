@@ -846,6 +846,19 @@ def test_a_hold_a_capture_and_a_close_in_one_batch_respect_each_other(bank: "Ban
     assert bank.wrong() == []
 
 
+def test_a_hold_that_expires_within_a_batch_is_not_captured(bank: "BankInside") -> None:
+    hold = bank.given(alice=100, bob=0).promised("alice", "bob", 60)
+
+    def capture_late(book: ledger.Book) -> None:
+        book.account(bank.ids["alice"])
+        book.now += 8 * DAY  # As after a look at what a server with a fast clock has written.
+        with pytest.raises(ledger.HoldExpired):
+            ledger.capture_hold(book, hold, amount=None)
+
+    bank.execute(capture_late)
+    assert bank.balances() == {"alice": 100, "bob": 0}
+
+
 def test_a_refused_capture_leaves_the_hold_as_it_was(bank: "BankInside") -> None:
     bank.given(alice=100, bob=0)
     hold = bank.promised("alice", "bob", 60)
@@ -3498,6 +3511,14 @@ def test_an_external_id_is_used_once_in_one_batch(bank: "BankInside") -> None:
     opened = bank.together(*[("/accounts", {"owner_name": "y", "external_id": "y"})] * 10)
     assert Counter(answer.status_code for answer in opened) == {201: 1, 409: 9}
     assert bank.balances() == {"alice": 1, "y": 0}
+
+
+def test_an_external_id_is_used_once_among_many(bank: "Bank") -> None:
+    bank.given(alice=100, bob=0)
+    twice = [item(bank, "alice", "bob", amount, external_id="x") for amount in (1, 2)]
+    first, second = bulk(bank, *twice, atomic=False).json()["results"]
+    assert (first["error"], second["error"]["code"]) == (None, "external_id_exists")
+    assert bank.balances() == {"alice": 99, "bob": 1}
 
 
 def test_of_20_parallel_uses_of_an_external_id_one_succeeds(servers: "Bank") -> None:
