@@ -201,10 +201,8 @@ HAS_EXTERNAL_ID = "external_id IS NOT NULL"
 PENDING = "status = 'PENDING'"
 IS_OVER = f"{PENDING} AND expires_at <= :now"
 # The caller's own metadata is stored as JSON, and callers see an object.
-SHOWN_NOTES = pydantic.PlainSerializer(
-    lambda notes: json.loads(notes) if notes else {}, return_type=dict[str, str]
-)
-Notes = Annotated[str | None, SHOWN_NOTES, pydantic.Field(serialization_alias="metadata")]
+AS_OBJECT = pydantic.PlainSerializer(lambda text: json.loads(text) if text else {}, dict[str, str])
+Notes = Annotated[str | None, AS_OBJECT, pydantic.Field(serialization_alias="metadata")]
 
 
 def partial_index(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
@@ -472,10 +470,9 @@ class Book:
         self.last_time = max(self.last_time, (self.now << 12) // 1_000 - 1, *times)
 
     def new_id(self) -> str:
-        """Return an id above those of this batch, and of all events that it has seen.
+        """Return a version 7 UUID (RFC 9562): 60 bits of time in 2^-12 ms, and 60 nobody can guess.
 
-        It is a version 7 UUID (RFC 9562): 60 bits of time in 2^-12 ms, and 60 that nobody can
-        guess. Times rise from id to id, so that what is written together lies together.
+        Times rise from id to id, whoever has written the last one: what belongs together lies so.
         """
         self.last_time += 1
         head, drawn = f"{self.last_time:015x}", next(self.random)
@@ -867,8 +864,7 @@ def reverse(book: Book, transaction_id: str, **event: Any) -> str:
     entries = book.ask(query, id=transaction_id)
     book.lock([entry["account_id"] for entry in entries])
     signs = {"DEBIT": +1, "CREDIT": -1}
-    signed = [(row["account_id"], signs[row["type"]] * row["amount"]) for row in entries]
-    legs = [Leg(book.accounts[account_id], amount) for account_id, amount in signed]
+    legs = [Leg(book.accounts[e["account_id"]], signs[e["type"]] * e["amount"]) for e in entries]
     return book.post("REVERSAL", legs, reverses=transaction_id, **event)
 
 
@@ -2446,7 +2442,7 @@ Metadata = Annotated[
     dict[NoteName, NoteText],
     pydantic.Field(max_length=50),
     AfterValidator(partial(json.dumps, sort_keys=True)),
-    SHOWN_NOTES,
+    AS_OBJECT,
 ]
 # The parameters `metadata[NAME]=VALUE`, which all must hold; FastAPI has no words for them.
 NoteFilter = Annotated[
