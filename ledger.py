@@ -1609,8 +1609,7 @@ def database_at(url: str) -> Database:
 
 
 # The event loop may wait for the disk, but not for another program's lock, so the writer asks for
-# that only once. All page caches together stay under 16 MB. `after_commit` moves committed pages
-# from the log into the file.
+# that only once. All page caches together stay under 16 MB.
 WRITER_PRAGMAS = (
     "busy_timeout = 0",
     "synchronous = FULL",
@@ -1717,16 +1716,16 @@ POSTGRES_DEFAULTS = (
     "application_name=ledger.py connect_timeout=3 keepalives_idle=5 keepalives_interval=2 "
     "keepalives_count=3 tcp_user_timeout=10000"
 )
-SESSION_SETTINGS = (
-    "SET lock_timeout = '5s'",
-    # Tables are made in the first schema of the path, which must not be the catalog.
-    r"SELECT set_config('search_path', regexp_replace(current_setting('search_path'), "
-    r"'^(\s*\"?pg_catalog\"?\s*,)+', ''), false)",
-    "SET idle_in_transaction_session_timeout = '60s'",
-    # Nothing is acknowledged that is not on disk, whatever the server's own default is.
-    "SELECT set_config('synchronous_commit', 'on', false) "
-    "WHERE current_setting('synchronous_commit') = 'off'",
-)
+# Tables are made in the first schema of the path, which must not be the catalog; and nothing is
+# acknowledged that is not on disk, whatever the server's own default is.
+SESSION_SETTINGS = r"""
+    SET lock_timeout = '5s';
+    SET idle_in_transaction_session_timeout = '60s';
+    SELECT set_config('search_path', regexp_replace(current_setting('search_path'),
+        '^(\s*"?pg_catalog"?\s*,)+', ''), false);
+    SELECT set_config('synchronous_commit', 'on', false)
+        WHERE current_setting('synchronous_commit') = 'off'
+"""
 
 
 class PostgresDatabase(Database):
@@ -1753,8 +1752,7 @@ class PostgresDatabase(Database):
         if driver.info.parameter_status("server_encoding") != "UTF8":
             driver.close()
             raise StartupError(f"{self.name} must be made with the encoding UTF8")
-        for statement in SESSION_SETTINGS:
-            driver.execute(statement)
+        driver.execute(SESSION_SETTINGS)
         return PostgresConnection(driver)
 
 
@@ -2208,8 +2206,7 @@ class Callers:
             if self._jwt_secret:
                 claims = JWT.decode(token, self._jwt_secret, [JWT_ALGORITHM])
         sub, role, exp = (claims.get(name) for name in ("sub", "role", "exp"))
-        # To Python, True is a number too.
-        is_time = isinstance(exp, int | float) and exp is not True and exp < JWT_EXP_MAX
+        is_time = isinstance(exp, int | float) and exp < JWT_EXP_MAX
         if not (is_time and is_name(sub) and role in ROLES):
             raise Unauthorized("The credentials are not valid")
         return Caller(f"jwt:{sub}", role)
@@ -2440,8 +2437,7 @@ def parse_time(given: str) -> int:
 
 
 Amount = Annotated[
-    int,
-    pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units", examples=[300]),
+    int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units", examples=[300])
 ]
 PrintableText = Annotated[str, AfterValidator(NO_CONTROLS)]
 Printable = Annotated[PrintableText, pydantic.StringConstraints(max_length=200)]
@@ -3726,8 +3722,7 @@ class WalletBalance(BaseModel):
 def get_wallet_balance(connection: Connection, user: str, asset_type_id: PlainInt) -> WalletBalance:
     """Show what a user has of an asset."""
     held = find_account(connection, wallet(user, asset_type_id))
-    shown = held | {"account_id": held["id"], "asset_type_id": asset_type_id}
-    return WalletBalance(**shown)
+    return WalletBalance(**held, account_id=held["id"], asset_type_id=asset_type_id)
 
 
 class WalletUserCreate(RequestBody):
@@ -4106,8 +4101,7 @@ def __getattr__(name: str) -> App:
 # One JSON object a line for each request, and for what else there is to say. Never a key, a token,
 # a name or an amount.
 
-LOG_LINES_MAX = 20_000
-LOG_SECONDS_MAX = 0.1
+LOG_LINES_MAX, LOG_SECONDS_MAX = 20_000, 0.1
 
 
 class Log(logging.Handler):
@@ -4350,9 +4344,8 @@ def run_key_list(settings: Settings, options: argparse.Namespace) -> None:
     print(line.format("prefix", "role", "created", "revoked", "name"))
     with opened(settings) as database, database.read() as connection:
         for key in connection.rows("SELECT * FROM api_key ORDER BY created_at"):
-            revoked = utc_text(key["revoked_at"]) if key["revoked_at"] else "-"
-            created = utc_text(key["created_at"])
-            print(line.format(key["prefix"], key["role"], created, revoked, key["name"]))
+            times = [utc_text(key[at]) if key[at] else "-" for at in ("created_at", "revoked_at")]
+            print(line.format(key["prefix"], key["role"], *times, key["name"]))
 
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
