@@ -575,8 +575,8 @@ class Book:
         guess. Times rise from id to id, so that what is written together lies together.
         """
         self.last_time += 1
-        head, drawn = f"{self.last_time:015x}", next(self.random)
-        return f"{head[:8]}-{head[8:12]}-7{head[12:]}-8{drawn[:3]}-{drawn[3:]}"
+        head, drawn = (self.last_time << 4).to_bytes(8).hex(), next(self.random)
+        return f"{head[:8]}-{head[8:12]}-7{head[12:15]}-8{drawn[:3]}-{drawn[3:]}"
 
     def hold(self, account: Account) -> None:
         """Let an account be found by its id, and by its name if it has one."""
