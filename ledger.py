@@ -449,8 +449,8 @@ class Book:
             require_funds(leg)
         self.require_new("event", event.get("external_id"))
         # Every check stands above this line; below it nothing may fail.
-        customer = next(leg.account for leg in legs if leg.account.kind == "CUSTOMER")
-        transaction_id = self.record(kind, customer, **event)
+        customers = [account for account, _ in legs if account.kind == "CUSTOMER"]
+        transaction_id = self.record(kind, customers[0], **event)
         for account, amount in legs:
             seq, balance = account.last_seq + 1, account.balance + amount
             self.change("account", vars(account), last_seq=seq, balance=balance)
@@ -649,17 +649,17 @@ def lock_accounts(references: Sequence[str]) -> tuple[str, Row]:
 
 def require_balanced(legs: Sequence[Leg]) -> None:
     """Refuse legs that make or lose money of an asset, and an account that is in two of them."""
-    totals: defaultdict[str, int] = defaultdict(int)
+    amounts: defaultdict[str, list[int]] = defaultdict(list)
+    accounts = set()
     for account, amount in legs:
-        totals[account.asset] += amount
-    if len({account.id for account, _ in legs}) < len(legs):
+        amounts[account.asset].append(amount)
+        accounts.add(account.id)
+    if len(accounts) < len(legs):
         raise AccountRepeated("An account may stand in one entry alone")
-    for asset, total in totals.items():
-        if total or not all(leg.amount for leg in legs):
-            debits = -sum(
-                leg.amount for leg in legs if leg.account.asset == asset and leg.amount < 0
-            )
-            sums = {"asset": asset, "debits": debits, "credits": total + debits}
+    for asset, given in amounts.items():
+        if sum(given) or 0 in given:
+            debits = -sum(amount for amount in given if amount < 0)
+            sums = {"asset": asset, "debits": debits, "credits": sum(given) + debits}
             raise Unbalanced(f"The debits of {asset} must equal its credits", **sums)
     if not legs:
         raise Unbalanced("There must be entries")
