@@ -366,8 +366,8 @@ class Book:
             require_funds(leg)
         self.require_new("event", event.get("external_id"))
         # Every check stands above this line; below it nothing may fail.
-        customer = next(leg.account for leg in legs if leg.account.kind == "CUSTOMER")
-        transaction_id = self.record(kind, customer, **event)
+        customers = [account for account, _ in legs if account.kind == "CUSTOMER"]
+        transaction_id = self.record(kind, customers[0], **event)
         for account, amount in legs:
             seq, balance = account.last_seq + 1, account.balance + amount
             self.change("account", vars(account), last_seq=seq, balance=balance)
@@ -475,8 +475,8 @@ class Book:
         Times rise from id to id, whoever has written the last one: what belongs together lies so.
         """
         self.last_time += 1
-        head, drawn = f"{self.last_time:015x}", next(self.random)
-        return f"{head[:8]}-{head[8:12]}-7{head[12:]}-8{drawn[:3]}-{drawn[3:]}"
+        head, drawn = (self.last_time << 4).to_bytes(8).hex(), next(self.random)
+        return f"{head[:8]}-{head[8:12]}-7{head[12:15]}-8{drawn[:3]}-{drawn[3:]}"
 
     def remember(self, account: Account) -> None:
         """Let an account be found by its id, and by its name if it has one."""
@@ -549,17 +549,20 @@ def lock_accounts(references: Sequence[str]) -> tuple[str, Row]:
 
 def require_balanced(legs: Sequence[Leg]) -> None:
     """Refuse legs that make or lose money of an asset, and an account that is in two of them."""
-    if len({leg.account.id for leg in legs}) < len(legs):
-        raise AccountRepeated("An account may stand in one entry alone")
-    totals: dict[str, list[int]] = {}
+    amounts: defaultdict[str, list[int]] = defaultdict(list)
+    accounts = set()
     for account, amount in legs:
-        totals.setdefault(account.asset, [0, 0])[amount > 0] += abs(amount)
-    for asset, (debits, credits) in totals.items():
-        if debits != credits:
-            sums = {"asset": asset, "debits": debits, "credits": credits}
+        amounts[account.asset].append(amount)
+        accounts.add(account.id)
+    if len(accounts) < len(legs):
+        raise AccountRepeated("An account may stand in one entry alone")
+    for asset, given in amounts.items():
+        if sum(given) or 0 in given:
+            debits = -sum(amount for amount in given if amount < 0)
+            sums = {"asset": asset, "debits": debits, "credits": sum(given) + debits}
             raise Unbalanced(f"The debits of {asset} must equal its credits", **sums)
-    if not all(leg.amount for leg in legs) or not legs:
-        raise Unbalanced("There must be entries, and each of an amount")
+    if not legs:
+        raise Unbalanced("There must be entries")
 
 
 def require_active(account: Account) -> None:

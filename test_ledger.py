@@ -2216,6 +2216,7 @@ def test_the_check_finds_what_no_constraint_can(bank: "Bank", statement: str, fi
         (f"UPDATE account SET held = 5 WHERE id = {ALICES}", "holds 5, its pending holds are 10"),
         ("UPDATE hold SET amount = 30 WHERE status = 'PENDING'", "its pending holds are 30"),
         ("DELETE FROM hold WHERE status = 'PENDING'", "its pending holds are 0"),
+        ("UPDATE hold SET captured_amount = 1 WHERE status = 'CAPTURED'", "was not captured as"),
         ("UPDATE hold SET status = 'VOIDED' WHERE status = 'PENDING'", "its pending holds are 0"),
         ("UPDATE event SET reverses = (SELECT id FROM event WHERE kind = 'DEPOSIT') "
          "WHERE kind = 'REVERSAL'", "round"),
