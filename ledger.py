@@ -2,7 +2,7 @@
 
     python ledger.py             serve on http://127.0.0.1:8000, with the data in ./ledger.db
     python ledger.py check       verify the invariants over all stored rows
-    python ledger.py --help      the others: backup, copy, seed, key
+    python ledger.py --help      the others: backup, copy, seed, key, webhook
     uvicorn ledger:app           serve the same application
 
 Terms, with an example of each:
@@ -43,6 +43,7 @@ why a retry cannot pay twice.
 
 import argparse
 import asyncio
+import base64
 import gc
 import hashlib
 import hmac
@@ -72,6 +73,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TextIO, TypeVar
 from urllib.parse import parse_qsl
 
+import httpx
 import jwt
 import psycopg
 import pydantic
@@ -1289,6 +1291,7 @@ CHANGING_COLUMNS = {
     "hold": ("status", "captured_amount", "transaction_id"),
     "scheduled_cashback": ("status", "transaction_id"),
     "api_key": ("revoked_at",),
+    "webhook": ("position", "failures", "due_at"),
 }
 
 
@@ -1758,6 +1761,20 @@ class ApiKey(SQLModel, table=True):
     revoked_at: int | None = None
 
 
+class Webhook(SQLModel, table=True):
+    """A receiver, the last event that it has had, and when it is its turn, which may be never."""
+
+    __table_args__ = (STRICT,)
+
+    id: str = Field(primary_key=True)
+    url: str
+    secret: str
+    account_id: str | None = Field(default=None, foreign_key="account.id")
+    position: str = Field(foreign_key="event.id")
+    failures: int
+    due_at: int | None
+
+
 class SchemaVersion(SQLModel, table=True):
     """The version of the tables, in one row, and how the database describes what was made."""
 
@@ -1823,6 +1840,7 @@ ENDS = {
         "a cashback is credited once",
     ),
     "api_key": ("OLD.revoked_at IS NOT NULL", "a key is revoked once"),
+    "webhook": ("OLD.due_at IS NULL", "a receiver ends once"),
 }
 for name, (ended, message) in ENDS.items():
     TRIGGERS[f"{name}_ended"] = (f"BEFORE UPDATE ON {name}", ended, message)
@@ -2019,7 +2037,8 @@ CHECKS = [
             "WHERE length(id) <> 36 OR trim(id, '0123456789abcdef-') <> ''"
             for table in ("account", "event", "entry", "hold")
         ],
-        f"SELECT 'event ' || id || ' is a ' || kind AS wrong FROM event WHERE kind NOT IN {KINDS}",  # noqa: S608
+        "SELECT 'event ' || id || ' is a ' || kind AS wrong FROM event "  # noqa: S608
+        f"WHERE kind NOT IN {(*KINDS, 'add_webhook', 'remove_webhook')}",
     ),
 ]
 
@@ -2561,9 +2580,9 @@ class Dialect:
 class Route(APIRoute):
     """A route that FastAPI declares and documents, and that serves itself.
 
-    Its function's first parameter is an open book (a write), a connection (a read) or the
-    application (a page); the others are the caller's to give. `location` is a template over the
-    result. A `long` read has no bound.
+    Its function's first parameter is an open book (a write), a connection (a read), the database
+    (several reads) or the application (a page); the others are the caller's to give. `location` is
+    a template over the result. A `long` read has no bound.
     """
 
     def __init__(
@@ -2584,7 +2603,8 @@ class Route(APIRoute):
         signature = inspect.signature(function)
         first, *others = signature.parameters.values()
         self.function, self.dialect, self.method, self.roles = function, dialect, method, roles
-        self.writes, self.reads = first.annotation is Book, first.annotation is Connection
+        self.writes = first.annotation is Book
+        self.reads = first.annotation in (Connection, Database)
         self.key_is_required, self.location, self.long = key == "required", location, long
         self.errors, self.body_bytes_max = {**dialect.errors, **(errors or {})}, body_bytes_max
         fields: Any = {
@@ -2641,6 +2661,9 @@ class Route(APIRoute):
 
     async def read(self, app: "App", request: Request, arguments: BaseModel) -> Answer:
         """Run a read; a long one waits for its turn, which ends when its answer was sent."""
+        if inspect.iscoroutinefunction(self.function):
+            result = await self.function(app.ledger.database, **vars(arguments))
+            return Answer(200, self.result.dump_json(result, by_alias=True).decode())
         with suppress(LongRead):
             if not self.long:
                 return await app.ledger.database.run_read(self.run, arguments)
@@ -3367,6 +3390,89 @@ def get_audit(
     return Page[AuditEventPublic].model_validate(page_of(rows, limit, scope, "{seq}_{id}"))
 
 
+# What followers call the events that are no transactions.
+EVENT_TYPES = {
+    "open_account": "account.opened", "open_wallets": "account.opened", "freeze": "account.frozen",
+    "update_account": "account.updated", "unfreeze": "account.unfrozen", "close": "account.closed",
+    "hold": "hold.created", "void": "hold.voided", "add_key": "key.added",
+    "revoke_key": "key.revoked", "add_webhook": "webhook.added",
+    "remove_webhook": "webhook.removed",
+}  # fmt: skip
+# On PostgreSQL, each write has locked the table of accounts before it takes an id.
+WRITES = """SELECT virtualtransaction AS write FROM pg_locks WHERE mode = 'RowShareLock'
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND relation = CAST('account' AS regclass)"""
+SETTLING_SECONDS = 0.005
+
+
+class EventPublic(BaseModel):
+    """What happened, and the transaction, account or hold that it is about, as that is now."""
+
+    id: str
+    type: str
+    ts: Timestamp
+    caller: str
+    data: TransactionPublic | AccountPublic | HoldPublic | Row
+
+
+class EventPage(BaseModel):
+    """What happened, and the event to go on after."""
+
+    items: list[EventPublic]
+    next: str | None
+
+
+@api.get("/events", roles=AUDITORS)
+async def get_events(
+    database: Database, limit: Limit = PAGE_SIZE, after: str | None = None
+) -> EventPage:
+    """List what happened, oldest first, for programs that follow along."""
+    until, writes = await in_time(asyncio.ensure_future(database.run_read(newest_and_writes)))
+    # A write in flight may have taken a lower id than the newest event that is to be seen already;
+    # one that begins later will not.
+    deadline = time.monotonic() + BUSY_SECONDS_MAX
+    while writes:
+        if time.monotonic() > deadline:
+            raise DatabaseBusy
+        await asyncio.sleep(SETTLING_SECONDS)
+        writes &= (await database.run_read(newest_and_writes))[1]
+    items = await database.run_read(find_events, after, until, limit)
+    return EventPage(items=items, next=items[-1].id if items else after)
+
+
+def newest_and_writes(connection: Connection) -> tuple[str, set[str]]:
+    """Return the newest event that is to be seen, and the writes in flight after that look."""
+    [newest] = connection.rows("SELECT max(id) AS id FROM event")
+    writes = connection.rows(WRITES) if connection.engine == "postgresql" else []
+    return newest["id"] or "", {row["write"] for row in writes}
+
+
+def find_events(
+    connection: Connection, after: str | None, until: str, limit: int
+) -> list[EventPublic]:
+    """Return the events after one, each with what it is about."""
+    known = "SELECT id FROM event WHERE id = :id"
+    is_id = after is not None and re.fullmatch(UUID_PATTERN, after)
+    if after is not None and not (is_id and connection.rows(known, id=after)):
+        raise InvalidCursor("Invalid cursor")
+    query = f"""SELECT event.*, {REVERSED_BY}, CASE WHEN kind < 'a' THEN id WHEN kind = 'hold' THEN
+        (SELECT max(id) FROM hold WHERE account_id = event.account_id AND id < event.id)
+        ELSE account_id END AS about FROM event WHERE id > :after AND id <= :until
+        ORDER BY id LIMIT :limit"""  # noqa: S608
+    rows = connection.rows(query, after=after or "", until=until, limit=limit)
+    for row in rows:
+        row["type"] = EVENT_TYPES.get(row["kind"], "transaction.posted")
+        row["data"] = parse_details(row["arguments"])
+        row["about"] = row["data"].get("hold_id") if row["kind"] == "void" else row["about"]
+    where, ids = "id = ANY(:ids)", [row["about"] for row in rows]
+    transactions = with_entries(connection.rows, [row for row in rows if row["kind"] < "a"])
+    objects: dict[str, Any] = {transaction.id: transaction for transaction in transactions}
+    objects |= {hold.id: hold for hold in find_holds(connection, where, ids=ids)}
+    for account in find_accounts(connection, where, ids=ids):
+        objects[account["id"]] = AccountPublic(**account)
+    return [EventPublic(**row | {"data": objects.get(row["about"], row["data"])}) for row in rows]
+
+
 # ----- Dialect: /bank, the banking kata
 # Accounts under the caller's own names, by the caller's own clock in milliseconds.
 
@@ -3861,7 +3967,7 @@ def post_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMov
 
 
 # ===== Part four: running
-# The application, its log and the command line.
+# The application, the receipts that it posts, its log and the command line.
 
 
 # ----- Application
@@ -3869,7 +3975,7 @@ def post_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMov
 
 # In the order in which a request tries their routes: the heaviest traffic comes first.
 DIALECTS = (api, wallets, bank, atm)
-CASHBACK_POLL_SECONDS = 1.0
+POLL_SECONDS = 1.0
 HEAD_BYTES_MAX, PART_BYTES = 65_536, 262_144
 REQUEST_SECONDS_MAX = SENDING_SECONDS_MAX = 60
 
@@ -4157,24 +4263,26 @@ async def lifespan(app: Any) -> AsyncIterator[None]:
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)
     with app.log.written_to(sys.stderr):
-        crediting = asyncio.create_task(credit_for_ever(app.ledger))
+        working = asyncio.create_task(work_for_ever(app.ledger))
         yield
-        crediting.cancel()
+        working.cancel()
         with suppress(asyncio.CancelledError):
-            await crediting
+            await working
         app.ledger.database.close()
 
 
-async def credit_for_ever(ledger: Ledger) -> None:
-    """Credit what falls due by the server's clock, within a second or so."""
-    while True:
-        try:
-            await ledger.credit_due("SERVER", utc_now())
-        except LedgerError as error:
-            log.warning("cashbacks wait: %s", error)
-        except Exception:
-            log.exception("cashbacks could not be credited, and will be tried again")
-        await asyncio.sleep(CASHBACK_POLL_SECONDS)
+async def work_for_ever(ledger: Ledger) -> None:
+    """Post receipts, and credit what falls due by the server's clock, within a second or so."""
+    async with asyncio.TaskGroup() as tasks:
+        while True:
+            try:
+                await start_deliveries(ledger, tasks)
+                await ledger.credit_due("SERVER", utc_now())
+            except LedgerError as error:
+                log.warning("receipts and cashbacks wait: %s", error)
+            except Exception:
+                log.exception("receipts or cashbacks met a mistake, and will be tried again")
+            await asyncio.sleep(POLL_SECONDS)
 
 
 def __getattr__(name: str) -> App:
@@ -4186,6 +4294,117 @@ def __getattr__(name: str) -> App:
     except (StartupError, LedgerError) as refusal:
         raise SystemExit(f"ledger: {one_line(refusal)}") from None
     return app
+
+
+# ----- Receipts
+# What happens is posted to receivers, as Standard Webhooks 1.0 says, by a follower like any other.
+# A receiver's row says until when it is a server's turn to do so.
+
+RECEIPT_SECONDS_MAX, SAVE_SECONDS, TURN_SECONDS = 10.0, 2.0, 20.0
+RETRY_SECONDS = (0, 5, 30, 300, 1_800, 3_600)  # By the number of failures.
+TO_SERVE = "SELECT * FROM webhook WHERE due_at <= :now AND position < (SELECT max(id) FROM event)"
+TAKE_TURN = """UPDATE webhook SET position = :position, failures = :failures, due_at = :until
+    WHERE id = :id AND due_at = :due_at RETURNING id"""
+END_RECEIVER = "UPDATE webhook SET due_at = NULL WHERE url = :url AND due_at >= 0 RETURNING id"
+tls = lru_cache(httpx.create_ssl_context)
+
+
+async def start_deliveries(ledger: Ledger, tasks: asyncio.TaskGroup) -> None:
+    """Serve each receiver that has not had all, in a task of its own."""
+    query: tuple[str, Row] = (TO_SERVE, {"now": utc_now()})
+    for webhook in (await ledger.database.run_read(Connection.all_rows, query))[0]:
+        tasks.create_task(deliver(ledger, webhook))
+
+
+async def deliver(ledger: Ledger, webhook: Row) -> None:
+    """Post to a receiver what it has not had, in order, unless it is another server's turn."""
+    with suppress(LedgerError, StartupError):
+        try:
+            while await take_turn(ledger, webhook, TURN_SECONDS):
+                if not await post_page(ledger, webhook):
+                    break
+        finally:
+            failures = min(webhook["failures"], len(RETRY_SECONDS) - 1)
+            await take_turn(ledger, webhook, RETRY_SECONDS[failures])
+
+
+async def take_turn(ledger: Ledger, webhook: Row, seconds: float) -> bool:
+    """Store how far a receiver is, and that it is our turn for so long, unless it is another's."""
+    turn = {**webhook, "until": utc_now() + int(seconds * 1_000_000)}
+
+    def take(book: Book) -> Answer:
+        return DONE if book.connection.rows(TAKE_TURN, **turn) else Answer(409, "")
+
+    answer = await ledger.submit(Command("system", "{}", take))
+    webhook["due_at"] = turn["until"]
+    return answer is DONE
+
+
+async def post_page(ledger: Ledger, webhook: Row) -> bool:
+    """Post a page of events, for some seconds at most; tell if there may be more to post now."""
+    page, began = await get_events(ledger.database, after=webhook["position"]), time.monotonic()
+    async with httpx.AsyncClient(verify=tls(), timeout=RECEIPT_SECONDS_MAX) as client:
+        for event in page.items:
+            status = await post_receipt(client, webhook, event)
+            if status == 410:
+                shown = {"url": webhook["url"]}
+                ending = partial(remove_webhook, **shown)
+                await ledger.submit(Command("system", json.dumps(shown), ending))
+            if not 200 <= status < 300:
+                webhook["failures"] += 1
+                return False
+            webhook |= {"position": event.id, "failures": 0}
+            if time.monotonic() > began + SAVE_SECONDS:
+                return True
+    return len(page.items) == PAGE_SIZE
+
+
+async def post_receipt(client: httpx.AsyncClient, webhook: Row, event: EventPublic) -> int:
+    """Post an event, if it is for this receiver; return the answer's status, or 0 without one."""
+    shown = event.model_dump(mode="json", by_alias=True)
+    data, timestamp, status = shown["data"], utc_now() // 1_000_000, 0
+    accounts = [data.get(name) for name in ("id", "account_id", "dest_account_id")]
+    accounts += [entry["account_id"] for entry in data.get("entries", ())]
+    if webhook["account_id"] not in (None, *accounts):
+        return 200
+    body = json.dumps({"type": event.type, "timestamp": shown["ts"], "data": data})
+    headers = {
+        "content-type": "application/json",
+        "webhook-id": event.id,
+        "webhook-timestamp": str(timestamp),
+        "webhook-signature": sign(webhook["secret"], f"{event.id}.{timestamp}.{body}"),
+    }
+    sending = client.stream("POST", webhook["url"], content=body, headers=headers)
+    try:
+        async with asyncio.timeout(RECEIPT_SECONDS_MAX), sending as answer:
+            async for _ in answer.aiter_raw():
+                pass  # To its end, so that the next receipt can take the same connection.
+            status = answer.status_code
+    except Exception as error:  # Whatever a stranger's server does, the receipt is sent again.
+        log.warning("a receipt was not taken: %s", type(error).__name__)
+    return status
+
+
+def sign(secret: str, signed: str) -> str:
+    """Return the signature of a receipt's `id.timestamp.body`."""
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    return f"v1,{base64.b64encode(hmac.digest(key, signed.encode(), 'sha256')).decode()}"
+
+
+def add_webhook(book: Book, *, url: str, account_id: str | None, secret: str) -> None:
+    """Let a receiver have what happens from now on, or raise StartupError."""
+    if account_id and not book.ask("SELECT id FROM account WHERE id = :id", id=account_id):
+        raise StartupError(f"there is no account {account_id}")
+    added = book.record("add_webhook", None)
+    row = {"id": added, "url": url, "secret": secret, "account_id": account_id}
+    book.insert("webhook", {**row, "position": added, "failures": 0, "due_at": 0})
+
+
+def remove_webhook(book: Book, *, url: str) -> None:
+    """End the receivers at a URL, or raise StartupError where there are none."""
+    if not book.connection.rows(END_RECEIVER, url=url):
+        raise StartupError(f"there is no receiver at {url}")
+    book.record("remove_webhook", None)
 
 
 # ----- Log
@@ -4272,6 +4491,7 @@ class Log(logging.Handler):
 # ----- Command line
 # What the operator types.
 
+RECEIVER_URL = r"https?://([a-zA-Z0-9.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[!-~]*)?"
 OPEN_MODE = "open: every caller on this machine may do everything"
 KEY_MODE = "keys: every caller needs an API key or a token"
 
@@ -4447,6 +4667,31 @@ def run_key_list(settings: Settings, options: argparse.Namespace) -> None:
             print(line.format(key["prefix"], key["role"], created, revoked, key["name"]))
 
 
+def run_webhook_add(settings: Settings, options: argparse.Namespace) -> None:
+    """Post what happens from now on to a URL; print the secret that signs it, this once."""
+    if not re.fullmatch(RECEIVER_URL, options.url):
+        raise StartupError("the URL must be like https://example.com/receipts")
+    secret = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+    shown = {"url": options.url, "account_id": options.account}
+    with opened(settings) as database:
+        administer(database, shown, partial(add_webhook, secret=secret, **shown))
+    print(secret)
+
+
+def run_webhook_remove(settings: Settings, options: argparse.Namespace) -> None:
+    """Post no more receipts to a URL."""
+    with opened(settings) as database:
+        administer(database, {"url": options.url}, partial(remove_webhook, url=options.url))
+
+
+def run_webhook_list(settings: Settings, options: argparse.Namespace) -> None:
+    """Show the receivers, and how often the next receipt of each has failed."""
+    print(f"failures  {'account':36}  url")
+    with opened(settings) as database, database.read() as connection:
+        for row in connection.rows("SELECT * FROM webhook WHERE due_at >= 0 ORDER BY id"):
+            print(f"{row['failures']:8}  {row['account_id'] or '-':36}  {row['url']}")
+
+
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line's options; without a command, it serves."""
     parser = argparse.ArgumentParser(prog="ledger.py", description="A double-entry ledger.")
@@ -4468,6 +4713,13 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     adding.add_argument("--role", required=True, choices=ROLES)
     add_command(keys, "list", run_key_list)
     add_command(keys, "revoke", run_key_revoke).add_argument("name", metavar="NAME")
+    webhook_help = "make, show and end the receivers of receipts"
+    webhooks = commands.add_parser("webhook", help=webhook_help).add_subparsers(required=True)
+    adding = add_command(webhooks, "add", run_webhook_add)
+    adding.add_argument("--url", required=True)
+    adding.add_argument("--account", metavar="ID", help="post only what is about this account")
+    add_command(webhooks, "list", run_webhook_list)
+    add_command(webhooks, "remove", run_webhook_remove).add_argument("url", metavar="URL")
     named = arguments and (not arguments[0].startswith("-") or arguments[0] in ("-h", "--help"))
     return parser.parse_args(arguments if named else ["serve", *arguments])
 
