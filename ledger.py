@@ -3398,11 +3398,11 @@ EVENT_TYPES = {
     "revoke_key": "key.revoked", "add_webhook": "webhook.added",
     "remove_webhook": "webhook.removed",
 }  # fmt: skip
-# On PostgreSQL, each write has locked the table of accounts before it takes an id.
+# On PostgreSQL, a write has locked accounts, or no more than their table, before it takes an id.
 WRITES = """SELECT virtualtransaction AS write FROM pg_locks WHERE mode = 'RowShareLock'
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND relation = CAST('account' AS regclass)"""
-SETTLING_SECONDS = 0.005
+    AND relation = CAST('account' AS regclass)
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+After = Annotated[str | None, Query(description="The `next` of the page before")]
 
 
 class EventPublic(BaseModel):
@@ -3415,7 +3415,7 @@ class EventPublic(BaseModel):
     data: TransactionPublic | AccountPublic | HoldPublic | Row
 
 
-class EventPage(BaseModel):
+class Events(BaseModel):
     """What happened, and the event to go on after."""
 
     items: list[EventPublic]
@@ -3423,37 +3423,26 @@ class EventPage(BaseModel):
 
 
 @api.get("/events", roles=AUDITORS)
-async def get_events(
-    database: Database, limit: Limit = PAGE_SIZE, after: str | None = None
-) -> EventPage:
+async def get_events(database: Database, limit: Limit = PAGE_SIZE, after: After = None) -> Events:
     """List what happened, oldest first, for programs that follow along."""
-    until, writes = await in_time(asyncio.ensure_future(database.run_read(newest_and_writes)))
-    # A write in flight may have taken a lower id than the newest event that is to be seen already;
-    # one that begins later will not.
+    queries = (NEWEST,) if database.inline else (NEWEST, (WRITES, {}))
+    newest, *writes = await database.run_read(Connection.all_rows, *queries)
     deadline = time.monotonic() + BUSY_SECONDS_MAX
-    while writes:
-        if time.monotonic() > deadline:
-            raise DatabaseBusy
-        await asyncio.sleep(SETTLING_SECONDS)
-        writes &= (await database.run_read(newest_and_writes))[1]
-    items = await database.run_read(find_events, after, until, limit)
-    return EventPage(items=items, next=items[-1].id if items else after)
+    # What is in flight may bring a lower id than the newest event's; what begins later may not.
+    while any(writes) and time.monotonic() < deadline:
+        await asyncio.sleep(BUSY_RETRY_SECONDS)
+        _, later = await database.run_read(Connection.all_rows, *queries)
+        writes = [[write for write in writes[0] if write in later]]
+    until = newest[0]["id"] if newest and not any(writes) else ""
+    rows = await database.run_read(find_events, after, until, limit)
+    return Events.model_validate({"items": rows, "next": rows[-1]["id"] if rows else after})
 
 
-def newest_and_writes(connection: Connection) -> tuple[str, set[str]]:
-    """Return the newest event that is to be seen, and the writes in flight after that look."""
-    [newest] = connection.rows("SELECT max(id) AS id FROM event")
-    writes = connection.rows(WRITES) if connection.engine == "postgresql" else []
-    return newest["id"] or "", {row["write"] for row in writes}
-
-
-def find_events(
-    connection: Connection, after: str | None, until: str, limit: int
-) -> list[EventPublic]:
-    """Return the events after one, each with what it is about."""
+def find_events(connection: Connection, after: str | None, until: str, limit: int) -> list[Row]:
+    """Return the events after one, each with what it is about, or raise InvalidCursor."""
     known = "SELECT id FROM event WHERE id = :id"
-    is_id = after is not None and re.fullmatch(UUID_PATTERN, after)
-    if after is not None and not (is_id and connection.rows(known, id=after)):
+    # PostgreSQL cannot even ask for a NUL.
+    if after is not None and not connection.rows(known, id=after.replace("\0", "-")):
         raise InvalidCursor("Invalid cursor")
     query = f"""SELECT event.*, {REVERSED_BY}, CASE WHEN kind < 'a' THEN id WHEN kind = 'hold' THEN
         (SELECT max(id) FROM hold WHERE account_id = event.account_id AND id < event.id)
@@ -3468,9 +3457,9 @@ def find_events(
     transactions = with_entries(connection.rows, [row for row in rows if row["kind"] < "a"])
     objects: dict[str, Any] = {transaction.id: transaction for transaction in transactions}
     objects |= {hold.id: hold for hold in find_holds(connection, where, ids=ids)}
-    for account in find_accounts(connection, where, ids=ids):
-        objects[account["id"]] = AccountPublic(**account)
-    return [EventPublic(**row | {"data": objects.get(row["about"], row["data"])}) for row in rows]
+    accounts = find_accounts(connection, where, ids=ids)
+    objects |= {account["id"]: AccountPublic(**account) for account in accounts}
+    return [row | {"data": objects.get(row["about"], row["data"])} for row in rows]
 
 
 # ----- Dialect: /bank, the banking kata
@@ -4300,12 +4289,13 @@ def __getattr__(name: str) -> App:
 # What happens is posted to receivers, as Standard Webhooks 1.0 says, by a follower like any other.
 # A receiver's row says until when it is a server's turn to do so.
 
-RECEIPT_SECONDS_MAX, SAVE_SECONDS, TURN_SECONDS = 10.0, 2.0, 20.0
-RETRY_SECONDS = (0, 5, 30, 300, 1_800, 3_600)  # By the number of failures.
+RECEIPT_SECONDS_MAX, SAVE_SECONDS, TURN_SECONDS = 10, 2, 20
+PAUSE_SECONDS, PAUSE_SECONDS_MAX = {0: 0, 1: 5, 2: 30, 3: 300, 4: 1_800}, 3_600  # By failures.
 TO_SERVE = "SELECT * FROM webhook WHERE due_at <= :now AND position < (SELECT max(id) FROM event)"
 TAKE_TURN = """UPDATE webhook SET position = :position, failures = :failures, due_at = :until
     WHERE id = :id AND due_at = :due_at RETURNING id"""
 END_RECEIVER = "UPDATE webhook SET due_at = NULL WHERE url = :url AND due_at >= 0 RETURNING id"
+ACCOUNT_FIELDS = ("id", "account_id", "dest_account_id")
 tls = lru_cache(httpx.create_ssl_context)
 
 
@@ -4318,71 +4308,62 @@ async def start_deliveries(ledger: Ledger, tasks: asyncio.TaskGroup) -> None:
 
 async def deliver(ledger: Ledger, webhook: Row) -> None:
     """Post to a receiver what it has not had, in order, unless it is another server's turn."""
-    with suppress(LedgerError, StartupError):
-        try:
-            while await take_turn(ledger, webhook, TURN_SECONDS):
-                if not await post_page(ledger, webhook):
-                    break
-        finally:
-            failures = min(webhook["failures"], len(RETRY_SECONDS) - 1)
-            await take_turn(ledger, webhook, RETRY_SECONDS[failures])
+    try:
+        while await take_turn(ledger, webhook, TURN_SECONDS):
+            if not await post_page(ledger, webhook):
+                break
+    except Exception as error:  # Whatever a stranger's server does, the receipt is sent again.
+        webhook["failures"] += 1
+        why = getattr(error, "response", None) or type(error).__name__
+        log.warning("a receipt was not taken: %s", why)
+    finally:
+        with suppress(LedgerError):
+            pause = PAUSE_SECONDS.get(webhook["failures"], PAUSE_SECONDS_MAX)
+            await take_turn(ledger, webhook, pause)
 
 
-async def take_turn(ledger: Ledger, webhook: Row, seconds: float) -> bool:
+async def take_turn(ledger: Ledger, webhook: Row, seconds: int) -> bool:
     """Store how far a receiver is, and that it is our turn for so long, unless it is another's."""
-    turn = {**webhook, "until": utc_now() + int(seconds * 1_000_000)}
+    turn = webhook | {"until": utc_now() + seconds * 1_000_000}
 
     def take(book: Book) -> Answer:
         return DONE if book.connection.rows(TAKE_TURN, **turn) else Answer(409, "")
 
-    answer = await ledger.submit(Command("system", "{}", take))
     webhook["due_at"] = turn["until"]
-    return answer is DONE
+    return await ledger.submit(Command("system", "{}", take)) is DONE
 
 
 async def post_page(ledger: Ledger, webhook: Row) -> bool:
-    """Post a page of events, for some seconds at most; tell if there may be more to post now."""
+    """Post some events, in order, or raise what comes in between; tell if there may be more."""
     page, began = await get_events(ledger.database, after=webhook["position"]), time.monotonic()
     async with httpx.AsyncClient(verify=tls(), timeout=RECEIPT_SECONDS_MAX) as client:
         for event in page.items:
-            status = await post_receipt(client, webhook, event)
-            if status == 410:
-                shown = {"url": webhook["url"]}
-                ending = partial(remove_webhook, **shown)
-                await ledger.submit(Command("system", json.dumps(shown), ending))
-            if not 200 <= status < 300:
-                webhook["failures"] += 1
-                return False
+            shown = event.model_dump(mode="json", by_alias=True)
+            parts = [shown["data"], *shown["data"].get("entries", ())]
+            accounts = [part.get(name) for part in parts for name in ACCOUNT_FIELDS]
+            if webhook["account_id"] in (None, *accounts):
+                await post_receipt(ledger, client, webhook, shown)
             webhook |= {"position": event.id, "failures": 0}
             if time.monotonic() > began + SAVE_SECONDS:
                 return True
     return len(page.items) == PAGE_SIZE
 
 
-async def post_receipt(client: httpx.AsyncClient, webhook: Row, event: EventPublic) -> int:
-    """Post an event, if it is for this receiver; return the answer's status, or 0 without one."""
-    shown = event.model_dump(mode="json", by_alias=True)
-    data, timestamp, status = shown["data"], utc_now() // 1_000_000, 0
-    accounts = [data.get(name) for name in ("id", "account_id", "dest_account_id")]
-    accounts += [entry["account_id"] for entry in data.get("entries", ())]
-    if webhook["account_id"] not in (None, *accounts):
-        return 200
-    body = json.dumps({"type": event.type, "timestamp": shown["ts"], "data": data})
-    headers = {
-        "content-type": "application/json",
-        "webhook-id": event.id,
-        "webhook-timestamp": str(timestamp),
-        "webhook-signature": sign(webhook["secret"], f"{event.id}.{timestamp}.{body}"),
-    }
+async def post_receipt(ledger: Ledger, client: httpx.AsyncClient, webhook: Row, shown: Row) -> None:
+    """Post an event to its receiver, whom 410 ends; raise if it is not taken."""
+    body = json.dumps({"type": shown["type"], "timestamp": shown["ts"], "data": shown["data"]})
+    headers = {"webhook-id": shown["id"], "webhook-timestamp": str(utc_now() // 1_000_000)}
+    signature = sign(webhook["secret"], ".".join([*headers.values(), body]))
+    headers |= {"webhook-signature": signature, "content-type": "application/json"}
     sending = client.stream("POST", webhook["url"], content=body, headers=headers)
-    try:
-        async with asyncio.timeout(RECEIPT_SECONDS_MAX), sending as answer:
-            async for _ in answer.aiter_raw():
-                pass  # To its end, so that the next receipt can take the same connection.
-            status = answer.status_code
-    except Exception as error:  # Whatever a stranger's server does, the receipt is sent again.
-        log.warning("a receipt was not taken: %s", type(error).__name__)
-    return status
+    async with asyncio.timeout(RECEIPT_SECONDS_MAX), sending as answer:
+        async for _ in answer.aiter_raw():
+            pass  # To its end, so that the next receipt can take the same connection.
+    if answer.status_code == 410:
+        ended = {"url": webhook["url"]}
+        run = partial(remove_webhook, **ended)
+        await ledger.submit(Command("system", json.dumps(ended), run))
+    answer.raise_for_status()
 
 
 def sign(secret: str, signed: str) -> str:
