@@ -1304,6 +1304,7 @@ class Connection:
 
     engine = "sqlite"
     is_writable = "SELECT 1 AS yes FROM asset LIMIT 1"
+    clock = ":now"  # Which is given; a server has its own, for all who call it.
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -1377,6 +1378,7 @@ class PostgresConnection(Connection):
         "SELECT NOT pg_is_in_recovery() "
         "AND current_setting('default_transaction_read_only') = 'off' AS yes"
     )
+    clock = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS bigint)"
 
     @staticmethod
     @lru_cache
@@ -4287,22 +4289,23 @@ def __getattr__(name: str) -> App:
 
 # ----- Receipts
 # What happens is posted to receivers, as Standard Webhooks 1.0 says, by a follower like any other.
-# A receiver's row says until when it is a server's turn to do so.
+# Whose turn that is, and until when, stands in the receiver's row, by the clock that servers share.
 
 RECEIPT_SECONDS_MAX, SAVE_SECONDS, TURN_SECONDS = 10, 2, 20
 PAUSE_SECONDS, PAUSE_SECONDS_MAX = {0: 0, 1: 5, 2: 30, 3: 300, 4: 1_800}, 3_600  # By failures.
-TO_SERVE = "SELECT * FROM webhook WHERE due_at <= :now AND position < (SELECT max(id) FROM event)"
-TAKE_TURN = """UPDATE webhook SET position = :position, failures = :failures, due_at = :until
-    WHERE id = :id AND due_at = :due_at RETURNING id"""
-END_RECEIVER = "UPDATE webhook SET due_at = NULL WHERE url = :url AND due_at >= 0 RETURNING id"
+TO_SERVE = """SELECT * FROM webhook
+    WHERE due_at <= {clock} AND position < (SELECT max(id) FROM event)"""
+TAKE_TURN = """UPDATE webhook SET position = :position, failures = :failures,
+    due_at = {clock} + :microseconds WHERE id = :id AND due_at = :due_at RETURNING due_at"""
 ACCOUNT_FIELDS = ("id", "account_id", "dest_account_id")
 tls = lru_cache(httpx.create_ssl_context)
 
 
 async def start_deliveries(ledger: Ledger, tasks: asyncio.TaskGroup) -> None:
     """Serve each receiver that has not had all, in a task of its own."""
-    query: tuple[str, Row] = (TO_SERVE, {"now": utc_now()})
-    for webhook in (await ledger.database.run_read(Connection.all_rows, query))[0]:
+    for webhook in await ledger.database.run_read(
+        lambda books: books.rows(TO_SERVE.format(clock=books.clock), now=utc_now())
+    ):
         tasks.create_task(deliver(ledger, webhook))
 
 
@@ -4314,8 +4317,7 @@ async def deliver(ledger: Ledger, webhook: Row) -> None:
                 break
     except Exception as error:  # Whatever a stranger's server does, the receipt is sent again.
         webhook["failures"] += 1
-        why = getattr(error, "response", None) or type(error).__name__
-        log.warning("a receipt was not taken: %s", why)
+        log.warning("a receipt waits: %s", getattr(error, "response", type(error).__name__))
     finally:
         with suppress(LedgerError):
             pause = PAUSE_SECONDS.get(webhook["failures"], PAUSE_SECONDS_MAX)
@@ -4324,12 +4326,15 @@ async def deliver(ledger: Ledger, webhook: Row) -> None:
 
 async def take_turn(ledger: Ledger, webhook: Row, seconds: int) -> bool:
     """Store how far a receiver is, and that it is our turn for so long, unless it is another's."""
-    turn = webhook | {"until": utc_now() + seconds * 1_000_000}
+    turn = {**webhook, "microseconds": seconds * 1_000_000, "now": utc_now()}
 
     def take(book: Book) -> Answer:
-        return DONE if book.connection.rows(TAKE_TURN, **turn) else Answer(409, "")
+        query = TAKE_TURN.format(clock=book.connection.clock)
+        for row in book.connection.rows(query, **turn):
+            webhook["due_at"] = row["due_at"]
+            return DONE
+        return Answer(409, "")
 
-    webhook["due_at"] = turn["until"]
     return await ledger.submit(Command("system", "{}", take)) is DONE
 
 
@@ -4383,7 +4388,8 @@ def add_webhook(book: Book, *, url: str, account_id: str | None, secret: str) ->
 
 def remove_webhook(book: Book, *, url: str) -> None:
     """End the receivers at a URL, or raise StartupError where there are none."""
-    if not book.connection.rows(END_RECEIVER, url=url):
+    ending = "UPDATE webhook SET due_at = NULL WHERE url = :url AND due_at >= 0 RETURNING id"
+    if not book.connection.rows(ending, url=url):
         raise StartupError(f"there is no receiver at {url}")
     book.record("remove_webhook", None)
 
