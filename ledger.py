@@ -4319,7 +4319,7 @@ async def deliver(ledger: Ledger, webhook: Row) -> None:
         webhook["failures"] += 1
         log.warning("a receipt waits: %s", getattr(error, "response", type(error).__name__))
     finally:
-        with suppress(LedgerError):
+        with suppress(Exception):  # Else the turn ends by itself.
             pause = PAUSE_SECONDS.get(webhook["failures"], PAUSE_SECONDS_MAX)
             await take_turn(ledger, webhook, pause)
 
