@@ -2,7 +2,7 @@
 
     python ledger.py             serve on http://127.0.0.1:8000, with the data in ./ledger.db
     python ledger.py check       verify the invariants over all stored rows
-    python ledger.py --help      the others: backup, copy, seed, key
+    python ledger.py --help      the others: backup, copy, seed, key, webhook
     uvicorn ledger:app           serve the same application
 
 Terms, with an example of each:
@@ -44,6 +44,7 @@ why a retry cannot pay twice.
 
 import argparse
 import asyncio
+import base64
 import gc
 import hashlib
 import hmac
@@ -73,6 +74,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TextIO, TypeVar
 from urllib.parse import parse_qsl
 
+import httpx
 import jwt
 import psycopg
 import pydantic
@@ -1283,6 +1285,7 @@ CHANGING_COLUMNS = {
     "hold": ("status", "captured_amount", "transaction_id"),
     "scheduled_cashback": ("status", "transaction_id"),
     "api_key": ("revoked_at",),
+    "webhook": ("position", "failures", "due_at"),
 }
 # Not among those, because with each of them SQLite would write the index of names anew.
 NAMING_COLUMNS = {"account": ("owner_name", "notes")}
@@ -1299,6 +1302,7 @@ class Connection:
     is_writable = "SELECT 1 AS yes FROM asset LIMIT 1"
     tables = "SELECT name FROM sqlite_schema WHERE type = 'table'"
     schema = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
+    clock = ":now"  # Which is given; a server has its own, for all who call it.
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -1386,6 +1390,7 @@ class PostgresConnection(Connection):
     SELECT tgname::text, concat_ws(' ', tgtype, tgattr, tgenabled, prosrc) FROM pg_trigger
     JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
     WHERE NOT tgisinternal"""
+    clock = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS bigint)"
 
     @staticmethod
     @lru_cache
@@ -1749,6 +1754,20 @@ class ApiKey(SQLModel, table=True):
     revoked_at: int | None = None
 
 
+class Webhook(SQLModel, table=True):
+    """A receiver, the last event that it has had, and when it is its turn, which may be never."""
+
+    __table_args__ = (STRICT,)
+
+    id: str = Field(primary_key=True)
+    url: str
+    secret: str
+    account_id: str | None = Field(default=None, foreign_key="account.id")
+    position: str = Field(foreign_key="event.id")
+    failures: int
+    due_at: int | None
+
+
 class SchemaVersion(SQLModel, table=True):
     """The version of the tables, in one row, and how the database describes what was made."""
 
@@ -1816,6 +1835,7 @@ TRIGGERS = {
         "BEFORE UPDATE ON api_key",
         {"a key is revoked once": "OLD.revoked_at IS NOT NULL"},
     ),
+    "webhook_ended": ("BEFORE UPDATE ON webhook", {"a receiver ends once": "OLD.due_at IS NULL"}),
 }
 for name in TABLES.keys() - {"note"}:
     changing = CHANGING_COLUMNS.get(name, ()) + NAMING_COLUMNS.get(name, ())
@@ -2007,7 +2027,8 @@ CHECKS = [
             "WHERE length(id) <> 36 OR trim(id, '0123456789abcdef-') <> ''"
             for table in ("account", "event", "entry", "hold")
         ],
-        f"SELECT 'event ' || id || ' is a ' || kind AS wrong FROM event WHERE kind NOT IN {KINDS}",  # noqa: S608
+        "SELECT 'event ' || id || ' is a ' || kind AS wrong FROM event "  # noqa: S608
+        f"WHERE kind NOT IN {(*KINDS, 'add_webhook', 'remove_webhook')}",
     ),
 ]
 
@@ -2503,9 +2524,9 @@ class Dialect:
 class Route(APIRoute):
     """A route that FastAPI declares and documents, and that serves itself.
 
-    Its function's first parameter is an open book (a write), a connection (a read) or the
-    application (a page); the others are the caller's to give. `location` is a template over the
-    result. A `long` read has no bound.
+    Its function's first parameter is an open book (a write), a connection (a read), the database
+    (several reads) or the application (a page); the others are the caller's to give. `location` is
+    a template over the result. A `long` read has no bound.
     """
 
     def __init__(
@@ -2526,7 +2547,8 @@ class Route(APIRoute):
         signature = inspect.signature(function)
         first, *others = signature.parameters.values()
         self.function, self.dialect, self.method, self.roles = function, dialect, method, roles
-        self.writes, self.reads = first.annotation is Book, first.annotation is Connection
+        self.writes = first.annotation is Book
+        self.reads = first.annotation in (Connection, Database)
         self.key_is_required, self.location, self.long = key == "required", location, long
         self.errors, self.body_bytes_max = {**dialect.errors, **(errors or {})}, body_bytes_max
         fields: Any = {
@@ -2578,6 +2600,9 @@ class Route(APIRoute):
 
     async def read(self, app: "App", request: Request, arguments: BaseModel) -> Answer:
         """Run a read; a long one waits for its turn, which ends when its answer was sent."""
+        if inspect.iscoroutinefunction(self.function):
+            result = await self.function(app.ledger.database, **vars(arguments))
+            return Answer(200, self.result.dump_json(result, by_alias=True).decode())
         with suppress(LongRead):
             if not self.long:
                 return await app.ledger.database.run_read(self.run, arguments)
@@ -3247,6 +3272,78 @@ def get_audit(
     return Page[AuditEventPublic](**page)
 
 
+# What followers call the events that are no transactions.
+EVENT_TYPES = {
+    "open_account": "account.opened", "open_wallets": "account.opened", "freeze": "account.frozen",
+    "update_account": "account.updated", "unfreeze": "account.unfrozen", "close": "account.closed",
+    "hold": "hold.created", "void": "hold.voided", "add_key": "key.added",
+    "revoke_key": "key.revoked", "add_webhook": "webhook.added",
+    "remove_webhook": "webhook.removed",
+}  # fmt: skip
+# On PostgreSQL, a write has locked accounts, or no more than their table, before it takes an id.
+WRITES = """SELECT virtualtransaction AS write FROM pg_locks WHERE mode = 'RowShareLock'
+    AND relation = CAST('account' AS regclass)
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+After = Annotated[str | None, Query(description="The `next` of the page before")]
+
+
+class EventPublic(BaseModel):
+    """What happened, and the transaction, account or hold that it is about, as that is now."""
+
+    id: str
+    type: str
+    ts: Timestamp
+    caller: str
+    data: TransactionPublic | AccountPublic | HoldPublic | Row
+
+
+class Events(BaseModel):
+    """What happened, and the event to go on after."""
+
+    items: list[EventPublic]
+    next: str | None
+
+
+@api.get("/events", roles=AUDITORS)
+async def get_events(database: Database, limit: Limit = PAGE_SIZE, after: After = None) -> Events:
+    """List what happened, oldest first, for programs that follow along."""
+    queries = (NEWEST,) if database.inline else (NEWEST, (WRITES, {}))
+    newest, *writes = await database.run_read(Connection.all_rows, *queries)
+    deadline = time.monotonic() + BUSY_SECONDS_MAX
+    # What is in flight may bring a lower id than the newest event's; what begins later may not.
+    while any(writes) and time.monotonic() < deadline:
+        await asyncio.sleep(BUSY_RETRY_SECONDS)
+        _, later = await database.run_read(Connection.all_rows, *queries)
+        writes = [[write for write in writes[0] if write in later]]
+    until = newest[0]["id"] if newest and not any(writes) else ""
+    rows = await database.run_read(find_events, after, until, limit)
+    return Events.model_validate({"items": rows, "next": rows[-1]["id"] if rows else after})
+
+
+def find_events(connection: Connection, after: str | None, until: str, limit: int) -> list[Row]:
+    """Return the events after one, each with what it is about, or raise InvalidCursor."""
+    known = "SELECT id FROM event WHERE id = :id"
+    # PostgreSQL cannot even ask for a NUL.
+    if after is not None and not connection.rows(known, id=after.replace("\0", "-")):
+        raise InvalidCursor("Invalid cursor")
+    query = f"""SELECT event.*, {REVERSED_BY}, CASE WHEN kind < 'a' THEN id WHEN kind = 'hold' THEN
+        (SELECT max(id) FROM hold WHERE account_id = event.account_id AND id < event.id)
+        ELSE account_id END AS about FROM event WHERE id > :after AND id <= :until
+        ORDER BY id LIMIT :limit"""  # noqa: S608
+    rows = connection.rows(query, after=after or "", until=until, limit=limit)
+    for row in rows:
+        row["type"] = EVENT_TYPES.get(row["kind"], "transaction.posted")
+        row["data"] = parse_details(row["arguments"])
+        row["about"] = row["data"].get("hold_id") if row["kind"] == "void" else row["about"]
+    ids = [row["about"] for row in rows]
+    transactions = with_entries(connection.rows, [row for row in rows if row["kind"] < "a"])
+    objects: dict[str, Any] = {transaction.id: transaction for transaction in transactions}
+    for query, shown in ((ACCOUNTS, AccountPublic), (HOLDS, HoldPublic)):
+        found = connection.rows(f"{query} WHERE id = ANY(:ids)", ids=ids, now=utc_now())
+        objects |= {row["id"]: shown(**row) for row in found}
+    return [row | {"data": objects.get(row["about"], row["data"])} for row in rows]
+
+
 # ----- Dialect: /bank, the banking kata
 # Accounts under the caller's own names, by the caller's own clock in milliseconds.
 
@@ -3711,7 +3808,7 @@ def post_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMov
 
 
 # ===== Part four: running
-# The application, its log and the command line.
+# The application, the receipts that it posts, its log and the command line.
 
 
 # ----- Application
@@ -3720,7 +3817,7 @@ def post_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMov
 # In the order in which a request tries their routes: the heaviest traffic comes first.
 DIALECTS = (api, wallets, bank, atm)
 pages = Dialect("pages")
-CASHBACK_POLL_SECONDS = 1.0
+POLL_SECONDS = 1.0
 HEAD_BYTES_MAX, PART_BYTES = 65_536, 262_144
 REQUEST_SECONDS_MAX = SENDING_SECONDS_MAX = 60
 
@@ -3996,24 +4093,26 @@ async def lifespan(app: Any) -> AsyncIterator[None]:
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)
     with app.log.written_to(sys.stderr):
-        crediting = asyncio.create_task(credit_for_ever(app.ledger))
+        working = asyncio.create_task(work_for_ever(app.ledger))
         yield
-        crediting.cancel()
+        working.cancel()
         with suppress(asyncio.CancelledError):
-            await crediting
+            await working
         app.ledger.database.close()
 
 
-async def credit_for_ever(ledger: Ledger) -> None:
-    """Credit what falls due by the server's clock, within a second or so."""
-    while True:
-        try:
-            await ledger.credit_due("SERVER", utc_now())
-        except LedgerError as error:
-            log.warning("cashbacks wait: %s", error)
-        except Exception:
-            log.exception("cashbacks could not be credited, and will be tried again")
-        await asyncio.sleep(CASHBACK_POLL_SECONDS)
+async def work_for_ever(ledger: Ledger) -> None:
+    """Post receipts, and credit what falls due by the server's clock, within a second or so."""
+    async with asyncio.TaskGroup() as tasks:
+        while True:
+            try:
+                await start_deliveries(ledger, tasks)
+                await ledger.credit_due("SERVER", utc_now())
+            except LedgerError as error:
+                log.warning("receipts and cashbacks wait: %s", error)
+            except Exception:
+                log.exception("receipts or cashbacks met a mistake, and will be tried again")
+            await asyncio.sleep(POLL_SECONDS)
 
 
 def __getattr__(name: str) -> App:
@@ -4025,6 +4124,113 @@ def __getattr__(name: str) -> App:
     except (StartupError, LedgerError) as refusal:
         raise SystemExit(f"ledger: {one_line(refusal)}") from None
     return app
+
+
+# ----- Receipts
+# What happens is posted to receivers, as Standard Webhooks 1.0 says, by a follower like any other.
+# Whose turn that is, and until when, stands in the receiver's row, by the clock that servers share.
+
+RECEIPT_SECONDS_MAX, SAVE_SECONDS, TURN_SECONDS = 10, 2, 20
+PAUSE_SECONDS, PAUSE_SECONDS_MAX = {0: 0, 1: 5, 2: 30, 3: 300, 4: 1_800}, 3_600  # By failures.
+TO_SERVE = """SELECT * FROM webhook
+    WHERE due_at <= {clock} AND position < (SELECT max(id) FROM event)"""
+TAKE_TURN = """UPDATE webhook SET position = :position, failures = :failures,
+    due_at = {clock} + :microseconds WHERE id = :id AND due_at = :due_at RETURNING due_at"""
+ACCOUNT_FIELDS = ("id", "account_id", "dest_account_id")
+tls = lru_cache(httpx.create_ssl_context)
+
+
+async def start_deliveries(ledger: Ledger, tasks: asyncio.TaskGroup) -> None:
+    """Serve each receiver that has not had all, in a task of its own."""
+    for webhook in await ledger.database.run_read(
+        lambda books: books.rows(TO_SERVE.format(clock=books.clock), now=utc_now())
+    ):
+        tasks.create_task(deliver(ledger, webhook))
+
+
+async def deliver(ledger: Ledger, webhook: Row) -> None:
+    """Post to a receiver what it has not had, in order, unless it is another server's turn."""
+    try:
+        while await take_turn(ledger, webhook, TURN_SECONDS):
+            if not await post_page(ledger, webhook):
+                break
+    except Exception as error:  # Whatever a stranger's server does, the receipt is sent again.
+        webhook["failures"] += 1
+        log.warning("a receipt waits: %s", getattr(error, "response", type(error).__name__))
+    finally:
+        with suppress(Exception):  # Else the turn ends by itself.
+            pause = PAUSE_SECONDS.get(webhook["failures"], PAUSE_SECONDS_MAX)
+            await take_turn(ledger, webhook, pause)
+
+
+async def take_turn(ledger: Ledger, webhook: Row, seconds: int) -> bool:
+    """Store how far a receiver is, and that it is our turn for so long, unless it is another's."""
+    turn = {**webhook, "microseconds": seconds * 1_000_000, "now": utc_now()}
+
+    def take(book: Book) -> Answer:
+        query = TAKE_TURN.format(clock=book.connection.clock)
+        for row in book.connection.rows(query, **turn):
+            webhook["due_at"] = row["due_at"]
+            return DONE
+        return Answer(409, "")
+
+    return await ledger.submit(Command("system", "{}", take)) is DONE
+
+
+async def post_page(ledger: Ledger, webhook: Row) -> bool:
+    """Post some events, in order, or raise what comes in between; tell if there may be more."""
+    page, began = await get_events(ledger.database, after=webhook["position"]), time.monotonic()
+    async with httpx.AsyncClient(verify=tls(), timeout=RECEIPT_SECONDS_MAX) as client:
+        for event in page.items:
+            shown = event.model_dump(mode="json", by_alias=True)
+            parts = [shown["data"], *shown["data"].get("entries", ())]
+            accounts = [part.get(name) for part in parts for name in ACCOUNT_FIELDS]
+            if webhook["account_id"] in (None, *accounts):
+                await post_receipt(ledger, client, webhook, shown)
+            webhook |= {"position": event.id, "failures": 0}
+            if time.monotonic() > began + SAVE_SECONDS:
+                return True
+    return len(page.items) == PAGE_SIZE
+
+
+async def post_receipt(ledger: Ledger, client: httpx.AsyncClient, webhook: Row, shown: Row) -> None:
+    """Post an event to its receiver, whom 410 ends; raise if it is not taken."""
+    body = json.dumps({"type": shown["type"], "timestamp": shown["ts"], "data": shown["data"]})
+    headers = {"webhook-id": shown["id"], "webhook-timestamp": str(utc_now() // 1_000_000)}
+    signature = sign(webhook["secret"], ".".join([*headers.values(), body]))
+    headers |= {"webhook-signature": signature, "content-type": "application/json"}
+    sending = client.stream("POST", webhook["url"], content=body, headers=headers)
+    async with asyncio.timeout(RECEIPT_SECONDS_MAX), sending as answer:
+        async for _ in answer.aiter_raw():
+            pass  # To its end, so that the next receipt can take the same connection.
+    if answer.status_code == 410:
+        ended = {"url": webhook["url"]}
+        run = partial(remove_webhook, **ended)
+        await ledger.submit(Command("system", json.dumps(ended), run))
+    answer.raise_for_status()
+
+
+def sign(secret: str, signed: str) -> str:
+    """Return the signature of a receipt's `id.timestamp.body`."""
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    return f"v1,{base64.b64encode(hmac.digest(key, signed.encode(), 'sha256')).decode()}"
+
+
+def add_webhook(book: Book, *, url: str, account_id: str | None, secret: str) -> None:
+    """Let a receiver have what happens from now on, or raise StartupError."""
+    if account_id and not book.ask("SELECT id FROM account WHERE id = :id", id=account_id):
+        raise StartupError(f"there is no account {account_id}")
+    added = book.record("add_webhook", None)
+    row = {"id": added, "url": url, "secret": secret, "account_id": account_id}
+    book.insert("webhook", {**row, "position": added, "failures": 0, "due_at": 0})
+
+
+def remove_webhook(book: Book, *, url: str) -> None:
+    """End the receivers at a URL, or raise StartupError where there are none."""
+    ending = "UPDATE webhook SET due_at = NULL WHERE url = :url AND due_at >= 0 RETURNING id"
+    if not book.connection.rows(ending, url=url):
+        raise StartupError(f"there is no receiver at {url}")
+    book.record("remove_webhook", None)
 
 
 # ----- Log
@@ -4110,6 +4316,7 @@ class Log(logging.Handler):
 # ----- Command line
 # What the operator types.
 
+RECEIVER_URL = r"https?://([a-zA-Z0-9.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[!-~]*)?"
 OPEN_MODE = "open: every caller on this machine may do everything"
 KEY_MODE = "keys: every caller needs an API key or a token"
 
@@ -4278,6 +4485,31 @@ def run_key_list(settings: Settings, options: argparse.Namespace) -> None:
             print(line.format(key["prefix"], key["role"], *times, key["name"]))
 
 
+def run_webhook_add(settings: Settings, options: argparse.Namespace) -> None:
+    """Post what happens from now on to a URL; print the secret that signs it, this once."""
+    if not re.fullmatch(RECEIVER_URL, options.url):
+        raise StartupError("the URL must be like https://example.com/receipts")
+    secret = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+    shown = {"url": options.url, "account_id": options.account}
+    with opened(settings) as database:
+        administer(database, shown, partial(add_webhook, secret=secret, **shown))
+    print(secret)
+
+
+def run_webhook_remove(settings: Settings, options: argparse.Namespace) -> None:
+    """Post no more receipts to a URL."""
+    with opened(settings) as database:
+        administer(database, {"url": options.url}, partial(remove_webhook, url=options.url))
+
+
+def run_webhook_list(settings: Settings, options: argparse.Namespace) -> None:
+    """Show the receivers, and how often the next receipt of each has failed."""
+    print(f"failures  {'account':36}  url")
+    with opened(settings) as database, database.read() as connection:
+        for row in connection.rows("SELECT * FROM webhook WHERE due_at >= 0 ORDER BY id"):
+            print(f"{row['failures']:8}  {row['account_id'] or '-':36}  {row['url']}")
+
+
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line's options; without a command, it serves."""
     parser = argparse.ArgumentParser(prog="ledger.py", description="A double-entry ledger.")
@@ -4299,6 +4531,13 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     adding.add_argument("--role", required=True, choices=ROLES)
     add_command(keys, "list", run_key_list)
     add_command(keys, "revoke", run_key_revoke).add_argument("name", metavar="NAME")
+    webhook_help = "make, show and end the receivers of receipts"
+    webhooks = commands.add_parser("webhook", help=webhook_help).add_subparsers(required=True)
+    adding = add_command(webhooks, "add", run_webhook_add)
+    adding.add_argument("--url", required=True)
+    adding.add_argument("--account", metavar="ID", help="post only what is about this account")
+    add_command(webhooks, "list", run_webhook_list)
+    add_command(webhooks, "remove", run_webhook_remove).add_argument("url", metavar="URL")
     named = arguments and (not arguments[0].startswith("-") or arguments[0] in ("-h", "--help"))
     return parser.parse_args(arguments if named else ["serve", *arguments])
 

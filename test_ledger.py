@@ -30,6 +30,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache, partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import quote, urlsplit
@@ -2068,6 +2069,24 @@ def test_the_database_itself_refuses(eventful: "Bank", statement: str, message: 
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
+        ("UPDATE webhook SET url = 'http://b'", "for ever"),
+        ("UPDATE webhook SET due_at = 0 WHERE url = 'http://a'", "ends once"),
+        ("UPDATE webhook SET position = 'x' WHERE due_at >= 0", "FOREIGN KEY"),
+        ("DELETE FROM webhook", "for ever"),
+    ],
+)
+def test_the_database_keeps_receivers(bank: "Bank", statement: str, message: str) -> None:
+    for name in ("a", "b"):
+        subscribe(bank, f"http://{name}")
+    printed(bank.database, "webhook", "remove", "http://a")
+    with pytest.raises(REFUSED, match=f"(?i){message}"):
+        bank.tamper(*["PRAGMA foreign_keys = ON"] * ("sqlite" in bank.database), statement)
+    assert bank.wrong() == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
         ("UPDATE hold SET amount = 1", "for ever"),
         ("UPDATE hold SET expires_at = expires_at + 1", "for ever"),
         ("DELETE FROM hold", "for ever"),
@@ -2576,6 +2595,7 @@ MATRIX = {
     ("POST", "/accounts/{account_id}/unfreeze"): RULE,
     ("POST", "/accounts/{account_id}/close"): RULE,
     ("GET", "/audit"): AUDIT,
+    ("GET", "/events"): AUDIT,
     ("POST", "/bank/accounts"): WORK,
     ("GET", "/bank/accounts"): READ,
     ("GET", "/bank/accounts/{name}/balance"): READ,
@@ -3237,6 +3257,147 @@ def test_the_audit_log_is_stable_while_events_arrive(bank: "Bank") -> None:
         bank.step("alice", "freeze")
         bank.step("alice", "unfreeze")
     assert len(listed) == len(set(listed)) == 2
+
+
+def test_each_event_has_a_type_and_what_it_is_about(demo: "Bank") -> None:
+    last = demo.get("/events", limit=200).json()["next"]
+    demo.given(alice=100, bob=0)
+    voided = demo.promised("alice", "bob", 1)
+    demo.void(voided)
+    captured = demo.promised("alice", "bob", 2)
+    demo.capture(captured)
+    demo.send("PATCH", f"/accounts/{demo.ids['bob']}", json={"owner_name": "Bob"})
+    demo.step("bob", "freeze")
+    demo.step("bob", "unfreeze")
+    carol = demo.given(carol=0).step("carol", "close").json()
+    demo.post("/api/v1/wallets/users", external_user_id="dave")
+    events = demo.get("/events", after=last).json()["items"]
+    alice, bob = (demo.get(f"/accounts/{demo.ids[name]}").json() for name in ("alice", "bob"))
+    [gold, *_] = demo.get("/accounts", name="wallets:dave").json()["items"]
+    holds = [demo.get(f"/holds/{hold}").json() for hold in (voided, captured)]
+    posted = [demo.get(f"/transactions/{demo.last(name)}").json() for name in ("alice", "bob")]
+    first = demo.get(f"/transactions/{demo.statement('alice')[1]['transaction_id']}").json()
+    assert posted[0] == posted[1]
+    assert [(event["type"], event["data"]) for event in events] == [
+        ("account.opened", alice),
+        ("transaction.posted", first),
+        ("account.opened", bob),
+        ("hold.created", holds[0]),
+        ("hold.voided", holds[0]),
+        ("hold.created", holds[1]),
+        ("transaction.posted", posted[0]),
+        ("account.updated", bob),
+        ("account.frozen", bob),
+        ("account.unfrozen", bob),
+        ("account.opened", carol),
+        ("account.closed", carol),
+        ("account.opened", gold),
+    ]
+    assert events[-1].keys() == {"id", "type", "ts", "caller", "data"}
+
+
+def test_followers_are_told_of_keys_and_receivers_without_their_secrets(bank: "Bank") -> None:
+    new_api_key(bank.database, "a", "auditor")
+    admin = bank.by(new_api_key(bank.database, "b", "admin"))
+    key_command(bank.database, "revoke", "a")
+    printed(bank.database, "webhook", "add", "--url", "http://localhost/x")
+    printed(bank.database, "webhook", "remove", "http://localhost/x")
+    wait_until(lambda: admin.get("/events").status_code == 200)
+    events = admin.get("/events").json()["items"]
+    told = [(event["type"], event["caller"], event["data"]) for event in events[2:]]
+    assert [event["type"] for event in events[:2]] == ["key.added"] * 2
+    assert events[0]["data"].keys() == {"name", "role", "prefix"}
+    assert told == [
+        ("key.revoked", "cli", {"name": "a"}),
+        ("webhook.added", "cli", {"url": "http://localhost/x", "account_id": None}),
+        ("webhook.removed", "cli", {"url": "http://localhost/x"}),
+    ]
+
+
+def test_every_kind_of_event_has_a_type() -> None:
+    assert {kind for kind in ledger.KINDS if kind.islower()} <= ledger.EVENT_TYPES.keys()
+
+
+def test_a_follower_goes_on_after_what_it_has_seen(bank: "Bank") -> None:
+    assert bank.get("/events").json() == {"items": [], "next": None}
+    bank.given(alice=1, bob=2)
+    ids = [row[0] for row in bank.rows("SELECT id FROM event ORDER BY id")]
+    page = bank.get("/events", limit=3).json()
+    assert ([event["id"] for event in page["items"]], page["next"]) == (ids[:3], ids[2])
+    page = bank.get("/events", after=ids[2]).json()
+    assert ([event["id"] for event in page["items"]], page["next"]) == (ids[3:], ids[3])
+    assert bank.get("/events", after=ids[3]).json() == {"items": [], "next": ids[3]}
+
+
+@pytest.mark.parametrize("after", ["", "x", NOBODY, "\0", "%s", "\ud7ff", "0" * 5_000], ids=short)
+def test_a_follower_goes_on_after_an_event_and_nothing_else(
+    untouched: "BankInside", after: str
+) -> None:
+    for given in (after, untouched.ids["alice"]):
+        assert refusal(untouched.get("/events", after=given)) == (400, "invalid_cursor")
+
+
+def test_a_follower_sees_all_once_and_in_order_while_32_callers_write(servers: "Bank") -> None:
+    names = [f"written {number}" for number in range(32)]
+    servers.given(dict.fromkeys(names, 100))
+    start = [row[0] for row in servers.rows("SELECT id FROM event ORDER BY id")][-1]
+    seen: list[str] = []
+
+    def follow() -> None:
+        page = servers.get("/events", after=seen[-1] if seen else start, limit=200).json()
+        seen.extend(event["id"] for event in page["items"])
+
+    def write(name: str) -> None:
+        for _ in range(4):
+            assert servers.post("/accounts", owner_name=name).status_code == 201
+            assert servers.transfer(name, names[0], 1).status_code in (200, 400)
+
+    with meanwhile(follow):
+        at_once([partial(write, name) for name in names])
+    while seen[-1:] != [row[0] for row in servers.rows("SELECT max(id) FROM event")]:
+        follow()
+    made = servers.rows(f"SELECT id FROM event WHERE id > '{start}' ORDER BY id")
+    assert seen == [row[0] for row in made]
+    assert len(seen) == 32 * 4 + 31 * 4
+
+
+@on_postgresql
+def test_no_event_is_shown_while_one_with_a_lower_id_may_come(database: str) -> None:
+    taken, go_on = threading.Event(), threading.Event()
+
+    def take_an_id_and_wait(book: ledger.Book) -> None:
+        ledger.open_account(book, owner_name="early", asset="USD")
+        taken.set()
+        assert go_on.wait(60)
+
+    def events(bank: "Bank") -> list[str]:
+        page = bank.get("/events").json()
+        return [event["data"]["owner_name"] for event in page["items"]]
+
+    with opened(database) as one, opened(database) as other, ThreadPoolExecutor(2) as threads:
+        early = ledger.Command("early", "{}", take_an_id_and_wait)
+        writing = threads.submit(one.ledger.commit, [early])
+        assert taken.wait(60)
+        # It has taken an id and holds no row; this one takes a higher id, and is committed first.
+        other.given(late=0)
+        looking = threads.submit(events, other)
+        time.sleep(0.1)
+        go_on.set()
+        assert looking.result() == ["early", "late"]
+        assert writing.result()[0].status == 200
+
+
+@on_postgresql
+def test_a_follower_does_not_wait_for_ever(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "BUSY_SECONDS_MAX", 0.05)
+    [first, last] = bank.given(alice=7).get("/events").json()["items"]
+    with closing(connect(bank.database)) as other:
+        other.execute("SELECT * FROM account FOR UPDATE")
+        waited = bank.get("/events", after=first["id"]).json()
+        assert waited == {"items": [], "next": first["id"]}
+    assert bank.get("/events", after=first["id"]).json() == {"items": [last], "next": last["id"]}
 
 
 def entries_of(bank: "Bank", amounts: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -4922,6 +5083,197 @@ def test_two_servers_credit_each_cashback_once(database: str) -> None:
         assert one.bank.wrong() == []
 
 
+# ----- Receipts
+# A receiver in a process of its own has what happens posted to it, over real connections.
+
+
+def test_a_receipt_is_signed_as_the_published_example() -> None:
+    signed = 'msg_p5jXN8AQM9LWM0D4loKWxJek.1614265330.{"test": 2432232314}'
+    signature = ledger.sign("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", signed)
+    assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+def test_a_receiver_has_what_happens_from_then_on_in_order(
+    bank: "BankInside", receiver: "Receiver"
+) -> None:
+    bank.given(alice=100)
+    secret = subscribe(bank, receiver.answering(200))
+    bank.given(bob=0).transfer("alice", "bob", 5)
+    bank.step("bob", "freeze")
+    deliver(bank)
+    receipts = receiver.receipts()
+    events = bank.get("/events").json()["items"][-3:]
+    for receipt, event in zip(receipts, events, strict=True):
+        about = {"type": event["type"], "timestamp": event["ts"], "data": event["data"]}
+        assert json.loads(receipt.body) == about
+        assert receipt.headers["webhook-id"] == event["id"]
+        sent_at = receipt.headers["webhook-timestamp"]
+        assert abs(int(sent_at) - time.time()) < 60
+        signature = ledger.sign(secret, f"{event['id']}.{sent_at}.{receipt.body}")
+        assert receipt.headers["webhook-signature"] == signature
+        assert receipt.headers["content-type"] == "application/json"
+    assert len({receipt.connection for receipt in receipts}) == 1
+    deliver(bank)
+    assert len(receiver.receipts()) == 3
+
+
+@pytest.mark.parametrize("status", [500, 307, 404, 0, -1])
+def test_what_a_receiver_does_not_take_is_posted_again(
+    bank: "BankInside", receiver: "Receiver", status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "RECEIPT_SECONDS_MAX", 0.2)
+    subscribe(bank, receiver.answering(status) if status >= 0 else "http://127.0.0.1:1")
+    bank.given(alice=7)
+    for number, pause in enumerate([5, 30, 300, 1_800, 3_600, 3_600], start=1):
+        began = time.time()
+        deliver(bank)
+        [[failures, due_at]] = bank.rows("SELECT failures, due_at FROM webhook")
+        assert failures == number
+        assert began + pause <= due_at / 1_000_000 <= time.time() + pause
+        # Nothing is posted before its time.
+        deliver(bank)
+        wait_no_longer(bank)
+    assert receiver.types() == ["account.opened"] * (6 if status >= 0 else 0)
+    receiver.answering(200)
+    if status >= 0:
+        deliver(bank)
+        assert receiver.types()[6:] == ["account.opened", "transaction.posted"]
+        assert bank.rows("SELECT failures FROM webhook") == [(0,)]
+
+
+def test_a_receiver_that_is_gone_is_told_nothing_more(
+    bank: "BankInside", receiver: "Receiver"
+) -> None:
+    subscribe(bank, receiver.answering(410))
+    bank.given(alice=7)
+    deliver(bank)
+    wait_no_longer(bank)
+    deliver(bank)
+    assert len(receiver.receipts()) == 1
+    [event] = bank.get("/events").json()["items"][-1:]
+    assert (event["type"], event["caller"]) == ("webhook.removed", "system")
+    assert bank.wrong() == []
+
+
+def test_a_failure_holds_up_its_own_receiver_alone(
+    bank: "BankInside", receiver: "Receiver", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "RECEIPT_SECONDS_MAX", 0.5)
+    subscribe(bank, receiver.answering(0, at="silent"))
+    subscribe(bank, receiver.answering(200))
+    bank.given(alice=7, bob=7)
+    deliver(bank)
+    assert len(receiver.receipts("silent")) == 1
+    assert len(receiver.receipts()) == 4
+    assert receiver.receipts()[-1].at - receiver.receipts("silent")[0].at < 0.5
+
+
+def test_a_receiver_can_be_for_one_account(bank: "BankInside", receiver: "Receiver") -> None:
+    bank.given(alice=100, bob=0, carol=100)
+    subscribe(bank, receiver.answering(200), "--account", bank.ids["bob"])
+    hostile = {"memo": f'"account_id": "{bank.ids["bob"]}"', "metadata": {"id": bank.ids["bob"]}}
+    bank.transfer("alice", "carol", 1, **hostile)
+    bank.void(bank.promised("alice", "carol", 1))
+    for _ in range(ledger.PAGE_SIZE):
+        bank.deposit("carol", 1)
+    bank.transfer("alice", "bob", 2)
+    bank.void(bank.promised("alice", "bob", 1))
+    bank.step("bob", "freeze")
+    deliver(bank)
+    about = ["transaction.posted", "hold.created", "hold.voided", "account.frozen"]
+    assert receiver.types() == about
+
+
+def test_a_receiver_that_was_down_is_posted_all_that_it_missed(
+    bank: "BankInside", receiver: "Receiver"
+) -> None:
+    subscribe(bank, receiver.answering(500))
+    bank.given({f"person {number}": 0 for number in range(2 * ledger.PAGE_SIZE + 1)})
+    deliver(bank)
+    receiver.answering(200)
+    wait_no_longer(bank)
+    deliver(bank)
+    names = [json.loads(receipt.body)["data"].get("owner_name") for receipt in receiver.receipts()]
+    assert names == ["person 0", *bank.ids]
+
+
+def test_of_two_who_find_a_receiver_at_one_moment_one_serves_it(
+    bank: "BankInside", receiver: "Receiver"
+) -> None:
+    subscribe(bank, receiver.answering(200))
+    bank.given(alice=7)
+    with bank.ledger.database.read() as connection:
+        found = [connection.rows("SELECT * FROM webhook")[0] for _ in range(2)]
+
+    async def serve() -> None:
+        await asyncio.gather(*(ledger.deliver(bank.ledger, webhook) for webhook in found))
+
+    bank.runner.run(serve())
+    assert receiver.types() == ["account.opened", "transaction.posted"]
+
+
+def run_hasty(*given: Any) -> None:
+    """Serve, and hold a turn with a receiver for a short time only."""
+    ledger.POLL_SECONDS, ledger.SAVE_SECONDS, ledger.TURN_SECONDS = 0.1, 0, 2
+    run_main(*given)
+
+
+def serving_hastily(database: str) -> Any:
+    """Serve so until the block ends."""
+    return serving(database, start=partial(as_fork, target=run_hasty))
+
+
+def test_receipts_outlive_the_server(database: str, receiver: "Receiver") -> None:
+    with serving_hastily(database) as server:
+        subscribe(server.bank, receiver.answering(200, after=0.02))
+        server.bank.given({f"person {number}": 0 for number in range(20)})
+        wait_until(lambda: len(receiver.receipts()) > 5)
+        server.process.kill()
+    before = len(receiver.receipts())
+    assert before < 20
+    with serving_hastily(database) as server:
+        server.bank.given(last=1)
+        wait_until(lambda: receiver.types()[-1:] == ["transaction.posted"])
+        assert receiver.ids() == since_then(server.bank)
+
+
+def since_then(bank: "Bank") -> list[str]:
+    """Return the events since a receiver was added."""
+    later = "SELECT id FROM event WHERE id > (SELECT id FROM webhook) ORDER BY id"
+    return [event for (event,) in bank.rows(later)]
+
+
+def test_of_two_servers_one_posts_receipts_and_the_other_takes_over(
+    database: str, receiver: "Receiver"
+) -> None:
+    with serving_hastily(database) as one:
+        subscribe(one.bank, receiver.answering(200, after=0.02))
+        one.bank.given(alice=0)
+        wait_until(lambda: len(receiver.receipts()) > 0)
+        with serving_hastily(database) as other:
+            for number in range(40):
+                other.bank.ids |= one.bank.ids
+                (one, other)[number % 2].bank.deposit("alice", 1)
+            wait_until(lambda: len(receiver.receipts()) >= 20)
+            # Until now, each was posted once.
+            noted = receiver.receipts()
+            assert len(receiver.ids()) == len(noted)
+            assert all(then.at > first.at + 0.02 for first, then in itertools.pairwise(noted))
+            one.process.kill()
+            wait_until(lambda: receiver.ids() == since_then(other.bank))
+
+
+def test_a_server_that_ends_leaves_its_turn(database: str, receiver: "Receiver") -> None:
+    with serving(database) as server:
+        subscribe(server.bank, receiver.answering(200, after=0.05))
+        server.bank.given({f"person {number}": 0 for number in range(20)})
+        wait_until(lambda: len(receiver.receipts()) > 5)
+    with serving(database) as server:
+        wait_until(lambda: len(receiver.ids()) == 20)
+        # But for the one that was under way, none is posted twice.
+        assert len(receiver.receipts()) <= 21
+
+
 # ----- Log
 # One line of JSON for each request, and nothing in it that is anybody's secret.
 
@@ -5009,17 +5361,20 @@ def test_no_secret_is_ever_told(database: str) -> None:
     secrets = {"LEDGER_ADMIN_KEY": ADMIN_KEY, "LEDGER_JWT_SECRET": SECRET}
     with serving(database, **secrets) as server:
         key, app = new_api_key(database, "marked", "admin"), token(sub="app")
-        told = ""
+        told, receiver = "", printed(database, "webhook", "add", "--url", "http://127.0.0.1:1")
         for credential in (key, ADMIN_KEY, SECRET, key + "x", ADMIN_KEY[:-1], app[:-1]):
             told += every_request(server.bank.by(credential))
         told += every_request(server.bank.by(f"Bearer {app}", "Authorization"))
         told += f"{server.bank.rows('SELECT * FROM event')}{server.said}"
+        told += printed(database, "webhook", "list")
         told += key_command(database, "list") + str(ledger.Settings.read(secrets))
         last = server.bank.get("/health").headers["X-Request-ID"]
         wait_until(lambda: last in server.log.read_text())
+        wait_until(lambda: "a receipt waits: ConnectError" in server.log.read_text())
         log = server.log.read_text()
     assert log.count("\n") > 400
-    for secret in (key[12:], ADMIN_KEY, SECRET, app.split(".")[2], ledger.key_hash(key.encode())):
+    hashed = ledger.key_hash(key.encode())
+    for secret in (key[12:], ADMIN_KEY, SECRET, app.split(".")[2], hashed, receiver[6:]):
         assert secret not in told + log
     for private in (PRIVATE_NAME, str(PRIVATE_AMOUNT)):
         assert private in told
@@ -5166,6 +5521,39 @@ def test_the_name_of_a_key_is_used_once(
     assert bank.callers() == ["cli", "cli"]
 
 
+def test_a_receiver_is_added_listed_and_removed(bank: "Bank") -> None:
+    bank.given(alice=0)
+    one, other = "https://example.com/a?b=c", "http://[::1]:8080"
+    secret = subscribe(bank, one, "--account", bank.ids["alice"])
+    assert re.fullmatch("whsec_[A-Za-z0-9+/]{43}=", secret)
+    assert subscribe(bank, other) != secret
+    listed = [line.split() for line in printed(bank.database, "webhook", "list").splitlines()]
+    assert listed[1:] == [["0", bank.ids["alice"], one], ["0", "-", other]]
+    assert printed(bank.database, "webhook", "remove", one) == ""
+    assert one not in printed(bank.database, "webhook", "list")
+    subscribe(bank, one)
+    assert bank.wrong() == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *[("add", "--url", url) for url in ("ftp://a", "example.com", "http://", "https:///x", "")],
+        *[("add", "--url", f"http://a{wrong}") for wrong in (" ", ":x", "/\n", "/\ud800", "@b")],
+        ("add", "--url", "http://a", "--account", NOBODY),
+        ("remove", "http://nowhere"),
+    ],
+    ids=short,
+)
+def test_a_receiver_that_cannot_be_is_refused_in_one_line(
+    bank: "Bank", arguments: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ledger.main(["webhook", *arguments, "--database-url", bank.database]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert bank.rows("SELECT * FROM webhook") == []
+
+
 def test_seed_makes_the_demo_accounts_once(
     bank: "Bank", capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -5238,6 +5626,7 @@ def test_a_copy_is_the_same_ledger(
     bank.step("bob", "freeze")
     bank.step("carol", "close")
     new_api_key(bank.database, "till", "admin")
+    subscribe(bank, "http://localhost", "--account", bank.ids["alice"])
     with databases_of(target, request)(blank=True) as url:
         assert ledger.main(["copy", "--from", bank.database, "--to", url]) == 0
         assert ledger.main(["check", "--database-url", url]) == 0
@@ -5301,6 +5690,33 @@ def test_the_walk_in_the_readme_runs_as_it_stands() -> None:
         assert (checked.returncode, checked.stdout.count("ok")) == (0, 10)
     for shown in ("Idempotent-Replayed: true", "insufficient_funds", '"ref":"rent"'):
         assert shown.lower() in ran.stdout.lower()
+
+
+def test_the_receiver_in_the_readme_tells_ours_from_others(bank: "BankInside") -> None:
+    [program] = re.findall(r"```python\n(# receiver\n.*?)```", README, re.DOTALL)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    secrets = [subscribe(bank, f"http://127.0.0.1:{port}/{number}") for number in range(2)]
+    bank.given(alice=0)
+    with subprocess.Popen(
+        [sys.executable, "-c", program.replace("9000", str(port))],
+        env={**os.environ, "SECRET": secrets[0]},
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            wait_until(lambda: is_open(port))
+            deliver(bank)
+        finally:
+            process.kill()
+    # It does not take what another secret has signed.
+    taken = bank.rows("SELECT secret, failures FROM webhook ORDER BY id")
+    assert taken == [(secrets[0], 0), (secrets[1], 1)]
+
+
+def is_open(port: int) -> bool:
+    """Tell whether somebody listens on a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_every_test_that_the_readme_names_is_here() -> None:
@@ -5578,18 +5994,43 @@ def findings(database: ledger.Database, *, rows_only: bool = False) -> list[str]
         return [found for _, _, wrong in results for found in wrong]
 
 
-def key_command(database: str, *arguments: str) -> str:
-    """Run `python ledger.py key ...` in this process, and return what it prints."""
+def printed(database: str, *arguments: str) -> str:
+    """Run a command in this process, and return what it prints."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", printed)
-        assert ledger.main(["key", *arguments, "--database-url", database]) == 0
+        assert ledger.main([*arguments, "--database-url", database]) == 0
     return printed.getvalue().strip()
+
+
+def key_command(database: str, *arguments: str) -> str:
+    """Run `python ledger.py key ...` in this process, and return what it prints."""
+    return printed(database, "key", *arguments)
 
 
 def new_api_key(database: str, name: str, role: str) -> str:
     """Make an API key, as the operator does."""
     return key_command(database, "add", "--name", name, "--role", role)
+
+
+def subscribe(bank: "Bank", url: str, *options: str) -> str:
+    """Add a receiver, as the operator does, and return its secret."""
+    return printed(bank.database, "webhook", "add", "--url", url, *options)
+
+
+def deliver(bank: "BankInside") -> None:
+    """Post all receipts that can be posted now."""
+
+    async def once() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            await ledger.start_deliveries(bank.ledger, tasks)
+
+    bank.runner.run(once())
+
+
+def wait_no_longer(bank: "Bank") -> None:
+    """Let an hour pass for the receivers: their clock is the database's, which nobody can move."""
+    bank.tamper("UPDATE webhook SET due_at = due_at - 3600000000 WHERE due_at > 0")
 
 
 def wait_until(is_true: Callable[[], bool]) -> None:
@@ -5849,6 +6290,90 @@ def servers(new_database: "NewDatabase", request: pytest.FixtureRequest) -> Iter
         serve = [stack.enter_context(serving(database)) for _ in range(request.param)]
         in_turn = itertools.cycle([server.bank.send for server in serve])
         yield Bank(lambda *a, **o: next(in_turn)(*a, **o), database)
+
+
+class Receipt(NamedTuple):
+    """A receipt as it came: when, over which connection, its headers and its body."""
+
+    at: float
+    connection: str
+    headers: dict[str, str]
+    body: str
+
+
+class Receiver(NamedTuple):
+    """A process that notes what is posted to it, and answers as a file in its folder says."""
+
+    folder: Path
+    address: str
+    name: str
+
+    def answering(self, status: int, *, after: float = 0, at: str = "") -> str:
+        """Answer so from now on, or not at all if the status is 0; return the URL."""
+        Path(self.folder, self.name + at).write_text(f"{status} {after if status else 60}")
+        return f"{self.address}/{self.name}{at}"
+
+    def receipts(self, at: str = "") -> list[Receipt]:
+        """Return what has come, in its order."""
+        noted = Path(self.folder, f"{self.name}{at}.noted")
+        lines = noted.read_text().splitlines() if noted.exists() else []
+        return [Receipt(*json.loads(line)) for line in lines]
+
+    def types(self) -> list[str]:
+        """Return the types of what has come."""
+        return [json.loads(receipt.body)["type"] for receipt in self.receipts()]
+
+    def ids(self) -> list[str]:
+        """Return the ids of what has come, each where it came first."""
+        return list(dict.fromkeys(each.headers["webhook-id"] for each in self.receipts()))
+
+
+def receive(folder: str) -> None:
+    """Be the process of a receiver."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            line = json.dumps(Receipt(time.time(), str(self.client_address), headers, body))
+            with Path(folder, f"{self.path[1:]}.noted").open("a") as noted:
+                noted.write(f"{line}\n")
+            status, seconds = Path(folder, self.path[1:]).read_text().split()
+            time.sleep(float(seconds))
+            self.send_response(int(status))
+            self.send_header("Location", self.path)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"ok")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Path(folder, "port").write_text(f"{server.server_port}\n")
+    server.serve_forever()
+
+
+@pytest.fixture(scope="session")
+def receiving() -> Iterator[Receiver]:
+    """The process of all receivers."""
+    with tempfile.TemporaryDirectory() as folder:
+        process, port = forks().Process(target=receive, args=(folder,)), Path(folder, "port")
+        process.start()
+        wait_until(lambda: port.exists() and port.read_text().endswith("\n"))
+        yield Receiver(Path(folder), f"http://127.0.0.1:{port.read_text().strip()}", "")
+        process.kill()
+        process.join()
+        process.close()
+
+
+@pytest.fixture
+def receiver(receiving: Receiver) -> Receiver:
+    """A receiver that nothing was posted to yet."""
+    return receiving._replace(name=new_key())
 
 
 def run_program(
