@@ -3208,7 +3208,7 @@ def post_bulk(book: Book, body: BulkCreate) -> BulkPublic:
     transfers = []
     for each in body.transfers:
         ends = {"source": each.source_account_id, "dest": each.dest_account_id}
-        transfers.append({**ends, **each.columns(), "arguments": each.model_dump_json()})
+        transfers.append({**ends, **each.columns(), "arguments": to_json(each).decode()})
     results = transfer_many(book, transfers, atomic=body.atomic)
     failed = sum(result["error"] is not None for result in results)
     shown: Row = {"succeeded": len(results) - failed, "failed": failed, "results": results}
