@@ -3076,7 +3076,7 @@ class BulkPublic(BaseModel):
 def post_bulk(book: Book, body: BulkCreate) -> BulkPublic:
     """Make many transfers in one commit."""
     transfers = [
-        vars(each) | {"arguments": each.model_dump_json(by_alias=True, exclude_none=True)}
+        vars(each) | {"arguments": to_json(each, exclude_none=True).decode()}
         for each in body.transfers
     ]
     results = transfer_many(book, transfers, atomic=body.atomic)
