@@ -1429,6 +1429,7 @@ class Database:
     name: str  # What the operator knows it by, without any password.
     begin_read: str
     begin_write: str
+    connect: Callable[..., Connection]  # Opens one that reads or, with `write=True`, writes.
 
     def __init__(self) -> None:
         self.writer = ThreadPoolExecutor(1, "writer")
@@ -1439,10 +1440,6 @@ class Database:
         self._busy: set[Connection] = set()
         self._turn = threading.Lock()
 
-    def connect(self, *, write: bool) -> Connection:
-        """Open a connection."""
-        raise NotImplementedError
-
     def prepare(self) -> None:
         """Make the place of a new ledger, or raise StartupError."""
 
@@ -1451,9 +1448,6 @@ class Database:
 
     def after_commit(self) -> None:
         """Do what is to be done now and then."""
-
-    def flush(self) -> None:
-        """See to it that the database's own file has all that was committed."""
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -1781,6 +1775,7 @@ class SchemaVersion(SQLModel, table=True):
 SCHEMA_VERSION = 1
 SCHEMA_LOCK = 0x6C65646765720A
 PORTION_ROWS = 2_000
+SYSTEM_STORED = "SELECT name, asset FROM account WHERE kind = 'SYSTEM'"
 TABLES = {table.name: table for table in SQLModel.metadata.sorted_tables}
 PRIMARY_KEYS = {name: table.primary_key.columns.keys()[0] for name, table in TABLES.items()}
 INTEGER_64 = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
@@ -1790,8 +1785,8 @@ for table in TABLES.values():
         # SQLModel's own choice is 32 bits on PostgreSQL, and no type of a strict SQLite table.
         column.type = INTEGER_64 if isinstance(column.type, sa.Integer) else PLAIN_TEXT
 
-# Invariants 2, 3, 5 and 7 in words that both engines know: when a trigger looks, what it refuses,
-# and why. One trigger refuses several things, because to run one costs as much as what it asks.
+# Invariants 2, 3, 5 and 7 for both engines: when a trigger looks, what it refuses, and why. One
+# refuses several things, because to run it costs as much as what it asks.
 TRIGGERS = {
     "entry_follows": (
         "BEFORE INSERT ON entry",
@@ -1902,15 +1897,10 @@ def complete_schema(database: Database) -> None:
         book.follow([])
         for code in ASSETS.keys() - known:
             book.insert("asset", ASSETS[code].model_dump())
-        for name, code in sorted(SYSTEM_ACCOUNTS - system_accounts(connection)):
+        stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
+        for name, code in sorted(SYSTEM_ACCOUNTS - stored):
             book.open("system", code, name, kind="SYSTEM")
         connection.save(book.inserts, book.updates)
-
-
-def system_accounts(connection: Connection) -> set[tuple[str, str]]:
-    """Return the name and the asset of each system account that there is."""
-    rows = connection.rows("SELECT name, asset FROM account WHERE kind = 'SYSTEM'")
-    return {(row["name"], row["asset"]) for row in rows}
 
 
 # For each reference, the query that finds a row without the row that it refers to.
@@ -2046,11 +2036,11 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
     yield "events say what was asked, and keys are those that were added", *check_events(connection)
     assets = {tuple(row.values()) for row in connection.rows("SELECT * FROM asset")}
     known = {tuple(asset.model_dump().values()) for asset in ASSETS.values()}
-    held = system_accounts(connection)
+    stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
     # As text, because a stranger may have no name.
-    differing = sorted(map(str, (assets ^ known) | (held ^ SYSTEM_ACCOUNTS)))
+    differing = sorted(map(str, (assets ^ known) | (stored ^ SYSTEM_ACCOUNTS)))
     strange = [f"asset or system account {one}" for one in differing]
-    yield "assets and system accounts are the known ones", len(assets | held), strange
+    yield "assets and system accounts are the known ones", len(assets | stored), strange
     made, *others = connection.rows("SELECT description FROM schema_version")
     now, then = connection.rows(connection.schema), json.loads(made["description"])
     changed = [row for row in now + then if (row in now) != (row in then)]
@@ -2100,8 +2090,7 @@ def portions(connection: Connection, table: str) -> Iterator[list[Row]]:
 
 
 # ----- Callers
-# Who is asking, and what they may do. In open mode, that is until there is a key, everybody on
-# this machine is the caller `local`.
+# In open mode, that is until there is a key, everybody on this machine is the caller `local`.
 
 ROLES = ("auditor", "service", "admin")
 ANYONE: tuple[str, ...] = ()
@@ -2261,8 +2250,7 @@ def is_local(host: str) -> bool:
 
 
 # ----- Requests
-# One way from a request to its answer, the same for every route: who calls, what is asked for,
-# and only then what the books say.
+# One way from every request to its answer: who calls, what is asked for, what the books say.
 
 BODY_BYTES_MAX = 65_536
 PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
@@ -3113,7 +3101,7 @@ class BulkPublic(BaseModel):
 def post_bulk(book: Book, body: BulkCreate) -> BulkPublic:
     """Make many transfers in one commit."""
     transfers = [
-        vars(each) | {"arguments": each.model_dump_json(by_alias=True, exclude_none=True)}
+        vars(each) | {"arguments": to_json(each, exclude_none=True).decode()}
         for each in body.transfers
     ]
     results = transfer_many(book, transfers, atomic=body.atomic)
@@ -3701,8 +3689,7 @@ def open_funded_wallets(book: Book, *, user: str, amounts: Sequence[int]) -> Non
     """Open a user's wallets with a bonus in each."""
     open_wallets(book, owner_name=user, name=f"wallets:{user}")
     for form, amount in zip(WALLETS, amounts, strict=True):
-        units = amount * 10**WALLET_EXPONENT
-        move_credits(book, form.format(user), amount=units, kind="BONUS")
+        move_credits(book, form.format(user), amount=amount * 10**WALLET_EXPONENT, kind="BONUS")
 
 
 def wallet(user: str, asset_type_id: int) -> str:
@@ -4234,8 +4221,7 @@ def remove_webhook(book: Book, *, url: str) -> None:
 
 
 # ----- Log
-# One JSON object a line for each request, and for what else there is to say. Never a key, a token,
-# a name or an amount.
+# One JSON object a line. There is never a key, a token, a name or an amount in it.
 
 LOG_LINES_MAX, LOG_SECONDS_MAX = 20_000, 0.1
 
@@ -4458,8 +4444,9 @@ def run_key_add(settings: Settings, options: argparse.Namespace) -> None:
         administer(database, shown, partial(add_key, hash=key_hash(key.encode()), **shown))
         print(key, flush=True)
         print(f"key {options.name!r} is in {database.name}, and shown this once", file=sys.stderr)
-        with suppress(DatabaseBusy, *DRIVER_ERRORS):
-            retry_while_busy(database.flush)
+        if isinstance(database, SqliteDatabase):
+            with suppress(DatabaseBusy, *DRIVER_ERRORS):
+                retry_while_busy(database.flush)
 
 
 def run_key_revoke(settings: Settings, options: argparse.Namespace) -> None:
