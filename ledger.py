@@ -4117,12 +4117,11 @@ def __getattr__(name: str) -> App:
 # What happens is posted to receivers, as Standard Webhooks 1.0 says, by a follower like any other.
 # Whose turn that is, and until when, stands in the receiver's row, by the clock that servers share.
 
-RECEIPT_SECONDS_MAX, SAVE_SECONDS, TURN_SECONDS = 10, 2, 20
-PAUSE_SECONDS, PAUSE_SECONDS_MAX = {0: 0, 1: 5, 2: 30, 3: 300, 4: 1_800}, 3_600  # By failures.
-TO_SERVE = """SELECT * FROM webhook
-    WHERE due_at <= {clock} AND position < (SELECT max(id) FROM event)"""
+RECEIPT_SECONDS_MAX, SAVE_SECONDS, TURN_SECONDS, PAUSE_SECONDS_MAX = 10, 2, 20, 3_600
+PAUSE_SECONDS = {0: 0, 1: 5, 2: 30, 3: 300, 4: 1_800}  # By the number of failures until now.
+TO_SERVE = "SELECT * FROM webhook WHERE due_at <= {0} AND position < (SELECT max(id) FROM event)"
 TAKE_TURN = """UPDATE webhook SET position = :position, failures = :failures,
-    due_at = {clock} + :microseconds WHERE id = :id AND due_at = :due_at RETURNING due_at"""
+    due_at = {0} + :microseconds WHERE id = :id AND due_at = :due_at RETURNING due_at"""
 ACCOUNT_FIELDS = ("id", "account_id", "dest_account_id")
 tls = lru_cache(httpx.create_ssl_context)
 
@@ -4130,7 +4129,7 @@ tls = lru_cache(httpx.create_ssl_context)
 async def start_deliveries(ledger: Ledger, tasks: asyncio.TaskGroup) -> None:
     """Serve each receiver that has not had all, in a task of its own."""
     for webhook in await ledger.database.run_read(
-        lambda books: books.rows(TO_SERVE.format(clock=books.clock), now=utc_now())
+        lambda books: books.rows(TO_SERVE.format(books.clock), now=utc_now())
     ):
         tasks.create_task(deliver(ledger, webhook))
 
@@ -4138,9 +4137,8 @@ async def start_deliveries(ledger: Ledger, tasks: asyncio.TaskGroup) -> None:
 async def deliver(ledger: Ledger, webhook: Row) -> None:
     """Post to a receiver what it has not had, in order, unless it is another server's turn."""
     try:
-        while await take_turn(ledger, webhook, TURN_SECONDS):
-            if not await post_page(ledger, webhook):
-                break
+        while await take_turn(ledger, webhook, TURN_SECONDS) and await post_page(ledger, webhook):
+            pass
     except Exception as error:  # Whatever a stranger's server does, the receipt is sent again.
         webhook["failures"] += 1
         log.warning("a receipt waits: %s", getattr(error, "response", type(error).__name__))
@@ -4155,7 +4153,7 @@ async def take_turn(ledger: Ledger, webhook: Row, seconds: int) -> bool:
     turn = {**webhook, "microseconds": seconds * 1_000_000, "now": utc_now()}
 
     def take(book: Book) -> Answer:
-        query = TAKE_TURN.format(clock=book.connection.clock)
+        query = TAKE_TURN.format(book.connection.clock)
         for row in book.connection.rows(query, **turn):
             webhook["due_at"] = row["due_at"]
             return DONE
@@ -4191,9 +4189,8 @@ async def post_receipt(ledger: Ledger, client: httpx.AsyncClient, webhook: Row, 
         async for _ in answer.aiter_raw():
             pass  # To its end, so that the next receipt can take the same connection.
     if answer.status_code == 410:
-        ended = {"url": webhook["url"]}
-        run = partial(remove_webhook, **ended)
-        await ledger.submit(Command("system", json.dumps(ended), run))
+        run = partial(remove_webhook, url=webhook["url"])
+        await ledger.submit(Command("system", json.dumps({"url": webhook["url"]}), run))
     answer.raise_for_status()
 
 
@@ -4518,8 +4515,8 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     adding.add_argument("--role", required=True, choices=ROLES)
     add_command(keys, "list", run_key_list)
     add_command(keys, "revoke", run_key_revoke).add_argument("name", metavar="NAME")
-    webhook_help = "make, show and end the receivers of receipts"
-    webhooks = commands.add_parser("webhook", help=webhook_help).add_subparsers(required=True)
+    receivers = commands.add_parser("webhook", help="the receivers of what happens")
+    webhooks = receivers.add_subparsers(required=True)
     adding = add_command(webhooks, "add", run_webhook_add)
     adding.add_argument("--url", required=True)
     adding.add_argument("--account", metavar="ID", help="post only what is about this account")
