@@ -3916,6 +3916,8 @@ class App(FastAPI):
             headers.append((b"allow", ", ".join(sorted(allowed)).encode()))
         if answer.status == 503:
             headers.append((b"retry-after", b"1"))
+        if request.scope["path"] == "/":
+            headers.append((b"content-security-policy", PAGE_POLICY.encode()))
         if b"upgrade" in request.headers:
             # The HTTP parser takes the body of such a request for the next one.
             headers.append((b"connection", b"close"))
@@ -4549,6 +4551,264 @@ def main(arguments: Sequence[str]) -> int:
 def one_line(error: BaseException) -> str:
     """Return what is behind an error, on one line."""
     return " ".join(str(error.__cause__ or error).split())
+
+
+# ----- Page
+# What `/` shows to people: one document, which asks the routes above as any other caller does. Its
+# policy allows its own script and style, and to ask this server, and nothing else.
+
+
+@pages.get("/", roles=ANYONE)
+def get_page(app: App) -> Answer:
+    """Show the ledger to people."""
+    return Answer(200, PAGE, media_type="text/html; charset=utf-8")
+
+
+PAGE = r"""<!doctype html><html lang="en">
+<title>Ledger</title><meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark }
+body {
+  max-width: 52rem; margin: auto; padding: 1rem 1rem 4rem;
+  background: light-dark(#fcfbf8, #17181a); color: light-dark(#1f1e1b, #e8e6e1);
+  font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+}
+header, #search { display: flex; flex-wrap: wrap; gap: .5rem; justify-content: space-between }
+input, select, button { padding: .2rem .4rem; font: inherit }
+a { color: light-dark(#0b5c73, #86c5d8); text-underline-offset: .2em }
+h1 { margin: 1.5rem 0 .5rem; font-size: 1.6rem; outline: 0; overflow-wrap: anywhere }
+h2 { margin: 2rem 0 .5rem; font-size: 1.1rem }
+small, time, thead { color: light-dark(#68655d, #a19d94); font-size: .85rem }
+section { overflow-x: auto; overflow-wrap: anywhere }
+.assets { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 0 3rem }
+table { width: 100%; border-collapse: collapse }
+tbody tr, svg { border-top: 1px solid light-dark(#e4e0d6, #34353a) }
+tr:has(th time) ~ tr:not(:has(th time)) { border: 0 }
+th, td { padding: .4rem 0; font-weight: inherit; text-align: left; vertical-align: top }
+tr > * + * { padding-left: 1rem; overflow-wrap: normal; text-align: right }
+tbody th { min-width: 6rem; overflow-y: clip }
+td bdi { overflow-wrap: anywhere }
+time { white-space: nowrap }
+svg { width: 100%; height: 9rem; border-bottom: 1px dotted; overflow: visible }
+path { fill: none; stroke: currentcolor; stroke-width: 2; vector-effect: non-scaling-stroke }
+</style>
+<header>
+  <a href="#/">Ledger</a>
+  <form id="search" role="search">
+    <select name="by" aria-label="Find by"><option value="accounts?owner_name=">Owner
+      <option value="accounts?external_id=">External id <option value="account/">Id</select>
+    <input type="search" name="text" size="14" maxlength="200" required aria-label="What to find">
+    <button>Find</button>
+  </form>
+</header>
+<main></main>
+<form id="enter" hidden>
+  <label>Key <input type="password" name="key" autocomplete="off" pattern="[!-~]+" required></label>
+  <button>Enter</button>
+</form>
+<script type="module">
+const EXPONENTS = {EXPONENTS};
+const [search, main, enter] = document.querySelectorAll("form, main");
+const known = new Map();  // The accounts that were seen, by id.
+// Numbers stay the text that was sent: an amount may be too large for a number of JavaScript's.
+const exact = (name, value, { source }) => (typeof value === "number" ? source : value);
+
+async function get(path, query = {}, ...expected) {
+  const key = sessionStorage.getItem("key");
+  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  const response = await fetch(`${path}?${new URLSearchParams(query)}`, { headers });
+  const found = JSON.parse(await response.text(), exact);
+  if (![200, ...expected].includes(response.status)) throw found;
+  for (const each of [found, ...(found.items ?? [])]) if (each.owner_name) known.set(each.id, each);
+  return found;
+}
+async function meet(rows) {
+  const ids = rows.flatMap((row) => [row.account_id, row.dest_account_id ?? row.account_id]);
+  await Promise.all([...new Set(ids)].map((id) => known.has(id) || get(`/accounts/${id}`)));
+}
+
+// Names and memos are hostile: all that is shown is made here, and what was read is text in it.
+function el(name, attributes, ...children) {
+  const space = ["svg", "path"].includes(name) ? "2000/svg" : "1999/xhtml";
+  const element = document.createElementNS(`http://www.w3.org/${space}`, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children.flat().filter(Boolean));
+  return element;
+}
+const bdi = (value) => value && el("bdi", {}, value);
+const small = (value) => value && el("small", { dir: "auto" }, value);
+const link = (place, value) => value && el("a", { href: `#/${place}` }, bdi(value));
+const words = (code) => code[0].toUpperCase() + code.slice(1).toLowerCase().replace(/[._]/g, " ");
+const person = (id) => link(`account/${id}`, known.get(id).owner_name);
+const posted = (id, name) => link(`transaction/${id}`, name);
+const heading = (title) => el("h1", { tabindex: -1 }, bdi(title));
+const section = (title, ...children) => el("section", {}, el("h2", {}, title), ...children);
+// Swedish writes times as ISO 8601 does; here they are in the reader's own zone.
+const time = (ts) => el("time", { datetime: ts, title: ts }, new Date(ts).toLocaleString("sv"));
+
+function decimal(amount, asset, signDisplay = "auto") {
+  const form = { minimumFractionDigits: EXPONENTS[asset], signDisplay };
+  const format = new Intl.NumberFormat("en", form);
+  return format.format(`${amount}e-${EXPONENTS[asset]}`).replace("-", "\u2212");
+}
+const sums = ({ type, amount, balance }, asset) =>
+  [decimal(type === "DEBIT" ? `-${amount}` : amount, asset, "always"), decimal(balance, asset)];
+
+// A row is a list of what its first cell shows, and then what each of the others does.
+function table(title, columns, rows, next) {
+  const heads = columns.map((name) => el("th", { scope: "col" }, name));
+  const body = rows.map(([first, ...others]) => el("tr", {},
+    el("th", { scope: "row", colspan: columns.length - others.length },
+      first.filter(Boolean).flatMap((part) => [part, " "])),
+    ...others.map((cell) => el("td", {}, cell))));
+  return rows.length && section(title, el("table", {}, el("thead", {}, el("tr", {}, heads)),
+    el("tbody", {}, body)), next && el("p", {}, link(next, "More")));
+}
+const entryRows = (entries) => entries.map((entry) => {
+  const { name, asset } = known.get(entry.account_id);
+  return [[person(entry.account_id), small(name), small(asset)], ...sums(entry, asset)];
+});
+function facts({ metadata, entries, ...found }, shown) {
+  const told = Object.entries({ ...found, ...shown }).filter(([, value]) => value);
+  return table("Facts", ["Name", "Value"], [
+    ...told.map(([name, value]) => [[words(name)], bdi(value)]),
+    ...Object.entries(metadata).map(([name, value]) => [[bdi(`metadata: ${name}`)], bdi(value)])]);
+}
+
+async function balances() {
+  const { items } = await get("/balances");
+  return el("div", { class: "assets" }, items.map(({ asset, customers, system, total }) => {
+    const sums = Object.entries({ customers, ...system }).filter(([, sum]) => sum !== "0");
+    return sums.length && table(asset, ["Where", "Balance"], [...sums, ["total", total]].map(
+      ([place, sum]) => [[words(place)], decimal(sum, asset)]));
+  }));
+}
+async function accounts(query) {
+  const { items, next_cursor: cursor } = await get("/accounts", query);
+  const rows = items.map(({ id, name, external_id, status, balance, asset }) => [
+    [person(id), small(name), small(external_id), status !== "ACTIVE" && small(words(status))],
+    [small(asset), "\u00a0", decimal(balance, asset)]]);
+  const next = cursor && `accounts?${new URLSearchParams({ ...query, cursor })}`;
+  const curl = `curl ${origin}/accounts \\\n  -H "X-API-Key: $KEY" \\\n`
+    + `  -H Content-Type:application/json \\\n  -d '{"owner_name": "Alice"}'`;
+  return table("Accounts", ["Owner", "Balance"], rows, next)
+    || section("Accounts", "There is none. This opens one:", el("pre", {}, curl));
+}
+
+// What happened last, newest first; who may not read events sees transactions alone.
+async function latest() {
+  const before = (await get("/audit", { limit: 11 }, 403)).items?.[10];
+  const { items } = await get("/events", before ? { after: before.id } : {}, 403, 404);
+  const events = items?.reverse() ?? (await get("/transactions", { limit: 10 })).items.map(
+    (data) => ({ ts: data.ts, data }));
+  await meet(events.flatMap(({ data }) => data.entries ?? []));
+  return table("Latest", ["What", "Amount", "Balance"], events.flatMap(({ ts, type, data }) => [
+    [[data.entries ? posted(data.id, words(data.kind)) : words(type), bdi(data.memo),
+      link(`account/${data.id}`, data.owner_name), time(ts)]], ...entryRows(data.entries ?? [])]));
+}
+const overview = async () => [heading("Overview"), ...await Promise.all(
+  [balances(), accounts({ limit: 20 }), latest()])];
+
+// The balance as a line through entries, newest first.
+function chart(entries, asset) {
+  const steps = entries.map(({ ts, balance }) => [Date.parse(ts), BigInt(balance)]).reverse();
+  const heights = [0n, ...steps.map(([, balance]) => balance)].sort((a, b) => (a < b ? -1 : 1));
+  const [low, high, start, end] = [heights[0], heights.at(-1), steps[0][0], steps.at(-1)[0]];
+  const x = (moment) => Math.round((980 * (moment - start)) / (end - start || 1));
+  const y = (balance) => 1000n - (1000n * (balance - low)) / (high - low || 1n);
+  const d = steps.map(([moment, balance]) => `H${x(moment)}V${y(balance)}`).join("");
+  const [now, least, most] = [steps.at(-1)[1], low, high].map((sum) => decimal(`${sum}`, asset));
+  return section(`Balance ${now} ${asset}`,
+    el("svg", { viewBox: "0 0 1000 1000", preserveAspectRatio: "none", "aria-hidden": true },
+      el("path", { d: `M0 ${y(steps[0][1])}${d}H1000` })),
+    small(`Between ${least} and ${most} since`), " ", time(entries.at(-1).ts));
+}
+async function account(id, query) {
+  const [found, { items, next_cursor: cursor }, holds] = await Promise.all([get(`/accounts/${id}`),
+    get(`/accounts/${id}/statement`, query), get("/holds", { account_id: id })]);
+  const { asset } = found;
+  const ids = items.filter(({ kind }) => kind === "PAYMENT").map((entry) => entry.transaction_id);
+  const payments = await Promise.all(ids.slice(0, 10).map((id) => get(`/payments/${id}`, {}, 404)));
+  await meet(holds.items);
+  return [
+    heading([found.owner_name, found.name].join(" ")),
+    items.length ? chart(items, asset) : section("Balance", "No money has moved here yet."),
+    table("Statement", ["Entry", "Amount", "Balance"], items.map((entry) => [
+      [posted(entry.transaction_id, words(entry.kind)), bdi(entry.ref), time(entry.ts)],
+      ...sums(entry, asset),
+    ]), cursor && `account/${id}?${new URLSearchParams({ ...query, cursor })}`),
+    table("Cashbacks", ["Of", "Amount"], payments.filter(({ cashback }) => cashback).map(
+      ({ payment_id, cashback }) => [[posted(payment_id, "Payment"), words(cashback.status),
+        time(cashback.due_at)], decimal(cashback.amount, asset)])),
+    table("Holds", ["Hold", "Amount"], holds.items.map((hold) => [
+      [words(hold.status), person(hold.account_id), "→", person(hold.dest_account_id),
+        bdi(hold.memo), time(hold.expires_at)], decimal(hold.amount, asset)])),
+    facts(found, { balance: decimal(found.balance, asset), held: decimal(found.held, asset),
+      available: decimal(found.available, asset), created_at: time(found.created_at) }),
+  ];
+}
+
+async function transaction(id) {
+  const found = await get(`/transactions/${id}`);
+  await meet(found.entries);
+  const rows = entryRows(found.entries);
+  return [heading(words(found.kind)), table("Entries", ["Account", "Amount", "Balance"], rows),
+    facts(found, { ts: null, time: time(found.ts), reverses: posted(found.reverses, found.reverses),
+      reversed_by: posted(found.reversed_by, found.reversed_by) })];
+}
+const list = async (_, query) => [heading("Accounts"), await accounts(query)];
+const VIEWS = { __proto__: null, account, accounts: list, transaction };
+
+function refused({ status, detail = "The ledger does not answer. This page tries again." }) {
+  if (status !== "401") return [heading(detail)];
+  enter.hidden = false;
+  return [heading(sessionStorage.getItem("key") ? detail : "This ledger asks for a key or token")];
+}
+// Draw the view that the address names, again and again.
+let timer;
+async function draw(moved) {
+  const { hash } = location, began = Date.now();
+  const [path, query] = hash.slice(2).split("?");
+  const [view, id] = path.split("/");
+  const shown = (VIEWS[view] ?? overview)(id, Object.fromEntries(new URLSearchParams(query)));
+  const next = el("main", {}, ...await shown.catch(refused));
+  if (hash !== location.hash) return;
+  const focused = document.activeElement.getAttribute("href");
+  if (!next.isEqualNode(main)) main.replaceChildren(...next.children);
+  if (focused) main.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus();
+  if (moved) main.firstChild.focus();
+  document.title = `${main.firstChild.textContent} | Ledger`;
+  clearTimeout(timer);  // The page takes at most a tenth of the server's time.
+  timer = setTimeout(draw, Math.max(2000, 10 * (Date.now() - began)));
+}
+
+search.onsubmit = () => {
+  location.hash = `#/${search.by.value}${encodeURIComponent(search.text.value)}`;
+  return false;
+};
+enter.onsubmit = () => {
+  sessionStorage.setItem("key", enter.key.value);
+  location.reload();
+  return false;
+};
+addEventListener("hashchange", () => draw(true));
+draw();
+</script>
+""".replace("{EXPONENTS}", json.dumps({code: asset.exponent for code, asset in ASSETS.items()}))
+
+
+def own_source(tag: str) -> str:
+    """Return the policy that allows the page's one script or style by its hash."""
+    [text] = re.findall(f"<{tag}.*?>(.*?)</{tag}>", PAGE, re.DOTALL)
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
+
+
+PAGE_POLICY = (
+    f"default-src 'none'; {own_source('script')}; {own_source('style')}; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
 
 
 if __name__ == "__main__":

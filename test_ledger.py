@@ -5,6 +5,7 @@ words, processes and databases, stands at the end.
 """
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import io
@@ -42,6 +43,9 @@ import pytest
 import uvicorn
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
+from selenium import webdriver
+from selenium.common.exceptions import JavascriptException
+from selenium.webdriver.common.by import By
 
 import ledger
 
@@ -2567,7 +2571,8 @@ def test_a_request_is_no_older_than_its_key(database: str) -> None:
 
 # Which roles may call each route. What stands in neither table fails the suite.
 READ, WORK, RULE, AUDIT = "auditor service admin", "service admin", "admin", "auditor admin"
-OPEN = {("GET", "/health"), ("GET", "/bank/health"), ("GET", "/docs"), ("GET", "/openapi.json")}
+DESCRIBED = {("GET", "/health"), ("GET", "/bank/health")}
+OPEN = DESCRIBED | {("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json")}
 MATRIX = {
     ("POST", "/accounts"): WORK,
     ("GET", "/accounts"): READ,
@@ -4976,7 +4981,7 @@ def test_a_refused_opening_leaves_nothing(bank: "BankInside") -> None:
 @at_the_edge
 @pytest.mark.parametrize(
     "path",
-    ["/", "/account", "/accounts/", "//accounts", "/transfers/x", "/x%2f", "/accounts%0A",
+    ["/account", "/accounts/", "//accounts", "/transfers/x", "/x%2f", "/accounts%0A",
      "/health%0A"],
 )  # fmt: skip
 def test_an_unknown_path_is_not_found(untouched: "Bank", path: str) -> None:
@@ -5001,7 +5006,7 @@ def test_head_is_get_without_the_body(server: "Server") -> None:
 def test_the_api_describes_itself(demo: "Bank") -> None:
     paths = demo.get("/openapi.json").json()["paths"]
     described = {(method.upper(), path) for path, item in paths.items() for method in item}
-    assert described == set(MATRIX) | {("GET", "/health"), ("GET", "/bank/health")}
+    assert described == set(MATRIX) | DESCRIBED
     transfer = paths["/transfers"]["post"]
     assert transfer["parameters"][0]["name"] == "Idempotency-Key"
     assert transfer["parameters"][0]["required"] is True
@@ -5662,6 +5667,202 @@ def test_a_copy_of_a_broken_ledger_is_refused_as_a_whole(
     assert ledger.main(["copy", "--from", bank.database, "--to", url]) == 1
     assert "nothing was copied: account" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+# ----- Page
+# What `/` shows in Chromium; what the routes behind it answer is tested above.
+
+IMAGE = "<img src=x onerror='window.ran = 1'>"
+HOSTILE = [IMAGE, "</script><script>window.ran = 1</script>", "javascript:window.ran=1", "system"]
+WIDE = ["W" * 200, "\u05e9\u05dc\u05d5\u05dd 1,050.00 " * 10, "\U0001f600" * 200, "o\u0301" * 100]
+
+
+@at_the_edge
+def test_the_page_may_run_its_own_script_and_ask_its_own_server_alone(untouched: "Bank") -> None:
+    page = untouched.get("/")
+    own = {}
+    for tag, text in re.findall(r"<(script|style).*?>(.*?)</\1>", page.text, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        own[f"{tag}-src"] = f"'sha256-{digest}'"
+    nothing = ("default-src", "base-uri", "form-action", "frame-ancestors", "trusted-types")
+    policy = page.headers["Content-Security-Policy"].split("; ")
+    assert dict(rule.split(" ", 1) for rule in policy) == {
+        **dict.fromkeys(nothing, "'none'"),
+        "connect-src": "'self'",
+        "require-trusted-types-for": "'script'",
+        **own,
+    }
+    assert len(own) == 2
+    # The one address in it is that of the names of elements.
+    assert re.findall(r"[a-z]+://[\w.]+", page.text) == ["http://www.w3.org"]
+
+
+@on_sqlite
+def test_the_page_shows_where_the_money_is(screen: "Screen") -> None:
+    screen.bank.given(alice=1050, bob=0).transfer("alice", "bob", 300, memo="rent")
+    screen.bank.given(yuki=500, asset="JPY")
+    screen.open()
+    assert screen.table("USD") == [
+        ["Customers", "10.50"],
+        ["Cash", "\u221210.50"],
+        ["Total", "0.00"],
+    ]
+    assert screen.table("JPY") == [["Customers", "500"], ["Cash", "\u2212500"], ["Total", "0"]]
+    shown = [["alice", "USD 7.50"], ["bob", "USD 3.00"], ["yuki", "JPY 500"]]
+    assert screen.table("Accounts")[-3:] == shown
+    happened = [row[0].partition(" 20")[0] for row in screen.table("Latest")]
+    assert happened[:3] == ["Deposit", "system cash JPY", "yuki JPY"]
+    rent = happened.index("Transfer rent")
+    assert happened[rent + 1 : rent + 3] == ["alice USD", "bob USD"]
+
+
+@on_sqlite
+def test_the_page_finds_accounts_and_lists_them_by_pages(screen: "Screen") -> None:
+    people = {f"person {number}": 0 for number in range(21)}
+    screen.bank.given(people).post("/accounts", owner_name="Alice", external_id="a-1")
+    screen.open().follow("More")
+    wait_until(lambda: screen.heading() == "Accounts")
+    assert [row[0] for row in screen.table("Accounts")][-2:] == ["person 20", "Alice a-1"]
+    for by, text in (("Owner", "Alice"), ("External id", "a-1")):
+        screen.open().find(by, text)
+        wait_until(lambda: screen.table("Accounts") == [["Alice a-1", "USD 0.00"]])
+    screen.find("Id", screen.bank.ids["person 3"])
+    wait_until(lambda: screen.heading() == "person 3")
+    screen.find("Owner", "nobody")
+    wait_until(lambda: "There is none." in screen.text())
+
+
+@on_sqlite
+def test_the_page_draws_a_balance_as_a_line(screen: "Screen") -> None:
+    screen.bank.given(alice=1000, bob=0).transfer("alice", "bob", 300, memo="rent")
+    screen.bank.pay("alice", 100)
+    screen.bank.hold("alice", "bob", 200, memo="bike")
+    screen.open(f"account/{screen.bank.ids['alice']}")
+    assert screen.heading() == "alice"
+    [line] = screen.driver.find_elements(By.TAG_NAME, "path")
+    # Its thousand units are 10.00 dollars, counted from above.
+    assert re.findall("V([0-9]+)", str(line.get_attribute("d"))) == ["0", "300", "400"]
+    statement = screen.table("Statement")
+    assert [row[0].partition(" 20")[0] for row in statement] == [
+        "Payment",
+        "Transfer rent",
+        "Deposit",
+    ]
+    assert [row[1:] for row in statement] == [
+        ["\u22121.00", "6.00"], ["\u22123.00", "7.00"], ["+10.00", "10.00"],
+    ]  # fmt: skip
+    [[cashback, amount]] = screen.table("Cashbacks")
+    assert (cashback.partition(" 20")[0], amount) == ("Payment Scheduled", "0.02")
+    [[hold, amount]] = screen.table("Holds")
+    assert (hold.partition(" 20")[0], amount) == ("Pending alice \u2192 bob bike", "2.00")
+    facts = dict(screen.table("Facts"))
+    assert (facts["Balance"], facts["Held"], facts["Available"]) == ("6.00", "2.00", "4.00")
+
+
+@on_sqlite
+def test_the_page_shows_the_last_digit_of_amounts_beyond_2_to_the_53(screen: "Screen") -> None:
+    screen.bank.given(alice=2**53 + 1 - 9 * 10**15)
+    for _ in range(9):
+        screen.bank.deposit("alice", 10**15)
+    screen.open()
+    assert screen.table("USD")[:2] == [
+        ["Customers", "90,071,992,547,409.93"], ["Cash", "\u221290,071,992,547,409.93"],
+    ]  # fmt: skip
+
+
+@on_sqlite
+def test_the_page_shows_a_transaction_with_its_entries(screen: "Screen") -> None:
+    screen.bank.given(alice=1050, bob=0).transfer("alice", "bob", 300, memo="rent")
+    screen.bank.reverse(screen.bank.last("bob"))
+    screen.open(f"account/{screen.bank.ids['alice']}").follow("Transfer")
+    wait_until(lambda: screen.heading() == "Transfer")
+    assert screen.driver.switch_to.active_element.tag_name == "h1"
+    assert screen.table("Entries") == [
+        ["alice USD", "\u22123.00", "7.50"], ["bob USD", "+3.00", "3.00"],
+    ]  # fmt: skip
+    facts = dict(screen.table("Facts"))
+    assert facts["Memo"] == "rent"
+    # What was looked at is a place that the browser can go back to.
+    screen.follow(facts["Reversed by"])
+    wait_until(lambda: screen.heading() == "Reversal")
+    screen.driver.back()
+    wait_until(lambda: screen.heading() == "Transfer")
+
+
+@on_sqlite
+def test_a_change_appears_on_the_page_by_itself(screen: "Screen") -> None:
+    screen.bank.given(alice=100)
+    screen.open(f"account/{screen.bank.ids['alice']}")
+    screen.driver.execute_script("document.querySelector('th a').focus()")
+    link = screen.driver.switch_to.active_element.get_attribute("href")
+    screen.bank.deposit("alice", 50, memo="wages")
+    wait_until(lambda: len(screen.table("Statement")) == 2)
+    assert screen.table("Statement")[0][1:] == ["+0.50", "1.50"]
+    assert dict(screen.table("Facts"))["Balance"] == "1.50"
+    # The reader is where he was.
+    assert screen.driver.switch_to.active_element.get_attribute("href") == link
+
+
+@on_sqlite
+def test_hostile_names_and_memos_are_shown_and_run_nothing(screen: "Screen") -> None:
+    notes = {"account_id": IMAGE, "ts": IMAGE, "__proto__": IMAGE, IMAGE: IMAGE}
+    for name in HOSTILE:
+        opened = screen.bank.post("/accounts", owner_name=name, external_id=name, metadata=notes)
+        screen.bank.ids[name] = opened.json()["id"]
+        screen.bank.deposit(name, 100, memo=name, metadata=notes)
+    screen.bank.hold(HOSTILE[0], HOSTILE[1], 5, memo=IMAGE)
+    places = ["", f"accounts?owner_name={quote(IMAGE)}", f"account/{screen.bank.ids[IMAGE]}"]
+    for place in (*places, f"transaction/{screen.bank.last(IMAGE)}"):
+        assert IMAGE in screen.open(place).text()
+        assert not screen.driver.find_elements(By.CSS_SELECTOR, "main :is(img, script)")
+        assert screen.driver.execute_script("return window.ran") is None
+    assert {row[0] for row in screen.open().table("Accounts")} >= {
+        f"{name} {name}" for name in HOSTILE
+    }
+    with pytest.raises(JavascriptException, match="TrustedHTML"):
+        screen.driver.execute_script("document.body.innerHTML = arguments[0]", IMAGE)
+
+
+@on_sqlite
+def test_the_page_fits_into_400_pixels(screen: "Screen") -> None:
+    for name in WIDE:
+        screen.bank.given({name: 10**15})
+        screen.bank.deposit(name, 10**15, memo=name)
+    size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    screen.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    last = screen.bank.last(WIDE[0])
+    for place in ("", f"account/{screen.bank.ids[WIDE[0]]}", f"transaction/{last}"):
+        screen.open(place)
+        widths = "const { scrollWidth, clientWidth } = document.documentElement;"
+        widths += "return [innerWidth, scrollWidth - clientWidth]"
+        assert screen.driver.execute_script(widths) == [400, 0]
+
+
+@on_sqlite
+def test_the_page_asks_for_a_key_and_says_when_one_is_refused(
+    database: str, browser: webdriver.Chrome
+) -> None:
+    with serving(database, LEDGER_ADMIN_KEY=ADMIN_KEY) as server, Screen(browser, server) as screen:
+        assert screen.open().heading() == "This ledger asks for a key or token"
+        screen.enter("wrong")
+        wait_until(lambda: screen.heading() == "The credentials are not valid")
+        screen.enter(ADMIN_KEY)
+        wait_until(lambda: screen.heading() == "Overview")
+        # It is a new ledger, and the page says how to go on.
+        first = screen.driver.find_element(By.TAG_NAME, "pre").text
+        subprocess.run([BASH, "-c", first], env=os.environ | {"KEY": ADMIN_KEY}, check=True)
+        assert screen.open().table("Accounts") == [["Alice", "USD 0.00"]]
+
+
+@on_sqlite
+def test_the_page_shows_transactions_to_those_who_may_not_read_events(
+    database: str, browser: webdriver.Chrome
+) -> None:
+    key = new_api_key(database, "web", "service")
+    with serving(database) as server, Screen(browser, server) as screen:
+        screen.bank = server.bank.by(key).given(alice=100)
+        screen.open().enter(key)
+        wait_until(lambda: len(screen.table("Latest")) == 3)
 
 
 # ----- The README
@@ -6400,6 +6601,92 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
             text=True,
             timeout=120,
         )
+
+
+# ----- The browser
+# One for all tests that look at the page, which are skipped where there is none.
+
+
+class Screen:
+    """The page of a server, as somebody sees and uses it."""
+
+    def __init__(self, driver: webdriver.Chrome, server: Server) -> None:
+        self.driver, self.bank = driver, server.bank
+        self.address = server.said[0].split()[-1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # It asks its server no more, and has the size that it had.
+        self.driver.get("about:blank")
+        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+    def open(self, place: str = "") -> Self:
+        """Go to a place, from elsewhere, and wait until something is there."""
+        self.driver.get("about:blank")
+        self.driver.get(f"{self.address}/#/{place}")
+        wait_until(lambda: bool(self.heading()))
+        return self
+
+    def heading(self) -> str | None:
+        """Return what the page says it is about."""
+        heading = "return document.querySelector('h1')?.innerText"
+        return self.driver.execute_script(heading)  # type: ignore[no-any-return]
+
+    def text(self) -> str:
+        """Return all that is shown."""
+        return self.driver.find_element(By.TAG_NAME, "body").text
+
+    def table(self, title: str) -> list[list[str]]:
+        """Return the cells of the rows under a heading, or none."""
+        return self.driver.execute_script(TABLE, title)  # type: ignore[no-any-return]
+
+    def follow(self, text: str) -> None:
+        """Follow a link."""
+        self.driver.find_element(By.LINK_TEXT, text).click()
+
+    def find(self, by: str, text: str) -> None:
+        """Search, by keyboard."""
+        self.driver.find_element(By.NAME, "by").send_keys(by)
+        field = self.driver.find_element(By.NAME, "text")
+        field.clear()
+        field.send_keys(f"{text}\n")
+
+    def enter(self, key: str) -> None:
+        """Give a key, by keyboard."""
+        self.driver.find_element(By.NAME, "key").send_keys(f"{key}\n")
+
+
+TABLE = """
+    const sections = [...document.querySelectorAll("section")];
+    const found = sections.find((each) => each.querySelector("h2").innerText === arguments[0]);
+    const rows = [...(found?.querySelectorAll("tbody tr") ?? [])];
+    const text = (cell) => cell.innerText.replace(/\\s+/g, " ").trim();
+    return rows.map((row) => [...row.cells].map(text));
+"""
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[webdriver.Chrome]:
+    """Chromium without a window, which ends with the tests."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no Chromium: install it and its driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    # As root it does not run in its sandbox; and a container's shared memory may be small.
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
+        yield browser
+
+
+@pytest.fixture
+def screen(database: str, browser: webdriver.Chrome) -> Iterator[Screen]:
+    """The page of a new ledger in open mode."""
+    with serving(database, PRELOAD_ACCOUNTS="{}") as server, Screen(browser, server) as screen:
+        yield screen
 
 
 # ----- The two engines
