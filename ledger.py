@@ -1,8 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["fastapi==0.165.0", "starlette==1.10.0", "pydantic==2.14.3", "sqlmodel==0.0.50",
+#     "sqlalchemy==2.1.9", "uvicorn==0.54.0", "httpx==0.28.1", "httptools==0.9.0",
+#     "psycopg[binary]==3.3.9", "pyjwt==2.15.1", "prometheus_client==0.26.0",
+#     "fastapi_offline==1.7.7", 'uvloop==0.23.0; sys_platform != "win32"']
+# ///
 """A complete double-entry ledger in one file: tables, rules, HTTP API and command line.
 
     python ledger.py             serve on http://127.0.0.1:8000, with the data in ./ledger.db
     python ledger.py check       verify the invariants over all stored rows
-    python ledger.py --help      the others: backup, copy, seed, key, webhook
+    python ledger.py --help      the others: backup, copy, export, seed, key, webhook
     uvicorn ledger:app           serve the same application
 
 Terms, with an example of each:
@@ -45,6 +52,7 @@ why a retry cannot pay twice.
 import argparse
 import asyncio
 import base64
+import csv
 import gc
 import hashlib
 import hmac
@@ -61,7 +69,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext, suppress
@@ -69,6 +77,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
+from importlib import resources
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TextIO, TypeVar
@@ -76,6 +85,7 @@ from urllib.parse import parse_qsl
 
 import httpx
 import jwt
+import prometheus_client as prometheus
 import psycopg
 import pydantic
 import sqlalchemy as sa
@@ -1307,6 +1317,7 @@ class Connection:
     def __init__(self, driver: Any) -> None:
         self.driver = driver
         self.is_short = False
+        self.saved: dict[int, Mapping[str, list[Row]]] = {}  # In the write that is open.
 
     def execute(self, statement: str, **values: Any) -> Any:
         """Run a statement, and return the driver's cursor."""
@@ -1360,6 +1371,7 @@ class Connection:
 
     def save(self, inserts: Mapping[str, list[Row]], updates: Mapping[str, dict[int, Row]]) -> None:
         """Write what a batch has gathered, in the order that keys and triggers require."""
+        self.saved[id(inserts)] = inserts  # It may come again, without what was refused.
         # Rows in the order of their keys, so that those of one page are written together.
         for table in TABLES:
             if rows := inserts.get(table):
@@ -1439,6 +1451,13 @@ class Database:
         self._writing: list[Connection] = []
         self._busy: set[Connection] = set()
         self._turn = threading.Lock()
+        self.metrics = prometheus.CollectorRegistry()
+        new: Any = {"registry": self.metrics}
+        self.batches = prometheus.Summary("ledger_batch_commands", "Commands a batch", **new)
+        self.commits = prometheus.Histogram("ledger_commit_seconds", "Seconds a commit", **new)
+        self.kinds = prometheus.Counter("ledger_transactions", "Posted, by kind", ["kind"], **new)
+        waiting = "Events that receivers have not had, up to 10,000"
+        self.undelivered = prometheus.Gauge("ledger_undelivered_events", waiting, **new)
 
     def prepare(self) -> None:
         """Make the place of a new ledger, or raise StartupError."""
@@ -1459,9 +1478,15 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """Do one write: at its end all that the block did is committed, or nothing of it."""
         with self._turn:
+            began = time.perf_counter()
             with self._transaction(self._writing, self.begin_write) as connection:
+                connection.saved.clear()
                 yield connection
             try:
+                self.commits.observe(time.perf_counter() - began)
+                kinds = [e["kind"] for each in connection.saved.values() for e in each["event"]]
+                for kind, count in Counter(filter(str.isupper, kinds)).items():
+                    self.kinds.labels(kind).inc(count)
                 self.after_commit()
             except Exception as error:
                 log.warning("committed, but what follows failed: %s", error)
@@ -1480,11 +1505,12 @@ class Database:
         reading = asyncio.get_running_loop().run_in_executor(threads, read)
         return await (reading if long else in_time(reading))
 
-    async def run_write(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a function that writes: inline in a library, in a thread for a server."""
+    async def run_write(self, function: Callable[[Sequence[Any]], T], batch: Sequence[Any]) -> T:
+        """Run a function that writes a batch: inline in a library, in a thread for a server."""
+        self.batches.observe(len(batch))
         if self.inline:
-            return function(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self.writer, function, *arguments)
+            return function(batch)
+        return await asyncio.get_running_loop().run_in_executor(self.writer, function, batch)
 
     def open(self, *, make: bool) -> None:
         """Accept a ledger of this version; with `make`, make one where there is nothing yet."""
@@ -2025,12 +2051,14 @@ CHECKS = [
 
 def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
     """Verify what stored rows can show: yield each rule, the rows it is for, and what is wrong."""
+    show_progress("checking that pages, constraints and references are sound")
     damage = [row["wrong"] for query in REFERENCES for row in connection.rows(query)]
     if connection.engine == "sqlite":
         [found] = connection.rows("PRAGMA integrity_check(1)")
         damage += [text for text in found.values() if text != "ok"]
     yield "pages, constraints and references are sound", len(TABLES), damage
     for rule, counting, *findings in CHECKS:
+        show_progress(f"checking that {rule}")
         wrong = [row["wrong"] for query in findings for row in connection.rows(f"{query} LIMIT 1")]
         yield rule, connection.rows(counting)[0]["n"], wrong
     yield "events say what was asked, and keys are those that were added", *check_events(connection)
@@ -2074,15 +2102,24 @@ def parse_details(arguments: str) -> Any:
     return {"damaged": arguments}
 
 
+def show_progress(doing: str = "") -> None:
+    """Say on a terminal what is being done, until something else is said."""
+    if sys.stderr.isatty():
+        print(f"\33[K{doing}", end="\r", file=sys.stderr, flush=True)
+
+
 def portions(connection: Connection, table: str) -> Iterator[list[Row]]:
     """Return all rows of a table in the order of its key, some at a time."""
     keys = [column.name for column in TABLES[table].primary_key]
     order, after = ", ".join(keys), ", ".join(f":{key}" for key in keys)
-    query, position = f"SELECT * FROM {table}", Row()  # noqa: S608
+    query, position, count = f"SELECT * FROM {table}", Row(), 0  # noqa: S608
     while rows := connection.rows(f"{query} ORDER BY {order} LIMIT {PORTION_ROWS}", **position):
         yield rows
+        count += len(rows)
+        show_progress(f"{table}: {count:,} rows")
         query = f"SELECT * FROM {table} WHERE ({order}) > ({after})"  # noqa: S608
         position = {key: rows[-1][key] for key in keys}
+    show_progress()
 
 
 # ===== Part three: HTTP
@@ -2563,6 +2600,7 @@ class Route(APIRoute):
     async def serve(self, app: "App", request: Request) -> Answer:
         """Return the answer, or raise a LedgerError that says what is wrong."""
         if not (self.writes or self.reads):
+            await self.admit(app, request)
             return Answer(*self.function(app))
         # First, because it may take its time, and a key may be revoked meanwhile.
         body = await request.body(self.body_bytes_max) if self.writes else b""
@@ -3845,6 +3883,11 @@ class App(FastAPI):
         turns = partial(asyncio.Semaphore, LONG_READERS_MAX)
         self.long_reads: defaultdict[Loop, asyncio.Semaphore] = defaultdict(turns)
         self.router.routes[:] = [r for dialect in (*dialects, pages) for r in dialect.routes]
+        new: Any = {"registry": ledger.database.metrics}
+        times = prometheus.Histogram("ledger_http_seconds", "Requests", ["route", "status"], **new)
+        self.times = lru_cache(times.labels)  # To look for one takes longer than to count.
+        waiting = prometheus.Gauge("ledger_waiting_commands", "Commands that wait", **new)
+        waiting.set_function(lambda: sum(map(len, [*ledger._waiting.values()])))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -3868,7 +3911,9 @@ class App(FastAPI):
         finally:
             if request.end_turn:
                 request.end_turn()
-            self.log.add(request, status, time.perf_counter() - began)
+            self.log.add(request, status, seconds := time.perf_counter() - began)
+            route = f"{r.method} {r.path_format}" if (r := request.route) else "unknown"
+            self.times(route, status).observe(seconds)
 
     async def answer(self, request: Request) -> Answer:
         """Return the answer of the route, or the problem that is in its way."""
@@ -4034,8 +4079,26 @@ def get_openapi(app: App) -> Answer:
 @pages.get("/docs", roles=ANYONE)
 def get_docs(app: App) -> Answer:
     """Describe the API to people, who can try it there."""
-    page = get_swagger_ui_html(openapi_url="/openapi.json", title=app.title)
+    urls: Row = {"swagger_js_url": "/docs/swagger-ui-bundle.js", "swagger_favicon_url": "data:,"}
+    urls["swagger_css_url"] = "/docs/swagger-ui.css"
+    page = get_swagger_ui_html(openapi_url="/openapi.json", title=app.title, **urls)
     return Answer(200, bytes(page.body).decode(), media_type="text/html; charset=utf-8")
+
+
+for name, kind in (("swagger-ui-bundle.js", "javascript"), ("swagger-ui.css", "css")):
+
+    @pages.get(f"/docs/{name}", roles=ANYONE)
+    def get_docs_part(app: App, name: str = name, kind: str = kind) -> Answer:
+        """Serve what the page is made of, which a package brings along: it needs no network."""
+        file = resources.files("fastapi_offline") / "static" / name
+        return Answer(200, file.read_text("utf-8"), media_type=f"text/{kind}")
+
+
+@pages.get("/metrics", roles=AUDITORS)
+def get_metrics(app: App) -> Answer:
+    """Show what Prometheus asks for; no label is of a caller's making."""
+    shown = prometheus.generate_latest(app.ledger.database.metrics).decode()
+    return Answer(200, shown, media_type=prometheus.CONTENT_TYPE_LATEST)
 
 
 def create_app(
@@ -4124,15 +4187,21 @@ PAUSE_SECONDS = {0: 0, 1: 5, 2: 30, 3: 300, 4: 1_800}  # By the number of failur
 TO_SERVE = "SELECT * FROM webhook WHERE due_at <= {0} AND position < (SELECT max(id) FROM event)"
 TAKE_TURN = """UPDATE webhook SET position = :position, failures = :failures,
     due_at = {0} + :microseconds WHERE id = :id AND due_at = :due_at RETURNING due_at"""
+UNDELIVERED = """SELECT count(*) AS n FROM (SELECT 1 FROM webhook JOIN event ON event.id > position
+    WHERE due_at >= 0 LIMIT 10000) AS waiting"""
 ACCOUNT_FIELDS = ("id", "account_id", "dest_account_id")
 tls = lru_cache(httpx.create_ssl_context)
 
 
 async def start_deliveries(ledger: Ledger, tasks: asyncio.TaskGroup) -> None:
     """Serve each receiver that has not had all, in a task of its own."""
-    for webhook in await ledger.database.run_read(
-        lambda books: books.rows(TO_SERVE.format(books.clock), now=utc_now())
-    ):
+    webhooks, [undelivered] = await ledger.database.run_read(
+        lambda books: books.all_rows(
+            (TO_SERVE.format(books.clock), {"now": utc_now()}), (UNDELIVERED, {})
+        )
+    )
+    ledger.database.undelivered.set(undelivered["n"])
+    for webhook in webhooks:
         tasks.create_task(deliver(ledger, webhook))
 
 
@@ -4425,6 +4494,51 @@ def copy_all(source: Database, target: Database) -> dict[str, int]:
     return counts
 
 
+def run_export(settings: Settings, options: argparse.Namespace) -> None:
+    """Write all transactions, for hledger or a spreadsheet, to a new file or to the output."""
+    with opened(settings) as database, database.read() as connection:
+        write = write_csv if options.format == "csv" else write_hledger
+        with open(options.file or os.dup(1), "x", encoding="utf-8", newline="") as out:
+            write(exported(connection), out)
+
+
+def exported(connection: Connection) -> Iterator[Row]:
+    """Return all entries, one transaction after the other."""
+    query = f"""SELECT line.*, CASE type WHEN 'CREDIT' THEN amount ELSE -amount END AS change,
+        asset, lower(account.kind) AS side, COALESCE(name, owner_name) AS owner
+        FROM ({ENTRIES} WHERE transaction_id = ANY(:ids)) AS line
+        JOIN account ON account.id = account_id ORDER BY transaction_id, line.id"""  # noqa: S608
+    for events in portions(connection, "event"):
+        yield from connection.rows(query, ids=[event["id"] for event in events])
+
+
+def write_hledger(entries: Iterable[Row], out: TextIO) -> None:
+    """Write a journal, in which a CREDIT is positive, as it is here."""
+    written = None
+    for entry in entries:
+        if entry["transaction_id"] != written:
+            written = entry["transaction_id"]
+            date, what = utc_text(entry["ts"])[:10], plain(f"{entry['kind']} {entry['ref'] or ''}")
+            out.write(f"\n{date} ({written}) {what}\n")
+        account = plain(f"{entry['owner']} {entry['account_id']}")
+        amount = decimal_text(entry["change"], ASSETS[entry["asset"]].exponent)
+        out.write(f"    {entry['side']}:{account}  {entry['asset']} {amount}\n")
+
+
+def plain(text: str) -> str:
+    """Return a caller's text without what hledger would take for more: marks, and two blanks."""
+    return " ".join(re.sub(r"[^\w.,'/\x80-\U0010ffff-]", " ", text).split())
+
+
+def write_csv(entries: Iterable[Row], out: TextIO) -> None:
+    """Write a row an entry, with the columns of a statement, and no memo like a formula."""
+    table = csv.DictWriter(out, EntryPublic.model_fields, extrasaction="ignore")
+    table.writeheader()
+    for entry in entries:
+        memo = re.sub(r"^(?=[\s=+@\uff0b\uff0d\uff1d\uff20-])", "'", entry["ref"] or "")
+        table.writerow(entry | {"ts": utc_text(entry["ts"]), "ref": memo})
+
+
 def run_seed(settings: Settings, options: argparse.Namespace) -> None:
     """Open the first accounts and wallets that are missing: the demo or PRELOAD_ACCOUNTS."""
     with opened(settings, make=True) as database:
@@ -4510,6 +4624,9 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     copying = add_command(commands, "copy", run_copy)
     copying.add_argument("--from", dest="source", required=True, metavar="URL")
     copying.add_argument("--to", dest="target", required=True, metavar="URL")
+    exporting = add_command(commands, "export", run_export)
+    exporting.add_argument("--format", required=True, choices=("hledger", "csv"))
+    exporting.add_argument("file", type=Path, nargs="?", metavar="FILE")
     key_help = "make, show and end the API keys of callers"
     keys = commands.add_parser("key", help=key_help).add_subparsers(required=True)
     adding = add_command(keys, "add", run_key_add)
@@ -4544,6 +4661,7 @@ def main(arguments: Sequence[str]) -> int:
         settings = Settings.read(os.environ, database_url=options.database_url)
         return options.run(settings, options) or 0
     except (StartupError, LedgerError, OSError, *DRIVER_ERRORS) as refusal:
+        show_progress()
         print(f"ledger: {one_line(refusal)}", file=sys.stderr)
         return 1
 

@@ -6,6 +6,7 @@ words, processes and databases, stands at the end.
 
 import asyncio
 import base64
+import csv
 import hashlib
 import hmac
 import io
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -43,6 +45,7 @@ import pytest
 import uvicorn
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 from selenium import webdriver
 from selenium.common.exceptions import JavascriptException
 from selenium.webdriver.common.by import By
@@ -2573,6 +2576,7 @@ def test_a_request_is_no_older_than_its_key(database: str) -> None:
 READ, WORK, RULE, AUDIT = "auditor service admin", "service admin", "admin", "auditor admin"
 DESCRIBED = {("GET", "/health"), ("GET", "/bank/health")}
 OPEN = DESCRIBED | {("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json")}
+OPEN |= {("GET", "/docs/swagger-ui-bundle.js"), ("GET", "/docs/swagger-ui.css")}
 MATRIX = {
     ("POST", "/accounts"): WORK,
     ("GET", "/accounts"): READ,
@@ -2601,6 +2605,7 @@ MATRIX = {
     ("POST", "/accounts/{account_id}/close"): RULE,
     ("GET", "/audit"): AUDIT,
     ("GET", "/events"): AUDIT,
+    ("GET", "/metrics"): AUDIT,
     ("POST", "/bank/accounts"): WORK,
     ("GET", "/bank/accounts"): READ,
     ("GET", "/bank/accounts/{name}/balance"): READ,
@@ -4957,6 +4962,16 @@ def test_settings_do_not_show_their_secrets() -> None:
     assert "\u00e9" not in repr(shown)
 
 
+def test_the_program_names_its_packages_as_the_requirements_do() -> None:
+    header = re.match("# /// script\n((?:#.*\n){1,13})# ///\n", PROGRAM.read_text())
+    assert header
+    named = tomllib.loads(re.sub("(?m)^# ?", "", header[1]))
+    runtime = PROGRAM.with_name("requirements.txt").read_text().partition("# Tests")[0]
+    lines = [line.partition("#")[0].strip() for line in runtime.splitlines()]
+    assert named["dependencies"] == [line for line in lines if line]
+    assert named["requires-python"] == ">=3.11"
+
+
 def test_importing_the_module_has_no_effect() -> None:
     script = "import ledger, os, threading; print(os.listdir(), threading.active_count())"
     ran = run_python("-c", script, PYTHONPATH=str(PROGRAM.parent), PORT="bad")
@@ -5006,7 +5021,7 @@ def test_head_is_get_without_the_body(server: "Server") -> None:
 def test_the_api_describes_itself(demo: "Bank") -> None:
     paths = demo.get("/openapi.json").json()["paths"]
     described = {(method.upper(), path) for path, item in paths.items() for method in item}
-    assert described == set(MATRIX) | DESCRIBED
+    assert described == set(MATRIX) - {("GET", "/metrics")} | DESCRIBED
     transfer = paths["/transfers"]["post"]
     assert transfer["parameters"][0]["name"] == "Idempotency-Key"
     assert transfer["parameters"][0]["required"] is True
@@ -5016,6 +5031,94 @@ def test_the_api_describes_itself(demo: "Bank") -> None:
     assert "Roles: service, admin." in transfer["description"]
     assert "security" not in paths["/health"]["get"]
     assert "text/html" in demo.get("/docs").headers["Content-Type"]
+
+
+@at_the_edge
+def test_the_docs_need_no_network(untouched: "Bank") -> None:
+    page = untouched.get("/docs").text
+    assert "//" not in page
+    named = re.findall("(?:src|href)=\"(/[^\"]+)|url: '([^']+)", page)
+    answers = [untouched.get("".join(path)) for path in named]
+    assert [(answer.status_code, answer.headers["Content-Type"]) for answer in answers] == [
+        (200, "text/css"),
+        (200, "text/javascript"),
+        (200, "application/json"),
+    ]
+    assert "SwaggerUIBundle" in answers[1].text
+
+
+def measured(bank: "Bank", name: str) -> dict[tuple[str, ...], float]:
+    """Return what Prometheus is told under a name, by its labels."""
+    families = text_string_to_metric_families(bank.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples]
+    return {tuple(s.labels.values()): s.value for s in samples if s.name == name}
+
+
+def test_requests_are_counted_by_route_and_status_alone(secured: "BankInside") -> None:
+    key = new_api_key(secured.database, "prometheus", "auditor")
+    admin = secured.by(ADMIN_KEY).given({PRIVATE_NAME: 5})
+    for path in (
+        "/accounts/x",
+        f"/accounts/{secured.ids[PRIVATE_NAME]}",
+        f"/{PRIVATE_NAME}",
+        "/no",
+    ):
+        admin.get(path)
+    for method in ("HEAD", "BREW", PRIVATE_NAME):
+        admin.send(method, "/accounts")
+    prometheus = secured.by(f"Bearer {key}", "Authorization")
+    assert measured(prometheus, "ledger_http_seconds_count") == {
+        ("POST /accounts", "201"): 1,
+        ("POST /accounts/{account_id}/deposit", "200"): 1,
+        ("GET /accounts/{account_id}", "422"): 1,
+        ("GET /accounts/{account_id}", "200"): 1,
+        ("GET /accounts", "200"): 1,
+        ("unknown", "404"): 2,
+        ("unknown", "405"): 2,
+    }
+    assert sum(measured(prometheus, "ledger_http_seconds_sum").values()) > 0
+
+
+def test_transactions_are_counted_by_kind_once_they_are_committed(bank: "BankInside") -> None:
+    bank.given(alice=100, bob=0)
+    bank.promised("alice", "bob", 5)
+    path, body = "/transfers", bank.transfer_body()
+    unknown = f"/transactions/{NOBODY}/reverse"
+    # The second looks into the database in the middle of the batch, and is refused.
+    bank.together((path, body, "k"), (unknown, {}), (path, body), (path, body, "k"))
+    # The first of these is made, and taken back.
+    refused = bulk(bank, *[item(bank, "alice", "bob", 60)] * 2)
+    assert refusal(refused) == (409, "bulk_failed")
+    bank.reverse(bank.last("bob"))
+    kinds = dict(bank.rows("SELECT kind, COUNT(*) FROM event WHERE kind < 'a' GROUP BY kind"))
+    assert kinds == {"DEPOSIT": 1, "TRANSFER": 2, "REVERSAL": 1}
+    counted = measured(bank, "ledger_transactions_total")
+    assert counted == {(kind,): count for kind, count in kinds.items()}
+
+
+def test_batches_are_measured_and_what_waits_for_one(bank: "BankInside") -> None:
+    names = ("batch_commands_count", "batch_commands_sum", "commit_seconds_count")
+    before = [measured(bank, f"ledger_{name}")[()] for name in names]
+
+    async def look_while_some_wait() -> str:
+        command = command_of(ledger.open_account, owner_name="x", asset="USD")
+        executing = asyncio.gather(*(bank.ledger.submit(command) for _ in range(3)))
+        await asyncio.sleep(0)
+        shown = ledger.get_metrics(bank.app).body
+        await executing
+        return shown
+
+    assert "\nledger_waiting_commands 3.0\n" in bank.runner.run(look_while_some_wait())
+    after = [measured(bank, f"ledger_{name}")[()] for name in names]
+    assert [new - old for old, new in zip(before, after, strict=True)] == [1, 3, 1]
+    assert measured(bank, "ledger_waiting_commands") == {(): 0}
+
+
+def test_each_application_measures_for_itself(bank: "BankInside") -> None:
+    bank.given(alice=5)
+    with opened(bank.database) as other:
+        assert measured(other, "ledger_transactions_total") == {}
+        assert measured(other, "ledger_http_seconds_count") == {("GET /metrics", "200"): 1}
 
 
 def test_a_damaged_event_is_shown_as_such_or_named(bank: "Bank") -> None:
@@ -5667,6 +5770,133 @@ def test_a_copy_of_a_broken_ledger_is_refused_as_a_whole(
     assert ledger.main(["copy", "--from", bank.database, "--to", url]) == 1
     assert "nothing was copied: account" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+HLEDGER = shutil.which("hledger") or ""
+HOSTILE_MEMOS = (
+    "; x", "rent; for: two  months", "a | b", "(x)", "[2020-99-99]", "* x", "! x", '"q"', "'q",
+    "x\u2028  customer:y  USD 5", "\u00a0\u00a0x\u2003\u2003y", "\u3000x", "=1+1", "+1", "-1 USD",
+    "@SUM(1)", " =1", "\uff1d1", "date:2020-99-99", "x ; date:2020-99-99", "{2}", "::", ";;", "%",
+    "2020-01-01 x", "x  USD 5", "= USD 9", "include x", "end comment", "#x", "a, b", "\u0928\u092e",
+)  # fmt: skip
+
+
+def exported(bank: "Bank", folder: Path, form: str) -> Path:
+    """Export a ledger into a new file of a folder."""
+    file = folder / form
+    command = ["export", "--format", form, str(file), "--database-url", bank.database]
+    assert ledger.main(command) == 0
+    return file
+
+
+def hledger(file: Path, *report: str) -> list[dict[str, str]]:
+    """Return the lines of one of hledger's reports."""
+    command = [HLEDGER, "-f", str(file), *report, "-O", "csv"]
+    environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ran.stderr == ""
+    return list(csv.DictReader(io.StringIO(ran.stdout)))
+
+
+@pytest.mark.skipif(not HLEDGER, reason="hledger is not installed (Debian: apt install hledger)")
+def test_hledger_computes_the_same_balances(demo: "Bank", tmp_path: Path) -> None:
+    demo.given(ann=900, ben=0).given(yen=900, sen=0, asset="JPY")
+    # Two accounts of one owner are two, and both have money.
+    demo.given(dict.fromkeys(HOSTILE_MEMOS[:2], 3)).given(dict.fromkeys(HOSTILE_MEMOS, 0))
+    for number, hostile in enumerate(HOSTILE_MEMOS, 1):
+        demo.transfer("ann", hostile, number, memo=hostile)
+    demo.journal({"ann": -5, "ben": 5, "yen": -7, "sen": 7})
+    demo.reverse(demo.last("ben"))
+    demo.pay("ann", 50)
+    file = exported(demo, tmp_path, "hledger")
+    stored = demo.rows("SELECT id, asset, balance FROM account WHERE balance <> 0")
+    assert {row["account"][-36:]: row["balance"] for row in hledger(file, "balance", "-N")} == {
+        account: f"{asset} {ledger.decimal_text(balance, ledger.ASSETS[asset].exponent)}"
+        for account, asset, balance in stored
+    }
+    # What a caller wrote is nothing but a part of a name or of a description.
+    lines = hledger(file, "print")
+    entries = demo.rows("SELECT transaction_id, account_id FROM entry")
+    assert sorted((line["code"], line["account"][-36:]) for line in lines) == sorted(entries)
+    for column in ("status", "date2", "comment", "posting-status", "posting-comment"):
+        assert {line[column] for line in lines} == {""}
+
+
+def test_a_spreadsheet_gets_the_lines_of_statements_and_no_formula(
+    bank: "Bank", tmp_path: Path
+) -> None:
+    bank.given(alice=100, bob=0)
+    for memo in HOSTILE_MEMOS:
+        bank.transfer("alice", "bob", 1, memo=memo)
+    with exported(bank, tmp_path, "csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["account_id"] == bank.ids["bob"]]
+    refs = [row["ref"] for row in rows]
+    for ref, memo in zip(refs, HOSTILE_MEMOS, strict=True):
+        assert ref in (memo, f"'{memo}")
+        assert not ref.strip().startswith(("=", "+", "-", "@", "\uff1d"))
+    lines = [{**line, "ref": refs.pop()} for line in bank.statement("bob")]
+    assert rows[::-1] == [{name: str(value) for name, value in line.items()} for line in lines]
+
+
+def test_an_export_shows_one_moment(bank: "BankInside", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "PORTION_ROWS", 2)
+    bank.given(alice=100, bob=0, carol=3)
+    with bank.ledger.database.read() as connection:
+        entries = ledger.exported(connection)
+        seen = [next(entries)]
+        bank.transfer("alice", "bob", 1)
+        seen += entries
+    assert [entry["kind"] for entry in seen] == ["DEPOSIT"] * 4
+
+
+def test_an_export_never_overwrites(
+    bank: "Bank", tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = exported(bank, tmp_path, "csv")
+    before = file.read_bytes()
+    command = ["export", "--format", "csv", str(file), "--database-url", bank.database]
+    assert ledger.main(command) == 1
+    assert capsys.readouterr().err == f"ledger: [Errno 17] File exists: '{file}'\n"
+    assert file.read_bytes() == before
+
+
+@on_sqlite
+def test_an_export_goes_to_the_output_until_nobody_reads_it(bank: "Bank", tmp_path: Path) -> None:
+    bank.given(alice=5)
+    command = ("export", "--format", "csv", "--database-url", bank.database)
+    ran = run_program(*command, folder=tmp_path)
+    assert (ran.stdout, ran.stderr) == (exported(bank, tmp_path, "csv").read_text(), "")
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = [sys.executable, str(PROGRAM), *command]
+    cut = subprocess.run(program, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (cut.returncode, cut.stderr) == (1, "ledger: [Errno 32] Broken pipe\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")
+def test_long_commands_say_how_far_they_are_on_a_terminal_alone(
+    bank: "Bank", tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank.given(alice=5)
+    reading, writing = os.openpty()
+    here = ["--database-url", bank.database]
+    for command in (
+        ["check", *here],
+        ["export", "--format", "csv", f"{tmp_path}/books.csv", *here],
+        ["copy", "--from", bank.database, "--to", f"sqlite:///{tmp_path}/copy.db"],
+    ):
+        with open(writing, "w", closefd=False) as terminal, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal)
+            assert ledger.main(command) == 0
+        said = os.read(reading, 10_000).decode()
+        assert "event: 2 rows" in said
+        # At the end nothing of it is left.
+        assert said.endswith("\33[K\r")
+    os.close(writing)
+    os.close(reading)
+    exported(bank, tmp_path, "csv")
+    assert capsys.readouterr().err == ""
 
 
 # ----- Page
