@@ -5298,9 +5298,12 @@ def test_a_receiver_that_was_down_is_posted_all_that_it_missed(
     subscribe(bank, receiver.answering(500))
     bank.given({f"person {number}": 0 for number in range(2 * ledger.PAGE_SIZE + 1)})
     deliver(bank)
+    assert measured(bank, "ledger_undelivered_events") == {(): 2 * ledger.PAGE_SIZE + 1}
     receiver.answering(200)
     wait_no_longer(bank)
     deliver(bank)
+    deliver(bank)
+    assert measured(bank, "ledger_undelivered_events") == {(): 0}
     names = [json.loads(receipt.body)["data"].get("owner_name") for receipt in receiver.receipts()]
     assert names == ["person 0", *bank.ids]
 
