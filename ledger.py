@@ -2146,9 +2146,6 @@ class Caller(NamedTuple):
     role: str
 
 
-LOCAL, ADMIN, NOBODY = Caller("local", "admin"), Caller("admin", "admin"), Caller("", "")
-
-
 class Callers:
     """What tells callers apart: the operator's secrets, and the keys in the database."""
 
@@ -2172,7 +2169,7 @@ class Callers:
             await self._database.run_read(self._load)
         if self.open_mode:
             require_local(request)
-            return LOCAL
+            return Caller("local", "admin")
         credential = request.credential()
         prefix = credential[:KEY_PREFIX_LENGTH].decode("latin-1")
         if prefix.startswith(KEY_PREFIX) and prefix not in self._keys:
@@ -2187,7 +2184,7 @@ class Callers:
         request.key_prefix = row["prefix"] if row else None
         given = key_hash(credential)
         if self._admin_hash and hmac.compare_digest(given, self._admin_hash):
-            return ADMIN
+            return Caller("admin", "admin")
         if row and not row["revoked_at"] and hmac.compare_digest(given, row["hash"]):
             return Caller(f"key:{row['name']}", row["role"])
         return self._of_token(credential)
@@ -2273,6 +2270,7 @@ def is_local(host: str) -> bool:
 
 BODY_BYTES_MAX = 65_536
 PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
+NEWEST_FIRST, OLDEST_FIRST = f"{10**18 - 1}_g", "0_"  # Where the pages of a list start.
 ERRORS_LISTED_MAX = 20
 NOTE_FILTER = re.compile(r"metadata\[.*\]", re.DOTALL)
 EXAMPLE_ID = "01a1fefb-c2f0-7ab1-8d0e-391f6d6292a4"
@@ -2404,14 +2402,6 @@ def refuse_text(pattern: str, what: str, given: Any) -> Any:
     return given
 
 
-# Bidirectional controls, too, which let a name look like another one.
-CONTROLS = r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-NO_CONTROLS = partial(refuse_text, CONTROLS, "Text should hold no control characters")
-NOT_BLANK = partial(refuse_text, r"^\s*$", "Text should not be blank")
-# Python takes more for an integer than anybody writes as one.
-PLAIN_DIGITS = partial(refuse_text, "^(?!-?[0-9]{1,40}$)", "Input should be a valid integer")
-
-
 def parse_decimal(given: Any, *, exponent: int, or_number: bool = False) -> int:
     """Return decimal text, or a JSON number where those count, as minor units, if it is exact."""
     try:
@@ -2436,6 +2426,12 @@ def parse_time(given: str) -> int:
     raise PydanticCustomError("time", "Input should be a time such as 2026-11-21T12:00:00Z")
 
 
+# Bidirectional controls, too, which let a name look like another one.
+CONTROLS = r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+NO_CONTROLS = partial(refuse_text, CONTROLS, "Text should hold no control characters")
+NOT_BLANK = partial(refuse_text, r"^\s*$", "Text should not be blank")
+# Python takes more for an integer than anybody writes as one.
+PLAIN_DIGITS = partial(refuse_text, "^(?!-?[0-9]{1,40}$)", "Input should be a valid integer")
 Amount = Annotated[
     int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units", examples=[300])
 ]
@@ -2620,7 +2616,7 @@ class Route(APIRoute):
     async def admit(self, app: "App", request: Request) -> Caller:
         """Return the caller, or raise Unauthorized or Forbidden."""
         if not self.roles:
-            return NOBODY
+            return Caller("", "")
         caller = await app.callers.authenticate(request)
         request.caller = caller.name
         if caller.role not in self.roles:
@@ -2710,10 +2706,6 @@ def read_page(
         last_seq = min(row.get("seq", 0) for row in items)
         next_cursor = lead_to(f"{last_seq}_{items[-1]['id']}")
     return {"items": items, "next_cursor": next_cursor}
-
-
-NEWEST_FIRST = f"{10**18 - 1}_g"
-OLDEST_FIRST = "0_"
 
 
 # ----- The API
@@ -3790,6 +3782,7 @@ DIALECTS = (api, wallets, bank, atm)
 CASHBACK_POLL_SECONDS = 1.0
 HEAD_BYTES_MAX, PART_BYTES = 65_536, 262_144
 REQUEST_SECONDS_MAX = SENDING_SECONDS_MAX = 60
+pages = Dialect("pages")
 
 
 @dataclass(frozen=True)
@@ -4004,9 +3997,6 @@ class Protocol(HttpToolsProtocol):
             text = f"{head}connection: close\r\n\r\n{answer.body}"
             self.transport.write(STATUS_LINE[answer.status] + text.encode())
         self.transport.close()
-
-
-pages = Dialect("pages")
 
 
 @pages.get("/openapi.json", roles=ANYONE)
