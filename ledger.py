@@ -3376,11 +3376,9 @@ def get_bank_balance(
     return BankAccountBalance(account_id=name, balance=account["balance"])
 
 
-class BankMovement(RequestBody):
+class BankMovement(BankAccountCreate):
     """An amount for an account, at the caller's time."""
 
-    timestamp: BankTime
-    account_id: BankName
     amount: Amount
 
 
@@ -3461,9 +3459,7 @@ class BankTopSpenders(BaseModel):
 
 @bank.get("/top-spenders", roles=READERS, long=True)
 def get_bank_top_spenders(
-    connection: Connection,
-    timestamp: BankTimeInQuery,
-    n: Annotated[PlainInt, Query(ge=1, le=200)],
+    connection: Connection, timestamp: BankTimeInQuery, n: Limit
 ) -> BankTopSpenders:
     """List who has sent and paid the most, and then by name."""
     rows = connection.rows(
