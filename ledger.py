@@ -1379,13 +1379,10 @@ class PostgresConnection(Connection):
     """A connection to PostgreSQL, which is written to in statements of one parameter, of JSON."""
 
     engine = "postgresql"
-    is_writable = (
-        "SELECT NOT pg_is_in_recovery() "
-        "AND current_setting('default_transaction_read_only') = 'off' AS yes"
-    )
+    is_writable = """SELECT NOT pg_is_in_recovery()
+    AND current_setting('default_transaction_read_only') = 'off' AS yes"""
     tables = "SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()"
-    schema = """
-    WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
+    schema = """WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
     SELECT table_name::text AS name, concat_ws(' ', column_name, data_type, is_nullable) AS sql
     FROM information_schema.columns WHERE table_schema = current_schema()
     UNION ALL
@@ -1712,20 +1709,15 @@ class SqliteDatabase(Database):
 
 
 # What a URL may say otherwise: a server that does not answer is given up within some seconds.
-POSTGRES_DEFAULTS = (
-    "application_name=ledger.py connect_timeout=3 keepalives_idle=5 keepalives_interval=2 "
-    "keepalives_count=3 tcp_user_timeout=10000"
-)
+POSTGRES_DEFAULTS = """application_name=ledger.py connect_timeout=3 tcp_user_timeout=10000
+    keepalives_idle=5 keepalives_interval=2 keepalives_count=3"""
 # Tables are made in the first schema of the path, which must not be the catalog; and nothing is
 # acknowledged that is not on disk, whatever the server's own default is.
-SESSION_SETTINGS = r"""
-    SET lock_timeout = '5s';
-    SET idle_in_transaction_session_timeout = '60s';
+SESSION_SETTINGS = r"""SET lock_timeout = '5s'; SET idle_in_transaction_session_timeout = '60s';
     SELECT set_config('search_path', regexp_replace(current_setting('search_path'),
         '^(\s*"?pg_catalog"?\s*,)+', ''), false);
     SELECT set_config('synchronous_commit', 'on', false)
-        WHERE current_setting('synchronous_commit') = 'off'
-"""
+        WHERE current_setting('synchronous_commit') = 'off'"""
 
 
 class PostgresDatabase(Database):
@@ -3438,12 +3430,10 @@ def get_bank_payment(
 ) -> BankPaymentStatus:
     """Show where a payment of an account stands."""
     number = re.fullmatch("payment([1-9][0-9]{0,17})", payment_id)
-    found = connection.rows(
-        """SELECT cashback.* FROM scheduled_cashback AS cashback JOIN account
-        ON account.id = account_id WHERE number = :number AND name = :name""",
-        number=int(number[1]) if number else 0,
-        name=f"bank:{account_id}",
-    )
+    query = """SELECT cashback.* FROM scheduled_cashback AS cashback JOIN account
+        ON account.id = account_id WHERE number = :number AND name = :name"""
+    asked = {"number": int(number[1]) if number else 0, "name": f"bank:{account_id}"}
+    found = connection.rows(query, **asked)
     if not found:
         raise PaymentNotFound("There is no such payment of this account")
     received = is_received(found[0], at=timestamp * 1_000)
@@ -3500,16 +3490,14 @@ def get_bank_transactions(
     account = find_account(connection, BANK_ACCOUNT.format(name))
     if connection.is_short and account["last_seq"] > SHORT_ROWS_MAX:
         raise LongRead
-    movements = connection.rows(
-        """SELECT 2 * seq AS line, kind, type, entry.amount AS moved,
+    query = """SELECT 2 * seq AS line, kind, type, entry.amount AS moved,
         COALESCE(effective_at, ts) / 1000 AS at, number, cashback.amount, due_at, status
         FROM entry JOIN event ON event.id = entry.transaction_id
         LEFT JOIN scheduled_cashback AS cashback ON payment_id = event.id
         WHERE entry.account_id = :id AND kind <> 'CASHBACK'
         UNION ALL SELECT 1, kind, '', 0, COALESCE(effective_at, ts) / 1000, NULL, NULL, NULL, NULL
-        FROM event WHERE account_id = :id AND kind >= 'a' AND kind = 'open_account'""",
-        id=account["id"],
-    )
+        FROM event WHERE account_id = :id AND kind >= 'a' AND kind = 'open_account'"""
+    movements = connection.rows(query, id=account["id"])
     lines = [line for row in movements for line in bank_operations(row, timestamp)]
     lines.sort(key=attrgetter("timestamp", "transaction_id"))
     return BankOperations(account_id=name, transactions=lines)
