@@ -1607,15 +1607,9 @@ def database_at(url: str) -> Database:
 
 # The event loop may wait for the disk, but not for another program's lock, so the writer asks for
 # that only once. All page caches together stay under 16 MB.
-WRITER_PRAGMAS = (
-    "busy_timeout = 0",
-    "synchronous = FULL",
-    "foreign_keys = ON",
-    "recursive_triggers = ON",
-    "cache_size = -12288",
-    "wal_autocheckpoint = 0",
-)
-READER_PRAGMAS = ("busy_timeout = 1000", "query_only = ON", "cache_size = -1024")
+WRITER_PRAGMAS = """PRAGMA busy_timeout = 0; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
+    PRAGMA recursive_triggers = ON; PRAGMA cache_size = -12288; PRAGMA wal_autocheckpoint = 0"""
+READER_PRAGMAS = "PRAGMA busy_timeout = 1000; PRAGMA query_only = ON; PRAGMA cache_size = -1024"
 CHECKPOINT_ROWS = 6_000  # Some 25 MB of log in large batches, and 40 in batches of one.
 
 
@@ -1642,8 +1636,7 @@ class SqliteDatabase(Database):
         driver = sqlite3.connect(self._uri, uri=True, isolation_level=None, check_same_thread=False)
         driver.row_factory = sqlite3.Row
         try:
-            for pragma in WRITER_PRAGMAS if write else READER_PRAGMAS:
-                driver.execute(f"PRAGMA {pragma}")
+            driver.executescript(WRITER_PRAGMAS if write else READER_PRAGMAS)
             # A new ledger is made without a log, so that a crash leaves all of it or no page.
             if write and driver.execute("PRAGMA page_count").fetchone()[0]:
                 driver.execute("PRAGMA journal_mode = WAL")
