@@ -3294,14 +3294,11 @@ BankTime = Annotated[
 BankTimeInQuery = Annotated[PlainInt, Query(ge=0, le=2**53), AfterValidator(note_time)]
 BankName = Annotated[Name, names_account(BANK_ACCOUNT)]
 
-bank = Dialect(
-    "bank",
-    "/bank",
-    errors={
-        AccountExists: (409, "Account already exists"),
-        AccountNotFound: (404, "Account not found"),
-    },
-)
+BANK_ERRORS = {
+    AccountExists: (409, "Account already exists"),
+    AccountNotFound: (404, "Account not found"),
+}
+bank = Dialect("bank", "/bank", BANK_ERRORS)
 bank.get("/health", roles=ANYONE)(get_health)
 
 
@@ -3557,16 +3554,11 @@ DollarsIn = Annotated[
 Dollars = Annotated[int, pydantic.PlainSerializer(lambda cents: decimal_text(cents, 2), str)]
 AtmNumber = Annotated[str, names_account(ATM_ACCOUNT)]
 
-atm = Dialect(
-    "atm",
-    "/atm",
-    errors={
-        AccountNotFound: (404, "account not found"),
-        InsufficientFunds: (400, "insufficient funds"),
-    },
-    exponent=ATM_EXPONENT,
-    first_accounts=atm_first_accounts,
-)
+ATM_ERRORS = {
+    AccountNotFound: (404, "account not found"),
+    InsufficientFunds: (400, "insufficient funds"),
+}
+atm = Dialect("atm", "/atm", ATM_ERRORS, exponent=ATM_EXPONENT, first_accounts=atm_first_accounts)
 
 
 class AtmWelcome(BaseModel):
