@@ -1456,9 +1456,6 @@ class Database:
     def after_commit(self) -> None:
         """Do what is to be done now and then."""
 
-    def flush(self) -> None:
-        """See to it that the database's own file has all that was committed."""
-
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """Open one consistent view of what is committed."""
@@ -4280,8 +4277,9 @@ def run_key_add(settings: Settings, options: argparse.Namespace) -> None:
         administer(database, shown, partial(add_key, hash=key_hash(key.encode()), **shown))
         print(key, flush=True)
         print(f"key {options.name!r} is in {database.name}, and shown this once", file=sys.stderr)
-        with suppress(DatabaseBusy, *DRIVER_ERRORS):
-            retry_while_busy(database.flush)
+        if isinstance(database, SqliteDatabase):
+            with suppress(DatabaseBusy, *DRIVER_ERRORS):
+                retry_while_busy(database.flush)
 
 
 def run_key_revoke(settings: Settings, options: argparse.Namespace) -> None:
