@@ -1769,6 +1769,7 @@ class SchemaVersion(SQLModel, table=True):
 SCHEMA_VERSION = 1
 SCHEMA_LOCK = 0x6C65646765720A
 PORTION_ROWS = 2_000
+SYSTEM_STORED = "SELECT name, asset FROM account WHERE kind = 'SYSTEM'"
 TABLES = {table.name: table for table in SQLModel.metadata.sorted_tables}
 PRIMARY_KEYS = {name: table.primary_key.columns.keys()[0] for name, table in TABLES.items()}
 INTEGER_64 = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
@@ -1889,15 +1890,10 @@ def complete_schema(database: Database) -> None:
         book.follow([])
         for code in ASSETS.keys() - known:
             book.insert("asset", ASSETS[code].model_dump())
-        for name, code in sorted(SYSTEM_ACCOUNTS - system_accounts(connection)):
+        stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
+        for name, code in sorted(SYSTEM_ACCOUNTS - stored):
             book.open("system", code, name, kind="SYSTEM")
         connection.save(book.inserts, book.updates)
-
-
-def system_accounts(connection: Connection) -> set[tuple[str, str]]:
-    """Return the name and the asset of each system account that there is."""
-    rows = connection.rows("SELECT name, asset FROM account WHERE kind = 'SYSTEM'")
-    return {(row["name"], row["asset"]) for row in rows}
 
 
 # For each reference, the query that finds a row without the row that it refers to.
@@ -2032,11 +2028,11 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
     yield "events say what was asked, and keys are those that were added", *check_events(connection)
     assets = {tuple(row.values()) for row in connection.rows("SELECT * FROM asset")}
     known = {tuple(asset.model_dump().values()) for asset in ASSETS.values()}
-    held = system_accounts(connection)
+    stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
     # As text, because a stranger may have no name.
-    differing = sorted(map(str, (assets ^ known) | (held ^ SYSTEM_ACCOUNTS)))
+    differing = sorted(map(str, (assets ^ known) | (stored ^ SYSTEM_ACCOUNTS)))
     strange = [f"asset or system account {one}" for one in differing]
-    yield "assets and system accounts are the known ones", len(assets | held), strange
+    yield "assets and system accounts are the known ones", len(assets | stored), strange
     made, *others = connection.rows("SELECT description FROM schema_version")
     now, then = connection.rows(connection.schema), json.loads(made["description"])
     changed = [row for row in now + then if (row in now) != (row in then)]
