@@ -2082,8 +2082,7 @@ def portions(connection: Connection, table: str) -> Iterator[list[Row]]:
 
 
 # ----- Callers
-# Who is asking, and what they may do. In open mode, that is until there is a key, everybody on
-# this machine is the caller `local`.
+# In open mode, that is until there is a key, everybody on this machine is the caller `local`.
 
 ROLES = ("auditor", "service", "admin")
 ANYONE: tuple[str, ...] = ()
@@ -2243,8 +2242,7 @@ def is_local(host: str) -> bool:
 
 
 # ----- Requests
-# One way from a request to its answer, the same for every route: who calls, what is asked for,
-# and only then what the books say.
+# One way from every request to its answer: who calls, what is asked for, what the books say.
 
 BODY_BYTES_MAX = 65_536
 PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
@@ -3626,8 +3624,7 @@ def open_funded_wallets(book: Book, *, user: str, amounts: Sequence[int]) -> Non
     """Open a user's wallets with a bonus in each."""
     open_wallets(book, owner_name=user, name=f"wallets:{user}")
     for form, amount in zip(WALLETS, amounts, strict=True):
-        units = amount * 10**WALLET_EXPONENT
-        move_credits(book, form.format(user), amount=units, kind="BONUS")
+        move_credits(book, form.format(user), amount=amount * 10**WALLET_EXPONENT, kind="BONUS")
 
 
 def wallet(user: str, asset_type_id: int) -> str:
@@ -4050,8 +4047,7 @@ def __getattr__(name: str) -> App:
 
 
 # ----- Log
-# One JSON object a line for each request, and for what else there is to say. Never a key, a token,
-# a name or an amount.
+# One JSON object a line. There is never a key, a token, a name or an amount in it.
 
 LOG_LINES_MAX, LOG_SECONDS_MAX = 20_000, 0.1
 
