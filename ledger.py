@@ -1433,6 +1433,7 @@ class Database:
     name: str  # What the operator knows it by, without any password.
     begin_read: str
     begin_write: str
+    connect: Callable[..., Connection]  # Opens one that reads or, with `write=True`, writes.
 
     def __init__(self) -> None:
         self.writer = ThreadPoolExecutor(1, "writer")
@@ -1442,10 +1443,6 @@ class Database:
         self._writing: list[Connection] = []
         self._busy: set[Connection] = set()
         self._turn = threading.Lock()
-
-    def connect(self, *, write: bool) -> Connection:
-        """Open a connection."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         """Make the place of a new ledger, or raise StartupError."""
