@@ -3710,6 +3710,7 @@ pages = Dialect("pages")
 CASHBACK_POLL_SECONDS = 1.0
 HEAD_BYTES_MAX, PART_BYTES = 65_536, 262_144
 REQUEST_SECONDS_MAX = SENDING_SECONDS_MAX = 60
+pages = Dialect("pages")
 
 
 @dataclass(frozen=True)
