@@ -503,12 +503,14 @@ class Book:
 
     def account(self, reference: str) -> Account:
         """Return a customer's account by its id or its name@ASSET, or raise AccountNotFound."""
-        self.lock([reference])
+        if reference not in self.accounts:
+            self.lock([reference])
         account = self.accounts.get(reference)
         # No caller may reach a system account.
         if account is None or account.kind != "CUSTOMER":
             raise AccountNotFound(f"There is no account {reference}")
-        self.release_expired(account)
+        if account.held:
+            self.release_expired(account)
         return account
 
     def release_expired(self, account: Account) -> None:
@@ -593,7 +595,7 @@ class Book:
 
     def change(self, table: str, row: Row, **values: Any) -> None:
         """Change a loaded row, which the batch will write."""
-        self._undo.append(partial(row.update, {name: row[name] for name in values}))
+        self._undo.append(partial(row.update, row.copy()))
         row.update(values)
         changed = self.updates[table]
         if id(row) not in changed:
@@ -2789,8 +2791,8 @@ class Named(RequestBody):
     def columns(self) -> Row:
         """Return what is stored of it."""
         notes = json.dumps(self.metadata) if self.metadata else None
-        stored = ("amount", "memo", "external_id")
-        return {"notes": notes} | {n: v for n, v in vars(self).items() if n in stored}
+        given, stored = vars(self), ("amount", "memo", "external_id")
+        return {"notes": notes, **{name: given[name] for name in stored if name in given}}
 
 
 class EventCreate(Named):
