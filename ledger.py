@@ -410,7 +410,8 @@ class Book:
 
     def account(self, reference: str) -> Account:
         """Return a customer's account by its id or its name@ASSET, or raise AccountNotFound."""
-        self.lock([reference])
+        if reference not in self.accounts:
+            self.lock([reference])
         account = self.accounts.get(reference)
         # No caller may reach a system account.
         if account is None or account.kind != "CUSTOMER":
@@ -493,7 +494,7 @@ class Book:
 
     def change(self, table: str, row: Row, **values: Any) -> None:
         """Change a loaded row, which the batch will write."""
-        self._undo.append(partial(row.update, {name: row[name] for name in values}))
+        self._undo.append(partial(row.update, row.copy()))
         row.update(values)
         changed = self.updates[table]
         if id(row) not in changed:
