@@ -1030,7 +1030,8 @@ class AnyStory(stateful.RuleBasedStateMachine):
     def __init__(self, new_database: "NewDatabase") -> None:
         super().__init__()
         self.scene = ExitStack()
-        self.bank = self.scene.enter_context(opened(self.scene.enter_context(new_database())))
+        database = self.scene.enter_context(new_database())
+        self.bank = self.scene.enter_context(opened(database, connected=CONNECTED.get(database)))
         self.balances: dict[str, int] = {}
         self.status: dict[str, str] = {}
         self.promised: Counter[str] = Counter()
@@ -1568,8 +1569,8 @@ def test_an_answer_goes_out_only_after_the_commit(servers: "Bank") -> None:
 def test_nothing_is_lost_and_nothing_happens_twice_however_often_it_dies(database: str) -> None:
     people = {f"person {number}": 1_000 for number in range(6)}
     moves: dict[Move, dict[str, int] | None] = {}
-    with serving(database) as server:
-        ids = server.bank.given(people).ids
+    with opened(database) as bank:
+        ids = bank.given(people).ids
     for death in range(CYCLES + 1):
         with serving(database) as server:
             server.bank.ids = ids
@@ -1833,10 +1834,10 @@ def test_a_write_waits_for_another_process_while_reads_go_on(
 
     async def scene(other: sqlite3.Connection) -> tuple[httpx.Response, httpx.Response]:
         headers = {"Idempotency-Key": "k"}
-        sent = bank.client.post(f"{path}/deposit", json={"amount": 1}, headers=headers)
+        sent = bank.ask("POST", f"{path}/deposit", json={"amount": 1}, headers=headers)
         waiting = asyncio.ensure_future(sent)
         await asyncio.sleep(0.05)
-        read = await bank.client.get(path)
+        read = await bank.ask("GET", path)
         assert not waiting.done()
         other.execute("COMMIT")
         return read, await waiting
@@ -4345,12 +4346,12 @@ def test_of_two_parallel_openings_of_one_name_one_succeeds(servers: "Bank") -> N
 
 def test_cashbacks_come_once_however_often_the_server_dies(database: str) -> None:
     payments, due = 120, MS_PER_DAY
-    with serving(database) as server:
-        kata_accounts(server.bank, "payer", balance=10**9)
+    with opened(database, ledger.DIALECTS) as bank:
+        kata_accounts(bank, "payer", balance=10**9)
         for timestamp in range(payments):
             amount = 100 + timestamp
-            kata(server.bank, timestamp, "/payments", account_id="payer", amount=amount)
-        unpaid = kata_balance(server.bank, "payer")
+            kata(bank, timestamp, "/payments", account_id="payer", amount=amount)
+        unpaid = kata_balance(bank, "payer")
     times = itertools.count(due)
     for _ in range(CYCLES):
         with serving(database) as server:
@@ -5005,10 +5006,10 @@ def test_no_secret_is_ever_told(database: str) -> None:
     secrets = {"LEDGER_ADMIN_KEY": ADMIN_KEY, "LEDGER_JWT_SECRET": SECRET}
     with serving(database, **secrets) as server:
         key, app = new_api_key(database, "marked", "admin"), token(sub="app")
-        told = ""
-        for credential in (key, ADMIN_KEY, SECRET, key + "x", ADMIN_KEY[:-1], app[:-1]):
-            told += every_request(server.bank.by(credential))
-        told += every_request(server.bank.by(f"Bearer {app}", "Authorization"))
+        credentials = (key, ADMIN_KEY, SECRET, key + "x", ADMIN_KEY[:-1], app[:-1])
+        callers = [server.bank.by(credential) for credential in credentials]
+        callers.append(server.bank.by(f"Bearer {app}", "Authorization"))
+        told = "".join(at_once([partial(every_request, caller) for caller in callers]))
         told += f"{server.bank.rows('SELECT * FROM event')}{server.said}"
         told += key_command(database, "list") + str(ledger.Settings.read(secrets))
         last = server.bank.get("/health").headers["X-Request-ID"]
@@ -5025,7 +5026,7 @@ def test_no_secret_is_ever_told(database: str) -> None:
 def every_request(bank: "Bank") -> str:
     """Send something to each route, good and bad, and return all that is answered."""
     opened = bank.post("/accounts", owner_name=PRIVATE_NAME)
-    bank.ids[PRIVATE_NAME] = opened.json().get("id", NOBODY)
+    bank.ids = {PRIVATE_NAME: opened.json().get("id", NOBODY)}
     answers = [opened, bank.deposit(PRIVATE_NAME, PRIVATE_AMOUNT)]
     names = ("owner_name", "account_id", "external_user_id")
     body = dict.fromkeys(names, PRIVATE_NAME) | {"amount": PRIVATE_AMOUNT, "timestamp": 1}
@@ -5503,19 +5504,17 @@ class BankInside(Bank):
         self.app = app
         self.ledger = app.ledger
         self.runner = runner
-        wire = httpx.ASGITransport(app, client=(peer, 1))
-        self.client = httpx.AsyncClient(transport=wire, base_url="http://localhost")
-        address, loop = httpx.URL("http://localhost"), runner.get_loop()
+        self.wire = httpx.ASGITransport(app, client=(peer, 1))
+        run = runner.get_loop().run_until_complete
+        super().__init__(lambda *a, **o: run(self.ask(*a, **o)), database)
 
-        async def answer(method: str, path: str, **given: Any) -> httpx.Response:
-            # The client does the same, and takes longer for it than the ledger for its answer.
-            request = httpx.Request(method, address.join(path), **given)
-            response = await wire.handle_async_request(request)
-            response.request = request
-            await response.aread()
-            return response
-
-        super().__init__(lambda *a, **o: loop.run_until_complete(answer(*a, **o)), database)
+    async def ask(self, method: str, path: str, **given: Any) -> httpx.Response:
+        """Return the answer to a request, in less time than a client of httpx takes for it."""
+        request = httpx.Request(method, httpx.URL("http://localhost").join(path), **given)
+        response = await self.wire.handle_async_request(request)
+        response.request = request
+        await response.aread()
+        return response
 
     def wrong(self, *, rows_only: bool = False) -> list[str]:
         """Return what the integrity check finds."""
@@ -5529,7 +5528,7 @@ class BankInside(Bank):
             for path, body, *given in requests:
                 [key] = given or [new_key()]
                 headers = {} if key is None else {"Idempotency-Key": key}
-                sent.append(self.client.post(path, json=body, headers=headers))
+                sent.append(self.ask("POST", path, json=body, headers=headers))
             return await asyncio.gather(*sent)
 
         return self.runner.run(gather())
@@ -5611,23 +5610,28 @@ def wait_until(is_true: Callable[[], bool]) -> None:
 
 
 # ----- Many at once
-# Threads, each with HTTP clients of its own: one that many threads share has failed under load.
+# Threads, each with connections of its own: what many threads share has failed under load.
 
 T = TypeVar("T")
 THREAD = threading.local()
 tls = cache(httpx.create_ssl_context)
 
 
-def own_client(address: str) -> httpx.Client:
-    """Return this thread's client of a server."""
-    clients: dict[str, httpx.Client] = vars(THREAD)
-    if address not in clients:
-        clients[address] = httpx.Client(base_url=address, timeout=60, verify=tls(), trust_env=False)
-    return clients[address]
+def ask(address: httpx.URL, method: str, path: str, **given: Any) -> httpx.Response:
+    """Return a server's answer to a request that goes over this thread's own connections."""
+    wires: dict[str, httpx.HTTPTransport] = vars(THREAD)
+    if str(address) not in wires:
+        wires[str(address)] = httpx.HTTPTransport(verify=tls(), trust_env=False)
+    waiting = {"timeout": httpx.Timeout(60).as_dict()}
+    request = httpx.Request(method, address.join(path), extensions=waiting, **given)
+    response = wires[str(address)].handle_request(request)
+    response.request = request
+    response.read()
+    return response
 
 
 def hang_up() -> None:
-    """Close this thread's clients."""
+    """Close this thread's connections."""
     while vars(THREAD):
         vars(THREAD).popitem()[1].close()
 
@@ -5679,7 +5683,6 @@ def inside(app: ledger.App, database: str, peer: str = "127.0.0.1") -> Iterator[
     with asyncio.Runner() as runner:
         bank = BankInside(app, runner, database, peer)
         yield bank
-        runner.run(bank.client.aclose())
 
 
 @contextmanager
@@ -5848,7 +5851,7 @@ def serving(database: str, start: Any = as_fork, **environment: str) -> Iterator
             assert lines, log.read_text()
             address = lines[0].split()[-1]
             try:
-                bank = Bank(lambda *a, **o: own_client(address).request(*a, **o), database)
+                bank = Bank(partial(ask, httpx.URL(address)), database)
                 yield Server(process, bank, lines, log)
             finally:
                 hang_up()
