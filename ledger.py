@@ -422,7 +422,8 @@ class Book:
 
     def account(self, reference: str) -> Account:
         """Return a customer's account by its id or its name@ASSET, or raise AccountNotFound."""
-        self.lock([reference])
+        if reference not in self.accounts:
+            self.lock([reference])
         account = self.accounts.get(reference)
         # No caller may reach a system account.
         if account is None or account.kind != "CUSTOMER":
@@ -505,7 +506,7 @@ class Book:
 
     def change(self, table: str, row: Row, **values: Any) -> None:
         """Change a loaded row, which the batch will write."""
-        self._undo.append(partial(row.update, {name: row[name] for name in values}))
+        self._undo.append(partial(row.update, row.copy()))
         row.update(values)
         changed = self.updates[table]
         if id(row) not in changed:
@@ -3845,6 +3846,7 @@ pages = Dialect("pages")
 POLL_SECONDS = 1.0
 HEAD_BYTES_MAX, PART_BYTES = 65_536, 262_144
 REQUEST_SECONDS_MAX = SENDING_SECONDS_MAX = 60
+pages = Dialect("pages")
 
 
 @dataclass(frozen=True)

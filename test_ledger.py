@@ -1051,7 +1051,8 @@ class AnyStory(stateful.RuleBasedStateMachine):
     def __init__(self, new_database: "NewDatabase") -> None:
         super().__init__()
         self.scene = ExitStack()
-        self.bank = self.scene.enter_context(opened(self.scene.enter_context(new_database())))
+        database = self.scene.enter_context(new_database())
+        self.bank = self.scene.enter_context(opened(database, connected=CONNECTED.get(database)))
         self.balances: dict[str, int] = {}
         self.status: dict[str, str] = {}
         self.promised: Counter[str] = Counter()
@@ -1219,11 +1220,17 @@ class AnyStory(stateful.RuleBasedStateMachine):
 
     @stateful.invariant()
     def the_books_agree(self) -> None:
-        assert self.bank.balances() == self.balances
-        for name, balance in self.balances.items():
-            held = self.held(name)
-            assert self.bank.funds(name) == (balance, held, balance - held)
-        assert self.bank.rows("SELECT SUM(balance) FROM account") == [(0,)]
+        funds = {
+            name: (balance, self.held(name), balance - self.held(name))
+            for name, balance in self.balances.items()
+        }
+        shown = self.bank.get("/accounts").json()["items"]
+        assert {each["owner_name"]: funds_of(each) for each in shown} == funds
+        if funds:
+            name = self.person(len(self.sent))
+            assert self.bank.funds(name) == funds[name]
+        with self.bank.ledger.database.read() as connection:
+            assert connection.rows("SELECT SUM(balance) AS total FROM account") == [{"total": 0}]
         assert self.bank.wrong(rows_only=True) == []
 
     def teardown(self) -> None:
@@ -1583,8 +1590,8 @@ def test_an_answer_goes_out_only_after_the_commit(servers: "Bank") -> None:
 def test_nothing_is_lost_and_nothing_happens_twice_however_often_it_dies(database: str) -> None:
     people = {f"person {number}": 1_000 for number in range(6)}
     moves: dict[Move, dict[str, int] | None] = {}
-    with serving(database) as server:
-        ids = server.bank.given(people).ids
+    with opened(database) as bank:
+        ids = bank.given(people).ids
     for death in range(CYCLES + 1):
         with serving(database) as server:
             server.bank.ids = ids
@@ -1848,10 +1855,10 @@ def test_a_write_waits_for_another_process_while_reads_go_on(
 
     async def scene(other: sqlite3.Connection) -> tuple[httpx.Response, httpx.Response]:
         headers = {"Idempotency-Key": "k"}
-        sent = bank.client.post(f"{path}/deposit", json={"amount": 1}, headers=headers)
+        sent = bank.ask("POST", f"{path}/deposit", json={"amount": 1}, headers=headers)
         waiting = asyncio.ensure_future(sent)
         await asyncio.sleep(0.05)
-        read = await bank.client.get(path)
+        read = await bank.ask("GET", path)
         assert not waiting.done()
         other.execute("COMMIT")
         return read, await waiting
@@ -4520,12 +4527,12 @@ def test_of_two_parallel_openings_of_one_name_one_succeeds(servers: "Bank") -> N
 
 def test_cashbacks_come_once_however_often_the_server_dies(database: str) -> None:
     payments, due = 120, MS_PER_DAY
-    with serving(database) as server:
-        kata_accounts(server.bank, "payer", balance=10**9)
+    with opened(database, ledger.DIALECTS) as bank:
+        kata_accounts(bank, "payer", balance=10**9)
         for timestamp in range(payments):
             amount = 100 + timestamp
-            kata(server.bank, timestamp, "/payments", account_id="payer", amount=amount)
-        unpaid = kata_balance(server.bank, "payer")
+            kata(bank, timestamp, "/payments", account_id="payer", amount=amount)
+        unpaid = kata_balance(bank, "payer")
     times = itertools.count(due)
     for _ in range(CYCLES):
         with serving(database) as server:
@@ -5472,10 +5479,11 @@ def test_no_secret_is_ever_told(database: str) -> None:
     secrets = {"LEDGER_ADMIN_KEY": ADMIN_KEY, "LEDGER_JWT_SECRET": SECRET}
     with serving(database, **secrets) as server:
         key, app = new_api_key(database, "marked", "admin"), token(sub="app")
-        told, receiver = "", printed(database, "webhook", "add", "--url", "http://127.0.0.1:1")
-        for credential in (key, ADMIN_KEY, SECRET, key + "x", ADMIN_KEY[:-1], app[:-1]):
-            told += every_request(server.bank.by(credential))
-        told += every_request(server.bank.by(f"Bearer {app}", "Authorization"))
+        receiver = printed(database, "webhook", "add", "--url", "http://127.0.0.1:1")
+        credentials = (key, ADMIN_KEY, SECRET, key + "x", ADMIN_KEY[:-1], app[:-1])
+        callers = [server.bank.by(credential) for credential in credentials]
+        callers.append(server.bank.by(f"Bearer {app}", "Authorization"))
+        told = "".join(at_once([partial(every_request, caller) for caller in callers]))
         told += f"{server.bank.rows('SELECT * FROM event')}{server.said}"
         told += printed(database, "webhook", "list")
         told += key_command(database, "list") + str(ledger.Settings.read(secrets))
@@ -5495,7 +5503,7 @@ def test_no_secret_is_ever_told(database: str) -> None:
 def every_request(bank: "Bank") -> str:
     """Send something to each route, good and bad, and return all that is answered."""
     opened = bank.post("/accounts", owner_name=PRIVATE_NAME)
-    bank.ids[PRIVATE_NAME] = opened.json().get("id", NOBODY)
+    bank.ids = {PRIVATE_NAME: opened.json().get("id", NOBODY)}
     answers = [opened, bank.deposit(PRIVATE_NAME, PRIVATE_AMOUNT)]
     names = ("owner_name", "account_id", "external_user_id")
     body = dict.fromkeys(names, PRIVATE_NAME) | {"amount": PRIVATE_AMOUNT, "timestamp": 1}
@@ -6275,8 +6283,7 @@ class Bank:
 
     def funds(self, name: str) -> tuple[int, int, int]:
         """Return what an account has, what is held of it, and what is available."""
-        account = self.get(f"/accounts/{self.ids[name]}").json()
-        return account["balance"], account["held"], account["available"]
+        return funds_of(self.get(f"/accounts/{self.ids[name]}").json())
 
     def step(self, name: str, step: str, **options: Any) -> httpx.Response:
         """Freeze, unfreeze or close an account."""
@@ -6358,9 +6365,17 @@ class BankInside(Bank):
         self.app = app
         self.ledger = app.ledger
         self.runner = runner
-        wire = httpx.ASGITransport(app, client=(peer, 1))
-        self.client = httpx.AsyncClient(transport=wire, base_url="http://localhost")
-        super().__init__(lambda *a, **o: runner.run(self.client.request(*a, **o)), database)
+        self.wire = httpx.ASGITransport(app, client=(peer, 1))
+        run = runner.get_loop().run_until_complete
+        super().__init__(lambda *a, **o: run(self.ask(*a, **o)), database)
+
+    async def ask(self, method: str, path: str, **given: Any) -> httpx.Response:
+        """Return the answer to a request, in less time than a client of httpx takes for it."""
+        request = httpx.Request(method, httpx.URL("http://localhost").join(path), **given)
+        response = await self.wire.handle_async_request(request)
+        response.request = request
+        await response.aread()
+        return response
 
     def wrong(self, *, rows_only: bool = False) -> list[str]:
         """Return what the integrity check finds."""
@@ -6374,7 +6389,7 @@ class BankInside(Bank):
             for path, body, *given in requests:
                 [key] = given or [new_key()]
                 headers = {} if key is None else {"Idempotency-Key": key}
-                sent.append(self.client.post(path, json=body, headers=headers))
+                sent.append(self.ask("POST", path, json=body, headers=headers))
             return await asyncio.gather(*sent)
 
         return self.runner.run(gather())
@@ -6393,6 +6408,11 @@ class BankInside(Bank):
 
 DAY = ledger.CASHBACK_DELAY
 REFUSED = (sqlite3.IntegrityError, psycopg.IntegrityError)
+
+
+def funds_of(account: Mapping[str, int]) -> tuple[int, int, int]:
+    """Return what an account that is shown has, what is held of it, and what is available."""
+    return account["balance"], account["held"], account["available"]
 
 
 def new_key() -> str:
@@ -6476,23 +6496,28 @@ def wait_until(is_true: Callable[[], bool]) -> None:
 
 
 # ----- Many at once
-# Threads, each with HTTP clients of its own: one that many threads share has failed under load.
+# Threads, each with connections of its own: what many threads share has failed under load.
 
 T = TypeVar("T")
 THREAD = threading.local()
 tls = cache(httpx.create_ssl_context)
 
 
-def own_client(address: str) -> httpx.Client:
-    """Return this thread's client of a server."""
-    clients: dict[str, httpx.Client] = vars(THREAD)
-    if address not in clients:
-        clients[address] = httpx.Client(base_url=address, timeout=60, verify=tls(), trust_env=False)
-    return clients[address]
+def ask(address: httpx.URL, method: str, path: str, **given: Any) -> httpx.Response:
+    """Return a server's answer to a request that goes over this thread's own connections."""
+    wires: dict[str, httpx.HTTPTransport] = vars(THREAD)
+    if str(address) not in wires:
+        wires[str(address)] = httpx.HTTPTransport(verify=tls(), trust_env=False)
+    waiting = {"timeout": httpx.Timeout(60).as_dict()}
+    request = httpx.Request(method, address.join(path), extensions=waiting, **given)
+    response = wires[str(address)].handle_request(request)
+    response.request = request
+    response.read()
+    return response
 
 
 def hang_up() -> None:
-    """Close this thread's clients."""
+    """Close this thread's connections."""
     while vars(THREAD):
         vars(THREAD).popitem()[1].close()
 
@@ -6544,7 +6569,6 @@ def inside(app: ledger.App, database: str, peer: str = "127.0.0.1") -> Iterator[
     with asyncio.Runner() as runner:
         bank = BankInside(app, runner, database, peer)
         yield bank
-        runner.run(bank.client.aclose())
 
 
 @contextmanager
@@ -6552,12 +6576,21 @@ def opened(
     database: str,
     dialects: Sequence[ledger.Dialect] = (ledger.api,),
     peer: str = "127.0.0.1",
+    connected: ledger.Database | None = None,
     **settings: Any,
 ) -> Iterator[BankInside]:
-    """Run the application in this process; with no dialect but the first it begins empty."""
-    app = ledger.create_app(ledger.Settings(database, **settings), dialects)
-    with closing(app.ledger.database), inside(app, database, peer) as bank:
-        yield bank
+    """Run the application in this process; with no dialect but the first it begins empty.
+
+    Connections that are there already are used, and left open.
+    """
+    with ExitStack() as scene:
+        with pytest.MonkeyPatch.context() as patch:
+            if connected:
+                patch.setattr(ledger, "database_at", lambda _: connected)
+            app = ledger.create_app(ledger.Settings(database, **settings), dialects)
+        if not connected:
+            scene.callback(app.ledger.database.close)
+        yield scene.enter_context(inside(app, database, peer))
 
 
 @pytest.fixture(autouse=True)
@@ -6572,14 +6605,14 @@ def own_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def bank(database: str) -> Iterator[BankInside]:
     """A new and empty ledger."""
-    with opened(database) as bank:
+    with opened(database, connected=CONNECTED.get(database)) as bank:
         yield bank
 
 
 @pytest.fixture
 def demo(database: str) -> Iterator[BankInside]:
     """A new ledger with all dialects and their demo accounts."""
-    with opened(database, ledger.DIALECTS) as bank:
+    with opened(database, ledger.DIALECTS, connected=CONNECTED.get(database)) as bank:
         yield bank
 
 
@@ -6587,7 +6620,8 @@ def demo(database: str) -> Iterator[BankInside]:
 def secured(database: str) -> Iterator[BankInside]:
     """A new ledger with an admin key and a secret for tokens, called from elsewhere."""
     secrets = {"admin_key": ADMIN_KEY, "jwt_secret": SECRET}
-    with opened(database, ledger.DIALECTS, "10.0.0.1", **secrets) as bank:
+    connected = CONNECTED.get(database)
+    with opened(database, ledger.DIALECTS, "10.0.0.1", connected, **secrets) as bank:
         yield bank
 
 
@@ -6703,7 +6737,7 @@ def serving(database: str, start: Any = as_fork, **environment: str) -> Iterator
             assert lines, log.read_text()
             address = lines[0].split()[-1]
             try:
-                bank = Bank(lambda *a, **o: own_client(address).request(*a, **o), database)
+                bank = Bank(partial(ask, httpx.URL(address)), database)
                 yield Server(process, bank, lines, log)
             finally:
                 hang_up()
@@ -6930,6 +6964,11 @@ NewDatabase = Callable[..., Any]
 """What lends a new ledger for a block, or a `blank` database, without even tables."""
 RENEWALS: dict[str, str] = {}
 """For databases that have still the tables of a new ledger, what gives them its rows again."""
+CONNECTED: dict[str, ledger.Database] = {}
+"""The connections to such databases, which one test after another uses.
+
+As those of a server that runs for long: a new connection learns every statement and trigger anew.
+"""
 
 
 @pytest.fixture(scope="session", params=ENGINES)
@@ -7000,6 +7039,8 @@ def lend_postgresql(postgresql: str) -> Iterator[NewDatabase]:
             idle.append((url, connection))
 
         yield lend
+        while CONNECTED:
+            CONNECTED.popitem()[1].close()
 
 
 def renew(database: str, connection: Any, *, blank: bool) -> None:
@@ -7008,10 +7049,13 @@ def renew(database: str, connection: Any, *, blank: bool) -> None:
         connection.execute(RENEWALS[database])
         return
     RENEWALS.pop(database, None)
+    if database in CONNECTED:
+        CONNECTED.pop(database).close()
     connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     if not blank:
         make_ledger(database)
         RENEWALS[database] = renewal(connection)
+        CONNECTED[database] = ledger.database_at(database)
 
 
 def renewal(connection: Any) -> str:
