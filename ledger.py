@@ -4699,7 +4699,7 @@ a { color: light-dark(#0b5c73, #86c5d8); text-underline-offset: .2em }
 h1 { margin: 1.5rem 0 .5rem; font-size: 1.6rem; outline: 0; overflow-wrap: anywhere }
 h2 { margin: 2rem 0 .5rem; font-size: 1.1rem }
 small, time, thead { color: light-dark(#68655d, #a19d94); font-size: .85rem }
-section { overflow-x: auto; overflow-wrap: anywhere }
+section { margin: 0 -3px; padding: 0 3px; overflow-x: auto; overflow-wrap: anywhere }
 .assets { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 0 3rem }
 table { width: 100%; border-collapse: collapse }
 tbody tr, svg { border-top: 1px solid light-dark(#e4e0d6, #34353a) }
