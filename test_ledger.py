@@ -2327,9 +2327,13 @@ def test_who_sends_nothing_or_half_a_request_is_left(database: str) -> None:
     with serving(database, start=partial(as_fork, target=run_impatient)) as server:
         whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         early = b"POST /transfers HTTP/1.1\r\n" + HEAD + b"Content-Length: 70000\r\n\r\n"
-        for sent in (b"", whole[:20], whole, whole + whole[:20], early, early[:-1] + b"\nx"):
-            with socket.create_connection(server.bank.address(), timeout=30) as wire:
+        parts = (b"", whole[:20], whole, whole + whole[:20], early, early[:-1] + b"\nx")
+        with ExitStack() as stack:
+            call = partial(socket.create_connection, server.bank.address(), timeout=30)
+            wires = [stack.enter_context(call()) for _ in parts]
+            for wire, sent in zip(wires, parts, strict=True):
                 wire.sendall(sent)
+            for wire in wires:
                 with suppress(ConnectionResetError):
                     while wire.recv(65_536):
                         pass
@@ -2341,7 +2345,7 @@ def test_who_does_not_read_is_left(database: str) -> None:
     with serving(database, start=partial(as_fork, target=run_impatient)) as server:
         with socket.create_connection(server.bank.address(), timeout=30) as wire:
             wire.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1_000)
-            time.sleep(4)
+            time.sleep(3)
             answers = b""
             with suppress(ConnectionResetError):
                 answers = b"".join(iter(partial(wire.recv, 65_536), b""))
