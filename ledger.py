@@ -754,6 +754,7 @@ def move_credits(book: Book, reference: str, *, amount: int, kind: str) -> str:
 COMMITS_MAX = 4
 GATHERING_TURNS_MAX = 32
 DONE = Answer(200, "")
+UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 NEWEST: tuple[str, Row] = ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {})
 Loop = asyncio.AbstractEventLoop
 Pending = asyncio.Future[Answer]
@@ -1136,7 +1137,7 @@ class Database:
     def after_commit(self) -> None:
         """Do what is to be done now and then."""
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """See to it that the database's own file has all that was committed."""
 
     @contextmanager
@@ -1362,7 +1363,7 @@ class SqliteDatabase(Database):
         elif not self._checkpoint and driver.total_changes - self._rows_moved > CHECKPOINT_ROWS:
             self._checkpoint = self.writer.submit(self._move_pages)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Move all pages, so that who loses the log has the keys, and no ledger in open mode."""
         [row] = self._writing[0].rows("PRAGMA wal_checkpoint(FULL)")
         if row["busy"]:
@@ -1467,6 +1468,7 @@ class SchemaVersion(SQLModel, table=True):
 
 SCHEMA_VERSION = 1
 SCHEMA_LOCK = 0x6C65646765720A
+PORTION_ROWS = 2_000
 TABLES = {table.name: table for table in SQLModel.metadata.sorted_tables}
 PRIMARY_KEYS = {name: table.primary_key.columns.keys()[0] for name, table in TABLES.items()}
 INTEGER_64 = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
@@ -1564,8 +1566,9 @@ def stored_version(connection: Connection) -> int:
         return 0
     if not found.issuperset(TABLES):
         raise StartupError("the database holds something other than a ledger")
-    [version] = connection.rows("SELECT version FROM schema_version")[0].values()
-    if version != SCHEMA_VERSION:
+    versions = [row["version"] for row in connection.rows("SELECT version FROM schema_version")]
+    if SCHEMA_VERSION not in versions:
+        version = max(versions, default="(none)")
         raise StartupError(f"schema version {version} is not {SCHEMA_VERSION}, the known one")
     return SCHEMA_VERSION
 
@@ -1694,12 +1697,13 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
     for rule, counting, *findings in CHECKS:
         wrong = [row["wrong"] for query in findings for row in connection.rows(f"{query} LIMIT 1")]
         yield rule, connection.rows(counting)[0]["n"], wrong
-    yield "events say what was asked, and keys are those that were added", *check_keys(connection)
+    yield "events say what was asked, and keys are those that were added", *check_events(connection)
     assets = {tuple(row.values()) for row in connection.rows("SELECT * FROM asset")}
     known = {tuple(asset.model_dump().values()) for asset in ASSETS.values()}
-    strange = [f"asset or system account {thing}" for thing in sorted(assets ^ known)]
     held = system_accounts(connection)
-    strange += [f"asset or system account {thing}" for thing in sorted(held ^ SYSTEM_ACCOUNTS)]
+    # As text, because a stranger may have no name.
+    differing = sorted(map(str, (assets ^ known) | (held ^ SYSTEM_ACCOUNTS)))
+    strange = [f"asset or system account {one}" for one in differing]
     yield "assets and system accounts are the known ones", len(assets | held), strange
     made, *others = connection.rows("SELECT description FROM schema_version")
     now, then = schema_now(connection), json.loads(made["description"])
@@ -1709,7 +1713,7 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
     yield "tables and triggers are as they were made", len(then), differing
 
 
-def check_keys(connection: Connection) -> tuple[int, list[str]]:
+def check_events(connection: Connection) -> tuple[int, list[str]]:
     """Return how many events there are, and which tell nothing, or of keys that are otherwise."""
     count, wrong, told = 0, [], Row()
     for events in portions(connection, "event"):
@@ -1724,6 +1728,25 @@ def check_keys(connection: Connection) -> tuple[int, list[str]]:
     stored = {key["name"]: key["revoked_at"] is not None for key in keys}
     differing = {name for name, _ in stored.items() ^ told.items()}
     return count, wrong + [f"key {name!r} is not as its events say" for name in sorted(differing)]
+
+
+def parse_details(arguments: str) -> Any:
+    """Return an event's arguments, or say that they are no JSON, which nothing here has written."""
+    with suppress(ValueError):
+        if isinstance(details := json.loads(arguments), dict):
+            return details
+    return {"damaged": arguments}
+
+
+def portions(connection: Connection, table: str) -> Iterator[list[Row]]:
+    """Return all rows of a table in the order of its key, some at a time."""
+    keys = [column.name for column in TABLES[table].primary_key]
+    order, after = ", ".join(keys), ", ".join(f":{key}" for key in keys)
+    query, position = f"SELECT * FROM {table}", Row()  # noqa: S608
+    while rows := connection.rows(f"{query} ORDER BY {order} LIMIT {PORTION_ROWS}", **position):
+        yield rows
+        query = f"SELECT * FROM {table} WHERE ({order}) > ({after})"  # noqa: S608
+        position = {key: rows[-1][key] for key in keys}
 
 
 def schema_now(connection: Connection) -> list[Row]:
@@ -1934,7 +1957,6 @@ def is_local_host(host: bytes) -> bool:
 BODY_BYTES_MAX = 65_536
 PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
 ERRORS_LISTED_MAX = 20
-UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 
 
 class Request:
@@ -2241,7 +2263,8 @@ class Route(APIRoute):
                 return await app.ledger.database.run_read(self.run, arguments)
         turn = app.long_reads[asyncio.get_running_loop()]
         try:
-            await asyncio.wait_for(turn.acquire(), REQUEST_SECONDS_MAX)
+            async with asyncio.timeout(REQUEST_SECONDS_MAX):
+                await turn.acquire()
         except TimeoutError:
             raise DatabaseBusy from None
         request.end_turn = turn.release
@@ -2573,14 +2596,6 @@ AUDIT_OF_ACCOUNT = (
     """SELECT event.*, :seq AS seq FROM event WHERE account_id = :account_id AND id < :id
     AND kind >= 'a' ORDER BY id DESC LIMIT :limit""",
 )
-
-
-def parse_details(arguments: str) -> Any:
-    """Return an event's arguments, or say that they are no JSON, which nothing here has written."""
-    with suppress(ValueError):
-        if isinstance(details := json.loads(arguments), dict):
-            return details
-    return {"damaged": arguments}
 
 
 class AuditEventPublic(BaseModel):
@@ -3306,10 +3321,10 @@ class Protocol(HttpToolsProtocol):
             self.deadline = self.loop.call_later(REQUEST_SECONDS_MAX, self.transport.abort)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        is_answered = self.cycle is None or self.cycle.response_complete or self.cycle.more_body
-        if not is_answered:
+        is_idle = self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+        if not is_idle:
             self.cycle.keep_alive = False
-        return not is_answered
+        return not is_idle
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request, or one with too large a head, and close the connection."""
@@ -3517,7 +3532,6 @@ class Log(logging.Handler):
 
 OPEN_MODE = "open: every caller on this machine may do everything"
 KEY_MODE = "keys: every caller needs an API key or a token"
-PORTION_ROWS = 2_000
 
 
 def serve(settings: Settings, options: argparse.Namespace) -> None:
@@ -3645,17 +3659,6 @@ def copy_all(source: Database, target: Database) -> dict[str, int]:
     return counts
 
 
-def portions(connection: Connection, table: str) -> Iterator[list[Row]]:
-    """Return all rows of a table in the order of its key, some at a time."""
-    keys = [column.name for column in TABLES[table].primary_key]
-    order, after = ", ".join(keys), ", ".join(f":{key}" for key in keys)
-    query, position = f"SELECT * FROM {table}", Row()  # noqa: S608
-    while rows := connection.rows(f"{query} ORDER BY {order} LIMIT {PORTION_ROWS}", **position):
-        yield rows
-        query = f"SELECT * FROM {table} WHERE ({order}) > ({after})"  # noqa: S608
-        position = {key: rows[-1][key] for key in keys}
-
-
 def run_seed(settings: Settings, options: argparse.Namespace) -> None:
     """Open the first accounts and wallets that are missing: the demo or PRELOAD_ACCOUNTS."""
     with opened(settings, make=True) as database:
@@ -3674,8 +3677,8 @@ def run_key_add(settings: Settings, options: argparse.Namespace) -> None:
         administer(database, shown, partial(add_key, hash=key_hash(key.encode()), **shown))
         print(key, flush=True)
         print(f"key {options.name!r} is in {database.name}, and shown this once", file=sys.stderr)
-        with suppress(DatabaseBusy):
-            retry_while_busy(database.settle)
+        with suppress(DatabaseBusy, *DRIVER_ERRORS):
+            retry_while_busy(database.flush)
 
 
 def run_key_revoke(settings: Settings, options: argparse.Namespace) -> None:
