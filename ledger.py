@@ -1452,6 +1452,10 @@ class Database:
         self._writing: list[Connection] = []
         self._busy: set[Connection] = set()
         self._turn = threading.Lock()
+        self.measure()
+
+    def measure(self) -> None:
+        """Begin to count what is told as metrics."""
         self.metrics = prometheus.CollectorRegistry()
         new: Any = {"registry": self.metrics}
         self.batches = prometheus.Summary("ledger_batch_commands", "Commands a batch", **new)

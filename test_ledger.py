@@ -6598,6 +6598,7 @@ def opened(
     with ExitStack() as scene:
         with pytest.MonkeyPatch.context() as patch:
             if connected:
+                connected.measure()
                 patch.setattr(ledger, "database_at", lambda _: connected)
             app = ledger.create_app(ledger.Settings(database, **settings), dialects)
         if not connected:
