@@ -4709,7 +4709,7 @@ table { width: 100%; border-collapse: collapse }
 tbody tr, svg { border-top: 1px solid light-dark(#e4e0d6, #34353a) }
 tr:has(th time) ~ tr:not(:has(th time)) { border: 0 }
 th, td { padding: .4rem 0; font-weight: inherit; text-align: left; vertical-align: top }
-tr > * + * { padding-left: 1rem; overflow-wrap: normal; text-align: right }
+tr > * + * { padding-left: .5rem; overflow-wrap: normal; text-align: right }
 tbody th { min-width: 6rem; overflow-y: clip }
 td bdi { overflow-wrap: anywhere }
 time { white-space: nowrap }

@@ -5237,7 +5237,8 @@ def test_a_receiver_has_what_happens_from_then_on_in_order(
 def test_what_a_receiver_does_not_take_is_posted_again(
     bank: "BankInside", receiver: "Receiver", status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "RECEIPT_SECONDS_MAX", 0.2)
+    if status == 0:
+        monkeypatch.setattr(ledger, "RECEIPT_SECONDS_MAX", 0.5)
     subscribe(bank, receiver.answering(status) if status >= 0 else "http://127.0.0.1:1")
     bank.given(alice=7)
     for number, pause in enumerate([5, 30, 300, 1_800, 3_600, 3_600], start=1):
@@ -5249,7 +5250,8 @@ def test_what_a_receiver_does_not_take_is_posted_again(
         # Nothing is posted before its time.
         deliver(bank)
         wait_no_longer(bank)
-    assert receiver.types() == ["account.opened"] * (6 if status >= 0 else 0)
+    tried = ["account.opened"] * (6 if status >= 0 else 0)
+    wait_until(lambda: receiver.types() == tried)
     receiver.answering(200)
     if status >= 0:
         deliver(bank)
@@ -5274,14 +5276,14 @@ def test_a_receiver_that_is_gone_is_told_nothing_more(
 def test_a_failure_holds_up_its_own_receiver_alone(
     bank: "BankInside", receiver: "Receiver", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "RECEIPT_SECONDS_MAX", 0.5)
+    monkeypatch.setattr(ledger, "RECEIPT_SECONDS_MAX", 2)
     subscribe(bank, receiver.answering(0, at="silent"))
     subscribe(bank, receiver.answering(200))
     bank.given(alice=7, bob=7)
     deliver(bank)
     assert len(receiver.receipts("silent")) == 1
     assert len(receiver.receipts()) == 4
-    assert receiver.receipts()[-1].at - receiver.receipts("silent")[0].at < 0.5
+    assert receiver.receipts()[-1].at - receiver.receipts("silent")[0].at < 2
 
 
 def test_a_receiver_can_be_for_one_account(bank: "BankInside", receiver: "Receiver") -> None:
