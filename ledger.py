@@ -105,7 +105,6 @@ log = logging.getLogger("ledger")
 
 Row = dict[str, Any]
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 # ===== Part one: the ledger
@@ -116,8 +115,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # ----- Money
 # Money is an integer of minor units everywhere; decimal text exists at the edge of a dialect only.
 
-AMOUNT_MAX = 10**15
-BALANCE_MAX = 2**63 - 1
+AMOUNT_MAX, BALANCE_MAX = 10**15, 2**63 - 1
 
 
 def decimal_text(amount: int, exponent: int) -> str:
@@ -170,20 +168,13 @@ class LedgerError(Exception):
 
 
 # fmt: off
-class SameAccount(LedgerError, status=400): ...
 class AccountNotFound(LedgerError, status=404): ...
-class AssetNotFound(LedgerError, status=404): ...
 class AccountExists(LedgerError, status=409): ...
 class ExternalIdExists(LedgerError, status=409): ...
 class InsufficientFunds(LedgerError, status=409): ...
 class AccountFrozen(LedgerError, status=409): ...
 class AccountClosed(LedgerError, status=409): ...
-class AccountNotEmpty(LedgerError, status=409): ...
-class InvalidStateTransition(LedgerError, status=409): ...
-class AssetMismatch(LedgerError, status=409): ...
-class AssetClosedLoop(LedgerError, status=409): ...
 class BalanceLimit(LedgerError, status=409): ...
-class CashbackPending(LedgerError, status=409): ...
 class IdempotencyKeyReused(LedgerError, status=409): ...
 class Unbalanced(LedgerError, status=422): ...
 class AccountRepeated(LedgerError, status=422): ...
@@ -210,8 +201,6 @@ STRICT = {"sqlite_strict": True}
 NO_ROWID = STRICT | {"sqlite_with_rowid": False}
 NO_ENTRIES = "kind >= 'a'"  # Capitals, which transactions have, come before.
 HAS_EXTERNAL_ID = "external_id IS NOT NULL"
-PENDING = "status = 'PENDING'"
-IS_OVER = f"{PENDING} AND expires_at <= :now"
 # The caller's own metadata is stored as JSON, and callers see an object.
 AS_OBJECT = pydantic.PlainSerializer(lambda text: json.loads(text) if text else {}, dict[str, str])
 Notes = Annotated[str | None, AS_OBJECT, pydantic.Field(serialization_alias="metadata")]
@@ -255,13 +244,6 @@ class Account(AccountPublic):
 
     kind: str = "CUSTOMER"
     last_seq: int = 0
-
-    @classmethod
-    def stored(cls, row: Row) -> "Account":
-        """Return what a row holds, without checking it again, which takes ten times as long."""
-        account = object.__new__(cls)
-        vars(account).update(row)
-        return account
 
 
 class AccountTable(Account, table=True):
@@ -368,8 +350,8 @@ class Book:
         """Turn legs into entries, move the balances, and return the transaction's id.
 
         Amounts are minor units; `event` are further columns of the transaction, as its memo. Raises
-        Unbalanced, AssetMismatch, AccountFrozen, AccountClosed, InsufficientFunds, BalanceLimit or
-        ExternalIdExists.
+        Unbalanced, AccountRepeated, AccountFrozen, AccountClosed, InsufficientFunds, BalanceLimit
+        or ExternalIdExists.
         """
         require_balanced(legs)
         for leg in legs:
@@ -457,10 +439,12 @@ class Book:
             lock_accounts(missing), NEWEST, *queries
         )
         self.follow(newest)
-        loaded = [Account.stored(row) for row in accounts if row["id"] not in self.accounts]
-        for account in loaded:
+        loaded = [row for row in accounts if row["id"] not in self.accounts]
+        for row in loaded:
+            account = object.__new__(Account)  # To check it again would take ten times as long.
+            vars(account).update(row)
             self.remember(account)
-        self.release_expired([account.id for account in loaded if account.held])
+        self.release_expired([row["id"] for row in loaded if row["held"]])
         return found
 
     def release_expired(self, account_ids: list[str]) -> None:
@@ -563,11 +547,9 @@ def lock_accounts(references: Sequence[str]) -> tuple[str, Row]:
 def require_balanced(legs: Sequence[Leg]) -> None:
     """Refuse legs that make or lose money of an asset, and an account that is in two of them."""
     amounts: defaultdict[str, list[int]] = defaultdict(list)
-    accounts = set()
     for account, amount in legs:
         amounts[account.asset].append(amount)
-        accounts.add(account.id)
-    if len(accounts) < len(legs):
+    if len({account.id for account, _ in legs}) < len(legs):
         raise AccountRepeated("An account may stand in one entry alone")
     for asset, given in amounts.items():
         if sum(given) or 0 in given:
@@ -605,6 +587,28 @@ def require_funds(leg: Leg) -> None:
 # ----- Operations
 # What can happen to money and to accounts, each as bookkeeping over `post`. An operation may post
 # and ask as often as it needs; it knows no URL and no dialect.
+
+
+# fmt: off
+class SameAccount(LedgerError, status=400): ...
+class AssetNotFound(LedgerError, status=404): ...
+class TransactionNotFound(LedgerError, status=404): ...
+class HoldNotFound(LedgerError, status=404): ...
+class AccountNotEmpty(LedgerError, status=409): ...
+class InvalidStateTransition(LedgerError, status=409): ...
+class AssetMismatch(LedgerError, status=409): ...
+class AssetClosedLoop(LedgerError, status=409): ...
+class CashbackPending(LedgerError, status=409): ...
+class AlreadyReversed(LedgerError, status=409): ...
+class CashbackCredited(LedgerError, status=409): ...
+class NotReversible(LedgerError, status=409): ...
+class BulkFailed(LedgerError, status=409): ...
+class HoldsPending(LedgerError, status=409): ...
+class HoldCaptured(LedgerError, status=409): ...
+class HoldVoided(LedgerError, status=409): ...
+class HoldExpired(LedgerError, status=409): ...
+class AmountExceedsHold(LedgerError, status=409): ...
+# fmt: on
 
 
 class Asset(SQLModel, table=True):
@@ -694,11 +698,6 @@ def transfer(
     return book.post("TRANSFER", [Leg(payer, -amount), Leg(payee, +amount)], **event)
 
 
-KINDS = (
-    "DEPOSIT", "WITHDRAWAL", "TRANSFER", "PAYMENT", "CASHBACK", "TOP_UP", "BONUS", "SPEND",
-    "JOURNAL", "CAPTURE", "REVERSAL", "open_account", "open_wallets", "update_account", "freeze",
-    "unfreeze", "close", "hold", "void", "add_key", "revoke_key",
-)  # fmt: skip
 CASHBACK_PERCENT = 2
 CASHBACK_DELAY = 24 * 60 * 60 * 1_000_000  # Microseconds from a payment to its cashback.
 TO_CREDIT = "status = 'SCHEDULED' AND amount > 0"
@@ -782,12 +781,11 @@ def credit_cashbacks(book: Book, *, clock: str, until: int) -> None:
             details["timestamp"], effective_at = until // 1_000, row["due_at"]
         event = {"effective_at": effective_at, "arguments": json.dumps(details)}
         try:
-            transaction_id = book.post("CASHBACK", legs, memo=row["payment_id"], **event)
+            credited = book.post("CASHBACK", legs, memo=row["payment_id"], **event)
+            changes = {"status": "CREDITED", "transaction_id": credited}
         except LedgerError:
-            book.change("scheduled_cashback", row, status="WAITING")
-        else:
-            credited = {"status": "CREDITED", "transaction_id": transaction_id}
-            book.change("scheduled_cashback", row, **credited)
+            changes = {"status": "WAITING"}
+        book.change("scheduled_cashback", row, **changes)
 
 
 # From each state, where an account may go, and what that is called.
@@ -852,15 +850,6 @@ def journal(book: Book, entries: Iterable[tuple[str, int]], **event: Any) -> str
 
 
 REVERSED_BY = "(SELECT id FROM event AS later WHERE later.reverses = event.id) AS reversed_by"
-
-
-# fmt: off
-class TransactionNotFound(LedgerError, status=404): ...
-class AlreadyReversed(LedgerError, status=409): ...
-class CashbackCredited(LedgerError, status=409): ...
-class NotReversible(LedgerError, status=409): ...
-class BulkFailed(LedgerError, status=409): ...
-# fmt: on
 
 
 def reverse(book: Book, transaction_id: str, **event: Any) -> str:
@@ -937,15 +926,8 @@ def transfer_many(book: Book, transfers: Iterable[Row], *, atomic: bool) -> list
 # ----- Holds
 # Money that is promised and not moved yet: it stays where it is, and is no longer available.
 
-
-# fmt: off
-class HoldNotFound(LedgerError, status=404): ...
-class HoldsPending(LedgerError, status=409): ...
-class HoldCaptured(LedgerError, status=409): ...
-class HoldVoided(LedgerError, status=409): ...
-class HoldExpired(LedgerError, status=409): ...
-class AmountExceedsHold(LedgerError, status=409): ...
-# fmt: on
+PENDING = "status = 'PENDING'"
+IS_OVER = f"{PENDING} AND expires_at <= :now"
 HOLD_ENDS = {"CAPTURED": HoldCaptured, "VOIDED": HoldVoided, "EXPIRED": HoldExpired}
 
 
@@ -1044,8 +1026,7 @@ def pending_hold(book: Book, hold_id: str) -> Row:
 # Group commit. Whatever arrives while the last commit was on its way to the disk is written and
 # committed together, and only then is anybody answered. Idempotency lives here.
 
-COMMITS_MAX = 4
-GATHERING_TURNS_MAX, LARGE_ACCOUNTS = 32, 50
+COMMITS_MAX, GATHERING_TURNS_MAX, LARGE_ACCOUNTS = 4, 32, 50
 NEWEST: tuple[str, Row] = ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {})
 Loop = asyncio.AbstractEventLoop
 Pending = asyncio.Future["Answer"]
@@ -1941,6 +1922,18 @@ REFERENCES = [
     f"(SELECT 1 FROM {there.table} AS referred WHERE referred.{there.name} = {here}) LIMIT 1"
     for here, there in [(k.parent, k.column) for t in TABLES.values() for k in t.foreign_keys]
 ]
+# What happens: the kinds of transactions, and those of other events with what followers call them.
+TRANSACTIONS = (
+    "DEPOSIT", "WITHDRAWAL", "TRANSFER", "PAYMENT", "CASHBACK", "TOP_UP", "BONUS", "SPEND",
+    "JOURNAL", "CAPTURE", "REVERSAL",
+)  # fmt: skip
+EVENT_TYPES = {
+    "open_account": "account.opened", "open_wallets": "account.opened", "freeze": "account.frozen",
+    "update_account": "account.updated", "unfreeze": "account.unfrozen", "close": "account.closed",
+    "hold": "hold.created", "void": "hold.voided", "add_key": "key.added",
+    "revoke_key": "key.revoked", "add_webhook": "webhook.added",
+    "remove_webhook": "webhook.removed",
+}  # fmt: skip
 # Each rule with the query that counts its rows, and the queries that find one that breaks it.
 CHECKS = [
     (
@@ -2049,7 +2042,7 @@ CHECKS = [
             for table in ("account", "event", "entry", "hold")
         ],
         "SELECT 'event ' || id || ' is a ' || kind AS wrong FROM event "  # noqa: S608
-        f"WHERE kind NOT IN {(*KINDS, 'add_webhook', 'remove_webhook')}",
+        f"WHERE kind NOT IN {(*TRANSACTIONS, *EVENT_TYPES)}",
     ),
 ]
 
@@ -2519,6 +2512,7 @@ KEY_HEADER = {
     "in": "header",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
 }
+F = TypeVar("F", bound=Callable[..., Any])
 Overrides = Mapping[type[LedgerError], tuple[int, str]]
 """How a dialect words some errors: the status, and a template over the error's members."""
 
@@ -3303,14 +3297,6 @@ def get_audit(
     return Page[AuditEventPublic](**page)
 
 
-# What followers call the events that are no transactions.
-EVENT_TYPES = {
-    "open_account": "account.opened", "open_wallets": "account.opened", "freeze": "account.frozen",
-    "update_account": "account.updated", "unfreeze": "account.unfrozen", "close": "account.closed",
-    "hold": "hold.created", "void": "hold.voided", "add_key": "key.added",
-    "revoke_key": "key.revoked", "add_webhook": "webhook.added",
-    "remove_webhook": "webhook.removed",
-}  # fmt: skip
 # On PostgreSQL, a write has locked accounts, or no more than their table, before it takes an id.
 WRITES = """SELECT virtualtransaction AS write FROM pg_locks WHERE mode = 'RowShareLock'
     AND relation = CAST('account' AS regclass)
@@ -3846,7 +3832,6 @@ def post_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMov
 
 # In the order in which a request tries their routes: the heaviest traffic comes first.
 DIALECTS = (api, wallets, bank, atm)
-pages = Dialect("pages")
 POLL_SECONDS = 1.0
 HEAD_BYTES_MAX, PART_BYTES = 65_536, 262_144
 REQUEST_SECONDS_MAX = SENDING_SECONDS_MAX = 60

@@ -3331,10 +3331,6 @@ def test_followers_are_told_of_keys_and_receivers_without_their_secrets(bank: "B
     ]
 
 
-def test_every_kind_of_event_has_a_type() -> None:
-    assert {kind for kind in ledger.KINDS if kind.islower()} <= ledger.EVENT_TYPES.keys()
-
-
 def test_a_follower_goes_on_after_what_it_has_seen(bank: "Bank") -> None:
     assert bank.get("/events").json() == {"items": [], "next": None}
     bank.given(alice=1, bob=2)
