@@ -44,9 +44,8 @@ and 2 wherever an account is written. `check` verifies what stored rows can show
     8. Nothing is acknowledged before it is committed to disk.
     9. A transaction is reversed once, a hold ends once, and an external id is used once.
 
-Part one is the ledger: money, tables, posting, operations, batches. Part two stores it in SQLite
-or PostgreSQL, part three speaks HTTP, part four runs it. A reader who stops after part one knows
-why a retry cannot pay twice.
+Part one is the ledger itself, part two stores it in SQLite or PostgreSQL, part three speaks HTTP,
+and part four runs it. A reader who stops after part one knows why a retry cannot pay twice.
 """
 
 import argparse
@@ -102,7 +101,6 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 log = logging.getLogger("ledger")
-
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -1159,19 +1157,22 @@ class Ledger:
 
     async def _write_batches(self, loop: Loop) -> None:
         """Write what waits, and what has come meanwhile, until nothing waits."""
+        is_large = False
         while self._waiting[loop]:
-            for _ in range(GATHERING_TURNS_MAX):
-                # While more arrives, it is worth a turn of the loop.
+            for turn in range(GATHERING_TURNS_MAX):
+                # While more arrives, it is worth a turn; after a long batch, more than one.
                 seen = len(self._waiting[loop])
                 await asyncio.sleep(0)
-                if len(self._waiting[loop]) == seen:
+                if len(self._waiting[loop]) == seen and turn >= 4 * is_large:
                     break
-            # Some were answered 503 meanwhile, by `in_time`, and are not begun.
+            # Those that `in_time` has answered 503 meanwhile are not begun.
             waiting = [each for each in self._waiting.pop(loop) if not each[1].done()]
-            # Of the large ones, a batch takes one, so that no small one waits for many.
+            # A large one is a batch of its own, after which small ones have their turn.
             small = [each for each in waiting if len(each[0].accounts) < LARGE_ACCOUNTS]
             large = [each for each in waiting if len(each[0].accounts) >= LARGE_ACCOUNTS]
-            batch, self._waiting[loop] = small + large[:1], large[1:]
+            is_large = bool(large) and not (is_large and small)
+            batch = large[:1] if is_large else small
+            self._waiting[loop] = small + large[1:] if is_large else large
             commands = [command for command, _ in batch]
             outcomes = await self.database.run_write(self.commit_or_split, commands)
             for (_, answer), outcome in zip(batch, outcomes, strict=True):

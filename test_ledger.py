@@ -4176,6 +4176,23 @@ def test_200_transactions_at_one_moment_are_one_batch(bank: "BankInside") -> Non
     assert bank.wrong() == []
 
 
+def test_a_small_command_waits_for_one_large_one_at_most(bank: "BankInside") -> None:
+    small = command_of(ledger.open_account, owner_name="x", asset="USD")
+    large = small._replace(accounts=[NOBODY] * ledger.LARGE_ACCOUNTS)
+    answered = []
+
+    async def submit(name: str, command: ledger.Command) -> None:
+        await bank.ledger.submit(command)
+        answered.append(name)
+
+    async def submit_all() -> None:
+        largest = (submit(name, large) for name in ("first", "second", "third"))
+        await asyncio.gather(*largest, submit("small", small))
+
+    bank.runner.run(submit_all())
+    assert answered == ["first", "small", "second", "third"]
+
+
 def test_each_of_many_transfers_that_moved_has_its_own_event(bank: "Bank") -> None:
     bank.given(bob=0, alice=10)
     paid = {"memo": "rent", "external_id": "x", "metadata": {"order": "7"}}
