@@ -1798,52 +1798,40 @@ for table in TABLES.values():
         # SQLModel's own choice is 32 bits on PostgreSQL, and no type of a strict SQLite table.
         column.type = INTEGER_64 if isinstance(column.type, sa.Integer) else PLAIN_TEXT
 
-# Invariants 2, 3, 5 and 7 for both engines: when a trigger looks, what it refuses, and why. One
-# refuses several things, because to run it costs as much as what it asks.
+# Invariants 2, 3, 5 and 7 for both engines: of a table and a change, what is refused, and why. One
+# trigger refuses several things, because to run it costs as much as what it asks.
+REFUSED = {
+    ("entry", "INSERT"): {
+        "only an active account moves money": """
+            (SELECT status FROM account WHERE id = NEW.account_id) <> 'ACTIVE'""",
+        # IS NOT TRUE, because a missing predecessor makes the right-hand side NULL.
+        "an entry must follow its predecessor in seq and balance": """
+            (NEW.balance = CASE NEW.type WHEN 'CREDIT' THEN NEW.amount ELSE -NEW.amount END
+            + CASE NEW.seq WHEN 1 THEN 0 ELSE (SELECT balance FROM entry
+            WHERE account_id = NEW.account_id AND seq = NEW.seq - 1) END) IS NOT TRUE""",
+    },
+    ("account", "UPDATE"): {
+        "an account must stand where its last entry leaves it": """
+            (NEW.last_seq, NEW.balance) <> (OLD.last_seq, OLD.balance)
+            AND ((NEW.last_seq, NEW.balance) = (SELECT seq, balance FROM entry
+            WHERE account_id = NEW.id ORDER BY seq DESC LIMIT 1)) IS NOT TRUE""",
+        "a closed account never comes back": "OLD.status = 'CLOSED' AND NEW.status <> 'CLOSED'",
+        "only an active account moves money": """
+            NEW.last_seq <> OLD.last_seq AND 'ACTIVE' NOT IN (OLD.status, NEW.status)""",
+    },
+    ("account", "INSERT"): {"an account opens empty": "(NEW.last_seq, NEW.balance) <> (0, 0)"},
+    ("hold", "UPDATE"): {"a hold ends once": "OLD.status <> 'PENDING'"},
+    ("scheduled_cashback", "UPDATE"): {
+        "a cashback is credited once": """OLD.status = 'CANCELLED'
+            OR (OLD.status = 'CREDITED' AND NEW.status <> 'CANCELLED')""",
+    },
+    ("api_key", "UPDATE"): {"a key is revoked once": "OLD.revoked_at IS NOT NULL"},
+    ("webhook", "UPDATE"): {"a receiver ends once": "OLD.due_at IS NULL"},
+}
+# By name, when each trigger looks and what it refuses.
 TRIGGERS = {
-    "entry_follows": (
-        "BEFORE INSERT ON entry",
-        {
-            "only an active account moves money": """
-                (SELECT status FROM account WHERE id = NEW.account_id) <> 'ACTIVE'""",
-            # IS NOT TRUE, because a missing predecessor makes the right-hand side NULL.
-            "an entry must follow its predecessor in seq and balance": """
-                (NEW.balance = CASE NEW.type WHEN 'CREDIT' THEN NEW.amount ELSE -NEW.amount END
-                + CASE NEW.seq WHEN 1 THEN 0 ELSE (SELECT balance FROM entry
-                WHERE account_id = NEW.account_id AND seq = NEW.seq - 1) END) IS NOT TRUE""",
-        },
-    ),
-    "account_follows": (
-        "BEFORE UPDATE ON account",
-        {
-            "an account must stand where its last entry leaves it": """
-                (NEW.last_seq, NEW.balance) <> (OLD.last_seq, OLD.balance)
-                AND ((NEW.last_seq, NEW.balance) = (SELECT seq, balance FROM entry
-                WHERE account_id = NEW.id ORDER BY seq DESC LIMIT 1)) IS NOT TRUE""",
-            "a closed account never comes back": """
-                OLD.status = 'CLOSED' AND NEW.status <> 'CLOSED'""",
-            "only an active account moves money": """
-                NEW.last_seq <> OLD.last_seq AND 'ACTIVE' NOT IN (OLD.status, NEW.status)""",
-        },
-    ),
-    "account_empty": (
-        "BEFORE INSERT ON account",
-        {"an account opens empty": "(NEW.last_seq, NEW.balance) <> (0, 0)"},
-    ),
-    "hold_ended": ("BEFORE UPDATE ON hold", {"a hold ends once": "OLD.status <> 'PENDING'"}),
-    "scheduled_cashback_ended": (
-        "BEFORE UPDATE ON scheduled_cashback",
-        {
-            "a cashback is credited once": """
-                OLD.status = 'CANCELLED'
-                OR (OLD.status = 'CREDITED' AND NEW.status <> 'CANCELLED')""",
-        },
-    ),
-    "api_key_ended": (
-        "BEFORE UPDATE ON api_key",
-        {"a key is revoked once": "OLD.revoked_at IS NOT NULL"},
-    ),
-    "webhook_ended": ("BEFORE UPDATE ON webhook", {"a receiver ends once": "OLD.due_at IS NULL"}),
+    f"{table}_at_{change.lower()}": (f"BEFORE {change} ON {table}", refused)
+    for (table, change), refused in REFUSED.items()
 }
 for name in TABLES.keys() - {"note"}:
     changing = CHANGING_COLUMNS.get(name, ()) + NAMING_COLUMNS.get(name, ())
