@@ -2779,9 +2779,8 @@ class TransferPublic(BaseModel):
 @api.post("/transfers", roles=SERVICES, key="required")
 def post_transfer(book: Book, body: TransferCreate) -> TransferPublic:
     """Move money between two customers' accounts, at once and as a whole."""
-    ends = (body.source_account_id, body.dest_account_id)
     transfer_id = transfer(book, **vars(body))
-    source, dest = (book.account(account_id) for account_id in ends)
+    source, dest = book.account(body.source_account_id), book.account(body.dest_account_id)
     shown: Row = {"transfer_id": transfer_id, "asset": source.asset, "ts": book.now}
     return TransferPublic(**shown, amount=body.amount, memo=body.memo, source=source, dest=dest)
 
