@@ -2906,6 +2906,7 @@ class EntryPublic(EntryBase):
 
 # Entries, each with what its transaction says.
 ENTRIES = "SELECT entry.*, ts, memo AS ref, kind FROM entry JOIN event ON event.id = transaction_id"
+ENTRIES_OF_ACCOUNT = f"{ENTRIES} WHERE entry.account_id = :account"
 
 
 @api.get("/accounts/{account_id}/statement", roles=READERS)
@@ -2921,8 +2922,7 @@ def get_statement(
     account = find_account(connection, account_id)
     after = last_before(connection, account, start)["seq"] if start is not None else 0
     before = last_before(connection, account, to)["seq"] + 1
-    query = f"{ENTRIES} WHERE entry.account_id = :account AND seq < :seq AND seq > :after"
-    query += " ORDER BY seq DESC"
+    query = f"{ENTRIES_OF_ACCOUNT} AND seq < :seq AND seq > :after ORDER BY seq DESC"
     values = {"account": account_id, "from": start, "after": after, "to": to}
     return Page[EntryPublic](**read_page(connection, query, limit, cursor, f"{before}_", **values))
 
@@ -2932,8 +2932,7 @@ def last_before(connection: Connection, account: Row, moment: int | None) -> Row
     low, high, last = 0, account["last_seq"], {"seq": 0, "balance": 0}
     if moment is None:
         return account | {"seq": high}
-    query = "SELECT seq, balance, ts FROM entry JOIN event ON event.id = transaction_id "
-    query += "WHERE entry.account_id = :account AND seq = :seq"
+    query = f"{ENTRIES_OF_ACCOUNT} AND seq = :seq"
     while low < high:
         middle = (low + high + 1) // 2
         [entry] = connection.rows(query, account=account["id"], seq=middle)
