@@ -4525,9 +4525,9 @@ def run_key_add(settings: Settings, options: argparse.Namespace) -> None:
         raise StartupError("the name must be 1 to 200 printable characters")
     prefix = f"{KEY_PREFIX}{secrets.token_hex(4)}"
     key = f"{prefix}_{secrets.token_urlsafe(32)}"
-    shown = {"name": options.name, "role": options.role, "prefix": prefix}
+    add = partial(add_key, hash=key_hash(key.encode()))
     with opened(settings, make=True) as database:
-        administer(database, shown, partial(add_key, hash=key_hash(key.encode()), **shown))
+        administer(database, add, name=options.name, role=options.role, prefix=prefix)
         print(key, flush=True)
         print(f"key {options.name!r} is in {database.name}, and shown this once", file=sys.stderr)
         if isinstance(database, SqliteDatabase):
@@ -4538,13 +4538,13 @@ def run_key_add(settings: Settings, options: argparse.Namespace) -> None:
 def run_key_revoke(settings: Settings, options: argparse.Namespace) -> None:
     """End an API key: running servers refuse it within a second."""
     with opened(settings) as database:
-        administer(database, {"name": options.name}, partial(revoke_key, name=options.name))
+        administer(database, revoke_key, name=options.name)
     print(f"revoked {options.name}")
 
 
-def administer(database: Database, arguments: Row, run: Callable[[Book], None]) -> None:
+def administer(database: Database, run: Callable[..., None], **arguments: Any) -> None:
     """Execute what the operator asks for, as any command."""
-    command = Command("cli", json.dumps(arguments), run)
+    command = Command("cli", json.dumps(arguments), partial(run, **arguments))
     retry_while_busy(lambda: Ledger(database).commit([command]))
 
 
@@ -4563,16 +4563,16 @@ def run_webhook_add(settings: Settings, options: argparse.Namespace) -> None:
     if not re.fullmatch(RECEIVER_URL, options.url):
         raise StartupError("the URL must be like https://example.com/receipts")
     secret = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
-    shown = {"url": options.url, "account_id": options.account}
+    add = partial(add_webhook, secret=secret)  # Which no event tells.
     with opened(settings) as database:
-        administer(database, shown, partial(add_webhook, secret=secret, **shown))
+        administer(database, add, url=options.url, account_id=options.account)
     print(secret)
 
 
 def run_webhook_remove(settings: Settings, options: argparse.Namespace) -> None:
     """Post no more receipts to a URL."""
     with opened(settings) as database:
-        administer(database, {"url": options.url}, partial(remove_webhook, url=options.url))
+        administer(database, remove_webhook, url=options.url)
 
 
 def run_webhook_list(settings: Settings, options: argparse.Namespace) -> None:
