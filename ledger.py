@@ -3062,6 +3062,7 @@ EXAMPLE_ENTRIES = [
     {"account_id": ALICE, "type": "DEBIT", "amount": 300},
     {"account_id": BOB, "type": "CREDIT", "amount": 300},
 ]
+NEW_TRANSACTION: Any = {"status": 201, "location": "/transactions/{0.id}"}
 
 
 class TransactionCreate(EventCreate):
@@ -3072,9 +3073,7 @@ class TransactionCreate(EventCreate):
     )
 
 
-@api.post(
-    "/transactions", roles=SERVICES, key="required", status=201, location="/transactions/{0.id}"
-)
+@api.post("/transactions", roles=SERVICES, key="required", **NEW_TRANSACTION)
 def post_transaction(book: Book, body: TransactionCreate) -> TransactionPublic:
     """Post entries between any number of accounts, at once and as a whole."""
     signs = {"DEBIT": -1, "CREDIT": +1}
@@ -3082,10 +3081,7 @@ def post_transaction(book: Book, body: TransactionCreate) -> TransactionPublic:
     return find_transaction(book.ask, journal(book, **vars(body) | {"entries": entries}))
 
 
-REVERSE = "/transactions/{transaction_id}/reverse"
-
-
-@api.post(REVERSE, roles=ADMINS, key="required", status=201, location="/transactions/{0.id}")
+@api.post("/transactions/{transaction_id}/reverse", roles=ADMINS, key="required", **NEW_TRANSACTION)
 def post_reversal(book: Book, transaction_id: Uuid, body: EventCreate) -> TransactionPublic:
     """Take a transaction back as a whole, once."""
     return find_transaction(book.ask, reverse(book, transaction_id, **vars(body)))
