@@ -2158,7 +2158,6 @@ class Callers:
         self._admin_hash = settings.admin_key and key_hash(settings.admin_key.encode())
         self._jwt_secret = os.fsencode(settings.jwt_secret or "")
         self._looked_for: set[str] = set()
-        self._forgot_at = 0.0
         with database.read() as connection:
             self._load(connection)
 
@@ -2170,19 +2169,18 @@ class Callers:
     async def authenticate(self, request: "Request") -> Caller:
         """Return who sends a request, or raise Forbidden or Unauthorized."""
         if time.monotonic() - self._loaded_at > KEYS_AGE_SECONDS_MAX:
+            self._looked_for.clear()
             await self._database.run_read(self._load)
         if self.open_mode:
             require_local(request)
             return Caller("local", "admin")
         credential = request.credential()
         prefix = credential[:KEY_PREFIX_LENGTH].decode("latin-1")
-        if prefix.startswith(KEY_PREFIX) and prefix not in self._keys:
-            # It may have been made a moment ago: it is looked for, but once a second.
-            if time.monotonic() - self._forgot_at > 1:
-                self._looked_for, self._forgot_at = set(), time.monotonic()
-            if prefix not in self._looked_for and len(self._looked_for) < LOOKS_MAX:
-                self._looked_for.add(prefix)
-                await self._database.run_read(self._load)
+        is_new = prefix not in self._keys and prefix not in self._looked_for
+        if is_new and prefix.startswith(KEY_PREFIX) and len(self._looked_for) < LOOKS_MAX:
+            # It may have been made a moment ago: it is looked for, once until keys are too old.
+            self._looked_for.add(prefix)
+            await self._database.run_read(self._load)
         row = self._keys.get(prefix)
         # For the line in the log: of a key that is refused too, but of no unknown text.
         request.key_prefix = row["prefix"] if row else None
