@@ -4354,7 +4354,6 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     print(f"  mode      {OPEN_MODE if app.callers.open_mode else KEY_MODE}", flush=True)
     config = uvicorn.Config(
         app,
-        log_level="warning",
         log_config=None,
         access_log=False,
         proxy_headers=False,
