@@ -68,6 +68,7 @@ import sqlite3
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -2927,18 +2928,16 @@ def get_statement(
 
 def last_before(connection: Connection, account: Row, moment: int | None) -> Row:
     """Return an account's last entry before a time, by bisection: within it, times rise."""
-    low, high, last = 0, account["last_seq"], {"seq": 0, "balance": 0}
     if moment is None:
-        return account | {"seq": high}
+        return account | {"seq": account["last_seq"]}
     query = f"{ENTRIES_OF_ACCOUNT} AND seq = :seq"
-    while low < high:
-        middle = (low + high + 1) // 2
-        [entry] = connection.rows(query, account=account["id"], seq=middle)
-        if entry["ts"] < moment:
-            low, last = middle, entry
-        else:
-            high = middle - 1
-    return last
+
+    def entry(seq: int) -> Row:
+        return connection.rows(query, account=account["id"], seq=seq)[0]
+
+    numbers = range(1, account["last_seq"] + 1)
+    seq = bisect_left(numbers, moment, key=lambda number: entry(number)["ts"])
+    return entry(seq) if seq else {"seq": 0, "balance": 0}
 
 
 class BalancePublic(BaseModel):
