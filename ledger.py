@@ -573,12 +573,9 @@ def require_funds(leg: Leg) -> None:
     balance = account.balance + amount
     if balance < account.held and account.kind == "CUSTOMER" and amount < 0:
         available = account.balance - account.held
-        raise InsufficientFunds(
-            f"Of account {account.id}, {available} is available, and {-amount} is needed",
-            balance=account.balance,
-            available=available,
-            requested=-amount,
-        )
+        why = f"Of account {account.id}, {available} is available, and {-amount} is needed"
+        sums = {"balance": account.balance, "available": available, "requested": -amount}
+        raise InsufficientFunds(why, **sums)
     if abs(balance) > BALANCE_MAX:
         raise BalanceLimit(f"A balance may not leave the range of {BALANCE_MAX} minor units")
 
