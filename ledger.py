@@ -1131,6 +1131,7 @@ class Ledger:
             return self.commit(commands)
         except Exception as error:
             if isinstance(error, DatabaseConflict) and attempt < COMMITS_MAX:
+                time.sleep(random.getrandbits(6) * attempt / 1_000)  # Let the other one finish.
                 return self.commit_or_split(commands, attempt + 1)
             of_all = isinstance(error, DatabaseLost) or type(error) is DatabaseBusy
             if of_all or len(commands) == 1:
@@ -2430,7 +2431,7 @@ CONTROLS = r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 NO_CONTROLS = partial(refuse_text, CONTROLS, "Text should hold no control characters")
 NOT_BLANK = partial(refuse_text, r"^\s*$", "Text should not be blank")
 # Python takes more for an integer than anybody writes as one.
-PLAIN_DIGITS = partial(refuse_text, "^(?!-?[0-9]{1,40}$)", "Input should be a valid integer")
+PLAIN_DIGITS = partial(refuse_text, r"^(?!-?[0-9]{1,40}\Z)", "Input should be a valid integer")
 Amount = Annotated[
     int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units", examples=[300])
 ]
@@ -2658,6 +2659,7 @@ class Route(APIRoute):
         for each in found:
             # A pointer to what does not fit (RFC 6901), and never its value.
             path = each["loc"][1:] if each["loc"][0] == "body" else each["loc"]
+            path = path[:-2] if path[-1:] == ("[key]",) else path  # A name that does not fit.
             parts = [str(part).replace("~", "~0").replace("/", "~1") for part in path]
             errors.append({"pointer": "".join(f"/{part}" for part in parts), "detail": each["msg"]})
         raise InvalidRequest(errors=errors)
@@ -2953,7 +2955,7 @@ def get_balance(
 ) -> BalancePublic:
     """Show a balance as it was at a time, or as it is now."""
     account, moment = find_account(connection, account_id), utc_now() if at is None else at
-    if moment < account["created_at"]:
+    if at is not None and at < account["created_at"]:
         raise AccountNotFound(f"There was no account {account_id} yet")
     last = last_before(connection, account, None if at is None else at + 1)
     shown = {"account_id": account_id, "asset": account["asset"], "at": moment}
@@ -4333,7 +4335,7 @@ class Log(logging.Handler):
 # ----- Command line
 # What the operator types.
 
-RECEIVER_URL = r"https?://([a-zA-Z0-9.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[!-~]*)?"
+RECEIVER_URL = r"(?i)https?://([a-z0-9][a-z0-9.-]*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?([/?][!-~]*)?"
 OPEN_MODE = "open: every caller on this machine may do everything"
 KEY_MODE = "keys: every caller needs an API key or a token"
 
@@ -4618,11 +4620,12 @@ def add_command(commands: Any, name: str, run: Callable[..., Any]) -> argparse.A
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return the exit status."""
+    log.handlers = [logging.NullHandler()]  # What is wrong is said once, in the line below.
     try:
         options = parse_options(arguments)
         settings = Settings.read(os.environ, database_url=options.database_url)
         return options.run(settings, options) or 0
-    except (StartupError, LedgerError, OSError, *DRIVER_ERRORS) as refusal:
+    except (StartupError, LedgerError, OSError, UnicodeError, *DRIVER_ERRORS) as refusal:
         show_progress()
         print(f"ledger: {one_line(refusal)}", file=sys.stderr)
         return 1
@@ -4630,7 +4633,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def one_line(error: BaseException) -> str:
     """Return what is behind an error, on one line."""
-    return " ".join(str(error.__cause__ or error).split())
+    shown = error if isinstance(error, StartupError) else error.__cause__ or error
+    return " ".join(str(shown).split())
 
 
 # ----- Page
@@ -4808,7 +4812,7 @@ async function account(id, query) {
     get(`/accounts/${id}/statement`, query), get("/holds", { account_id: id })]);
   const { asset } = found;
   const ids = items.filter(({ kind }) => kind === "PAYMENT").map((entry) => entry.transaction_id);
-  const payments = await Promise.all(ids.slice(0, 10).map((id) => get(`/payments/${id}`, {}, 404)));
+  const payments = await Promise.all(ids.map((id) => get(`/payments/${id}`, {}, 404)));
   await meet(holds.items);
   return [
     heading([found.owner_name, found.name].join(" ")),
