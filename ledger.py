@@ -2659,7 +2659,8 @@ class Route(APIRoute):
         for each in found:
             # A pointer to what does not fit (RFC 6901), and never its value.
             path = each["loc"][1:] if each["loc"][0] == "body" else each["loc"]
-            path = path[:-2] if path[-1:] == ("[key]",) else path  # A name that does not fit.
+            if path[-1:] == ("[key]",):  # A member's name, which is not repeated either.
+                path, each["msg"] = path[:-2], f"A name in it: {each['msg']}"
             parts = [str(part).replace("~", "~0").replace("/", "~1") for part in path]
             errors.append({"pointer": "".join(f"/{part}" for part in parts), "detail": each["msg"]})
         raise InvalidRequest(errors=errors)
