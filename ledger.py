@@ -4385,6 +4385,8 @@ def listen(host: str, port: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, int(port)), family=family, backlog=2_048)
+    except TypeError:
+        raise StartupError(f"there is no host {host!r}") from None
     except OSError as error:
         why = f"{os.strerror(error.errno or 0)}; choose another with --port"
         raise StartupError(f"cannot serve on {host}:{port}: {why}") from None

@@ -5615,6 +5615,7 @@ def test_a_port_is_a_number(port: str) -> None:
         ([], {"PORT": "x"}, "the port must be a number from 0 to 65535, not 'x'"),
         (["--port", "x"], {}, "the port must be a number from 0 to 65535, not 'x'"),
         (["--port", "0"], {"LEDGER_DATABASE_URL": "x://"}, "the database must be a plain file"),
+        (["--port", "0", "--host", "\udcff"], {}, "there is no host"),
         (["check", "--database-url", "sqlite:////nowhere/x.db"], {}, "there is no ledger at"),
         (["check"], {"DATABASE_URL": "postgres://x@localhost:1/a"}, "cannot open a at localhost: "),
         (["check"], {"DATABASE_URL": "postgres://x@/a?host=\udcff"}, "surrogates not allowed"),
