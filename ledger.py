@@ -132,8 +132,8 @@ def minor_units(decimal: str, exponent: int) -> int:
 
 
 # ----- Refusals
-# What the ledger refuses; what one section alone refuses stands there. A refusal is an answer like
-# any other, stored under its key.
+# What the ledger refuses; what operations, storage or HTTP alone refuse stands there. A refusal is
+# an answer like any other, stored under its key.
 
 
 class LedgerError(Exception):
@@ -1022,7 +1022,7 @@ def pending_hold(book: Book, hold_id: str) -> Row:
 # Group commit. Whatever arrives while the last commit was on its way to the disk is written and
 # committed together, and only then is anybody answered. Idempotency lives here.
 
-COMMITS_MAX, GATHERING_TURNS_MAX, LARGE_ACCOUNTS = 4, 32, 50
+COMMITS_MAX, GATHERING_TURNS_MAX, TURNS_AFTER_LARGE, LARGE_ACCOUNTS = 4, 32, 4, 50
 NEWEST: tuple[str, Row] = ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {})
 Loop = asyncio.AbstractEventLoop
 Pending = asyncio.Future["Answer"]
@@ -1159,10 +1159,10 @@ class Ledger:
         is_large = False
         while self._waiting[loop]:
             for turn in range(GATHERING_TURNS_MAX):
-                # While more arrives, it is worth a turn; after a long batch, more than one.
+                # While more arrives, it is worth a turn; what came during a long batch takes some.
                 seen = len(self._waiting[loop])
                 await asyncio.sleep(0)
-                if len(self._waiting[loop]) == seen and turn >= 4 * is_large:
+                if len(self._waiting[loop]) == seen and turn >= TURNS_AFTER_LARGE * is_large:
                     break
             # Those that `in_time` has answered 503 meanwhile are not begun.
             waiting = [each for each in self._waiting.pop(loop) if not each[1].done()]
@@ -2115,7 +2115,7 @@ ANYONE: tuple[str, ...] = ()
 READERS, AUDITORS = ROLES, ("auditor", "admin")
 SERVICES, ADMINS = ("service", "admin"), ("admin",)
 KEY_PREFIX, KEY_PREFIX_LENGTH = "lk_", 11
-KEYS_AGE_SECONDS_MAX, LOOKS_MAX = 0.5, 100
+KEYS_AGE_SECONDS_MAX, LOOKS_MAX = 0.5, 50
 JWT_ALGORITHM = "HS256"
 JWT = jwt.PyJWT({"require": ["sub", "role", "exp"], "enforce_minimum_key_length": True})
 JWT_EXP_MAX = 253_402_300_800  # The end of the year 9999.

@@ -2910,7 +2910,7 @@ def test_a_cursor_survives_a_restart(database: str) -> None:
 
 
 @at_the_edge
-@pytest.mark.parametrize("limit", ["0", "-1", "201", "1" + "0" * 30, "x", "", "1.5", "5\n"])
+@pytest.mark.parametrize("limit", ["0", "-1", "201", "1" + "0" * 30, "x", "", "1.5", "true", "5\n"])
 @pytest.mark.parametrize("path", ["/accounts", f"/accounts/{NOBODY}/statement"])
 def test_an_absurd_limit_is_refused(untouched: "Bank", path: str, limit: str) -> None:
     refused = untouched.get(path, limit=limit)
