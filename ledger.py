@@ -51,6 +51,7 @@ and part four runs it. A reader who stops after part one knows why a retry canno
 import argparse
 import asyncio
 import base64
+import copy
 import csv
 import gc
 import hashlib
@@ -70,17 +71,24 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
-from importlib import resources
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TextIO, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, TextIO, TypeVar
 from urllib.parse import parse_qsl
 
 import httpx
@@ -90,15 +98,20 @@ import psycopg
 import pydantic
 import sqlalchemy as sa
 import uvicorn
-from fastapi import Depends, FastAPI, Query
-from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
+from fastapi.exception_handlers import http_exception_handler
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
-from fastapi.security import APIKeyHeader, HTTPBearer
+from fastapi_offline import FastAPIOffline
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import AfterValidator, BaseModel, BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError, to_json
 from sqlmodel import Field, SQLModel
-from starlette.types import Receive, Scope, Send
+from starlette.exceptions import HTTPException as RoutingError
+from starlette.middleware import Middleware
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 log = logging.getLogger("ledger")
@@ -889,7 +902,7 @@ class Note(SQLModel, table=True):
     owner_id: str = Field(primary_key=True, index=True)
 
 
-def update_account(book: Book, reference: str, **changes: Any) -> Account:
+def change_account(book: Book, reference: str, **changes: Any) -> Account:
     """Change what an account's owner is called, or the notes about it."""
     account = book.account(reference)
     book.record("update_account", account)
@@ -979,7 +992,7 @@ def place_hold(
     return hold
 
 
-def capture_hold(book: Book, hold_id: str, *, amount: int | None) -> Row:
+def capture(book: Book, hold_id: str, *, amount: int | None) -> Row:
     """Move what was promised, or a part of it; the rest is available again at once."""
     hold = pending_hold(book, hold_id)
     moved = amount or hold["amount"]
@@ -993,7 +1006,7 @@ def capture_hold(book: Book, hold_id: str, *, amount: int | None) -> Row:
     return hold
 
 
-def void_hold(book: Book, hold_id: str) -> Row:
+def void(book: Book, hold_id: str) -> Row:
     """Give up what was promised."""
     hold = pending_hold(book, hold_id)
     book.release(hold, status="VOIDED")
@@ -1035,7 +1048,6 @@ class Answer(NamedTuple):
     body: str
     location: str | None = None
     replayed: bool = False
-    media_type: str = ""
 
 
 DONE = Answer(200, "")
@@ -1433,6 +1445,8 @@ class Database:
         self._writing: list[Connection] = []
         self._busy: set[Connection] = set()
         self._turn = threading.Lock()
+        turns = partial(asyncio.Semaphore, LONG_READERS_MAX)
+        self.long_turns: defaultdict[Loop, asyncio.Semaphore] = defaultdict(turns)
         self.measure()
 
     def measure(self) -> None:
@@ -2165,15 +2179,15 @@ class Callers:
         """Tell whether no key was ever made, and no secret is set."""
         return not (self._keys or self._admin_hash or self._jwt_secret)
 
-    async def authenticate(self, request: "Request") -> Caller:
+    async def authenticate(self, scope: Scope, asked: "Asked") -> Caller:
         """Return who sends a request, or raise Forbidden or Unauthorized."""
         if time.monotonic() - self._loaded_at > KEYS_AGE_SECONDS_MAX:
             self._looked_for.clear()
             await self._database.run_read(self._load)
         if self.open_mode:
-            require_local(request)
+            require_local(scope, asked.headers)
             return Caller("local", "admin")
-        credential = request.credential()
+        credential = asked.credential()
         prefix = credential[:KEY_PREFIX_LENGTH].decode("latin-1")
         is_new = prefix not in self._keys and prefix not in self._looked_for
         if is_new and prefix.startswith(KEY_PREFIX) and len(self._looked_for) < LOOKS_MAX:
@@ -2182,7 +2196,7 @@ class Callers:
             await self._database.run_read(self._load)
         row = self._keys.get(prefix)
         # For the line in the log: of a key that is refused too, but of no unknown text.
-        request.key_prefix = row["prefix"] if row else None
+        asked.key_prefix = row["prefix"] if row else None
         given = key_hash(credential)
         if self._admin_hash and hmac.compare_digest(given, self._admin_hash):
             return Caller("admin", "admin")
@@ -2237,22 +2251,30 @@ def revoke_key(book: Book, name: str) -> None:
     book.record("revoke_key", None)
 
 
-def require_local(request: "Request") -> None:
+def require_local(scope: Scope, headers: Mapping[bytes, bytes]) -> None:
     """Refuse whoever is not on this machine: another peer, a proxy, a page of another site."""
-    if any(name.startswith(PROXY_HEADERS) for name in request.headers):
+    if any(name.startswith(PROXY_HEADERS) for name in headers):
         raise Forbidden("In open mode no proxy may stand in front of the ledger")
-    peer = (request.scope.get("client") or [""])[0]
-    host = request.headers.get(b"host", b"")
-    # A test client's peer cannot come over a network, and its Host is no name there.
-    is_test = (peer, host) == ("testclient", b"testserver")
-    if not (is_test or is_local(peer)):
+    host = headers.get(b"host", b"")
+    # A server knows itself by an address: by a name, it was called in its own process.
+    own_name = (scope.get("server") or [""])[0]
+    is_inside = not is_address(own_name) and host.partition(b":")[0] == own_name.encode()
+    peer = (scope.get("client") or [""])[0]
+    if not (is_local(peer) or (is_inside and peer == "testclient")):
         raise Forbidden("In open mode only callers on this machine are served")
-    if not (is_test or is_local(host.decode("latin-1"))):
+    if not (is_local(host.decode("latin-1")) or is_inside):
         raise Forbidden("In open mode the Host must be this machine's own name")
-    own = request.scope["scheme"].encode() + b"://" + host
-    is_own = request.headers.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none")
-    if not is_own or request.headers.get(b"origin", own) != own:
+    own = scope["scheme"].encode() + b"://" + host
+    is_own = headers.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none")
+    if not is_own or headers.get(b"origin", own) != own:
         raise Forbidden("In open mode no page of another origin is served")
+
+
+def is_address(host: str) -> bool:
+    """Tell whether a host is an address, and no name."""
+    with suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
 
 
 @lru_cache(maxsize=1_000)
@@ -2276,27 +2298,23 @@ NOTE_FILTER = re.compile(r"metadata\[.*\]", re.DOTALL)
 ALICE, BOB = (f"01a1fefb-c2f0-7ab1-8d0e-391f6d6292{end}" for end in ("a4", "b5"))  # Examples.
 
 
-class Request:
-    """A request on its way to its answer."""
+class Asked:
+    """What is noted of a request on its way to its answer, for the batch and for the log."""
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
-        self.scope = scope
-        self.receive = receive
-        self.headers: dict[bytes, bytes] = {}
-        for name, value in scope["headers"]:
+    def __init__(self, given: Sequence[tuple[bytes, bytes]]) -> None:
+        self.headers = dict(given)
+        if len(self.headers) < len(given):
             # One that is repeated is wrong wherever it counts: no good value is a line break.
-            self.headers[name] = b"\n" if name in self.headers else value
-        given = self.headers.get(b"x-request-id", b"")
-        is_sane = re.fullmatch(rb"[\w.:-]{1,128}", given)
+            counted = Counter(name for name, _ in given)
+            self.headers |= {name: b"\n" for name, count in counted.items() if count > 1}
+        request_id = self.headers.get(b"x-request-id", b"")
+        is_sane = re.fullmatch(rb"[\w.:-]{1,128}", request_id)
         # It is no secret, and this is quicker than asking the system.
-        self.id = given.decode() if is_sane else f"{random.getrandbits(128):032x}"
-        self.route: Route | None = None
-        self.path_parameters: dict[str, str] = {}
-        self.allowed: list[str] = []
+        self.id = request_id.decode() if is_sane else f"{random.getrandbits(128):032x}"
         self.caller: str | None = None
         self.key_prefix: str | None = None
         self.end_turn: Callable[[], None] | None = None
-        # What its arguments tell besides themselves: their types note it here.
+        # What the arguments tell besides themselves: their types note it here.
         self.key: str | None = None
         self.accounts: list[str] = []
         self.effective_at: int | None = None
@@ -2311,7 +2329,7 @@ class Request:
             raise Unauthorized("Send one key or token: X-API-Key, or Authorization: Bearer")
         return credential.strip()
 
-    async def body(self, bytes_max: int) -> bytes:
+    async def body(self, receive: Receive, bytes_max: int) -> bytes:
         """Return the body, or raise BodyTooLarge without reading on."""
         if b"upgrade" in self.headers:
             # The HTTP parser drops such a body, and takes what follows for the next request.
@@ -2320,7 +2338,7 @@ class Request:
         too_long = len(declared) > len(str(bytes_max)) or int(declared or 0) > bytes_max
         body, more = b"", not too_long
         while more:
-            message = await self.receive()
+            message = await receive()
             if message["type"] == "http.disconnect":
                 raise MalformedJson("The body did not arrive as a whole")
             body += message.get("body", b"")
@@ -2373,14 +2391,14 @@ def parse_key(given: str) -> str:
 def names_account(*forms: str) -> AfterValidator:
     """Declare that an argument names accounts, so that a batch loads them all at once."""
 
-    def note(name: str, info: pydantic.ValidationInfo[Request]) -> str:
+    def note(name: str, info: pydantic.ValidationInfo[Asked]) -> str:
         info.context.accounts += [form.format(name) for form in forms]
         return name
 
     return AfterValidator(note)
 
 
-def note_key(key: str | None, info: pydantic.ValidationInfo[Request]) -> str | None:
+def note_key(key: str | None, info: pydantic.ValidationInfo[Asked]) -> str | None:
     """Take the idempotency key of callers who cannot send a header."""
     if key is not None:
         if info.context.key not in (None, parse_key(key)):
@@ -2389,7 +2407,7 @@ def note_key(key: str | None, info: pydantic.ValidationInfo[Request]) -> str | N
     return key
 
 
-def note_time(milliseconds: int, info: pydantic.ValidationInfo[Request]) -> int:
+def note_time(milliseconds: int, info: pydantic.ValidationInfo[Asked]) -> int:
     """Take the caller's own time."""
     info.context.effective_at = milliseconds * 1_000
     return milliseconds
@@ -2453,10 +2471,8 @@ Metadata = Annotated[
     AfterValidator(partial(json.dumps, sort_keys=True)),
     AS_OBJECT,
 ]
-# The parameters `metadata[NAME]=VALUE`, which all must hold; FastAPI has no words for them.
-NoteFilter = Annotated[
-    tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50), Depends(lambda: ())
-]
+# The parameters `metadata[NAME]=VALUE`, which all must hold.
+NoteFilter = Annotated[tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50)]
 Moment = Annotated[int, BeforeValidator(parse_time), TIME_SCHEMA]
 
 
@@ -2482,160 +2498,193 @@ class Problem(BaseModel):
     code: str
 
 
-PROBLEM = {"application/problem+json": {"schema": Problem.model_json_schema()}}
-PROBLEMS: Any = {key: {"description": "A problem", "content": PROBLEM} for key in ("4XX", "5XX")}
-CREDENTIALS = [
-    Depends(APIKeyHeader(name="X-API-Key", scheme_name="X-API-Key")),
-    Depends(HTTPBearer(scheme_name="Bearer", description="A key, or a JWT")),
-]
+PROBLEMS = {
+    "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+}
+SECURITY = {
+    "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "Bearer": {"type": "http", "scheme": "bearer", "description": "A key, or a JWT"},
+}
 KEY_HEADER = {
     "name": "Idempotency-Key",
     "in": "header",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+}
+METADATA_PARAMETER = {
+    "name": "metadata",
+    "in": "query",
+    "style": "deepObject",
+    "schema": {"type": "object", "additionalProperties": {"type": "string"}},
 }
 F = TypeVar("F", bound=Callable[..., Any])
 Overrides = Mapping[type[LedgerError], tuple[int, str]]
 """How a dialect words some errors: the status, and a template over the error's members."""
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """A set of routes in one kind of caller's terms; `exponent` are its amounts' decimal places."""
+class Policy(NamedTuple):
+    """Who may call a function over HTTP, and what a call needs and gets.
 
-    name: str
-    prefix: str = ""
-    errors: Overrides = field(default_factory=dict)
-    exponent: int | None = None
-    first_accounts: Callable[["Settings", bool], Iterable["partial[None]"]] = lambda *_: ()
-    routes: list["Route"] = field(default_factory=list)
-
-    def get(self, path: str, **options: Any) -> Callable[[F], F]:
-        """Declare a function of a connection as a route that reads."""
-        return partial(self._declare, "GET", path, options)
-
-    def post(self, path: str, **options: Any) -> Callable[[F], F]:
-        """Declare a function of a book as a route that writes."""
-        return partial(self._declare, "POST", path, options)
-
-    def patch(self, path: str, **options: Any) -> Callable[[F], F]:
-        """Declare a function of a book as a route that changes what is there."""
-        return partial(self._declare, "PATCH", path, options)
-
-    def _declare(self, method: str, path: str, options: Row, function: F) -> F:
-        self.routes.append(Route(self, method, path, function, **options))
-        return function
-
-
-class Route(APIRoute):
-    """A route that FastAPI declares and documents, and that serves itself.
-
-    Its function's first parameter is an open book (a write), a connection (a read), the database
-    (several reads) or the application (a page); the others are the caller's to give. `location` is
-    a template over the result. A `long` read has no bound.
+    `location` is a template over the result, and a `long` read has no bound.
     """
 
-    def __init__(
-        self,
-        dialect: Dialect,
-        method: str,
-        path: str,
-        function: Callable[..., Any],
-        *,
-        roles: Sequence[str],
-        key: Literal["required", "optional"] = "optional",
-        status: int = 200,
-        location: str = "",
-        errors: Overrides | None = None,
-        long: bool = False,
-        body_bytes_max: int = BODY_BYTES_MAX,
-    ) -> None:
-        signature = inspect.signature(function)
+    roles: Sequence[str]
+    key: Literal["required", "optional"] = "optional"
+    location: str = ""
+    errors: Overrides | None = None
+    long: bool = False
+    body_bytes_max: int = BODY_BYTES_MAX
+
+
+POLICIES: dict[Callable[..., Any], Policy] = {}
+
+
+def allow(roles: Sequence[str], **others: Any) -> Callable[[F], F]:
+    """Declare who may call a function over HTTP; no route takes one without this."""
+
+    def declare(function: F) -> F:
+        POLICIES[function] = Policy(roles, **others)
+        return function
+
+    return declare
+
+
+class LedgerRoute(APIRoute):
+    """A route to an operation; BankRoute, AtmRoute and WalletRoute are those of the dialects.
+
+    FastAPI matches and documents it, and calls what `get_route_handler` returns, which it offers
+    for this purpose. FastAPI's own handler would not do: it parses a body before it knows the
+    caller, takes `"5"` for 5 and NaN for a number, and has no place for a batch in which many
+    requests are committed together. This is the only way from HTTP to an operation.
+
+    The function's first parameter is an open book (a write), a connection (a read) or the database
+    (several reads); the others are the caller's to give.
+    """
+
+    errors: ClassVar[Overrides] = {}
+    exponent: ClassVar[int | None] = None  # The decimal places of a dialect's amounts.
+    lenient: ClassVar[bool] = False  # Whether query parameters that are not known are ignored.
+
+    @staticmethod
+    def first_accounts(settings: "Settings", demo: bool) -> Iterable["partial[None]"]:
+        """Return what opens the accounts that a dialect begins with."""
+        return ()
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        signature = inspect.signature(endpoint)
         first, *others = signature.parameters.values()
-        self.function, self.dialect, self.method, self.roles = function, dialect, method, roles
+        self.function, self.policy = endpoint, POLICIES[endpoint]
         self.writes = first.annotation is Book
-        self.reads = first.annotation in (Connection, Database)
-        self.key_is_required, self.location, self.long = key == "required", location, long
-        self.errors, self.body_bytes_max = {**dialect.errors, **(errors or {})}, body_bytes_max
+        self.reworded = {**self.errors, **(self.policy.errors or {})}
         fields: Any = {
             p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in others
         }
-        self.arguments: type[BaseModel] = pydantic.create_model(function.__name__, **fields)
-        self.result: TypeAdapter[Any] = TypeAdapter(signature.return_annotation)
-        takes_key = {"parameters": [KEY_HEADER | {"required": self.key_is_required}]}
-        # FastAPI documents every parameter but the first, which is not the caller's to give.
-        super().__init__(
-            dialect.prefix + path,
-            partial(function, None),
-            name=function.__name__,
-            description=f"{function.__doc__}\n\nRoles: {', '.join(roles) or 'anyone'}.",
-            methods=[method],
-            status_code=status,
-            tags=[dialect.name],
-            responses=PROBLEMS,
-            include_in_schema=self.writes or self.reads,
-            dependencies=CREDENTIALS if roles else None,
-            openapi_extra=takes_key if self.writes else None,
+        config = pydantic.ConfigDict(extra="ignore" if self.lenient else "forbid")
+        self.arguments: type[BaseModel] = pydantic.create_model(
+            endpoint.__name__, __config__=config, **fields
         )
+        shown_as = signature.return_annotation
+        self.result: TypeAdapter[Any] = TypeAdapter(Any if shown_as is Response else shown_as)
+        # What FastAPI documents: all but what is not the caller's to give, or has no name.
+        documented: Any = partial(endpoint, None)
+        shown = [p for p in others if p.annotation is not NoteFilter]
+        documented.__signature__ = signature.replace(parameters=shown)
+        parameters: list[Row] = []
+        if self.writes:
+            parameters.append(KEY_HEADER | {"required": self.policy.key == "required"})
+        if len(shown) < len(others):
+            parameters.append(METADATA_PARAMETER)
+        extra: Row = {"parameters": parameters} if parameters else {}
+        if self.policy.roles:
+            extra["security"] = [{name: []} for name in SECURITY]
+        roles = ", ".join(self.policy.roles) or "anyone"
+        options["name"] = options["operation_id"] = options["operation_id"] or endpoint.__name__
+        options["description"] = f"{endpoint.__doc__}\n\nRoles: {roles}."
+        options["responses"] = {"4XX": PROBLEMS, "5XX": PROBLEMS}
+        options["openapi_extra"] = extra
+        # What keys belong to: the method and the template of the path.
+        self.operation = f"{options['methods'][0]} {path}"
+        super().__init__(path, documented, **options)
 
-    async def serve(self, app: "App", request: Request) -> Answer:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what answers a request of this route."""
+        if self.dependencies:
+            raise TypeError(f"{self.path}: the routes of a ledger run no dependencies")
+
+        async def handle(request: Request) -> Response:
+            try:
+                answer = await self.answer(request.scope, request.receive, request.app.state)
+            except LedgerError:
+                raise
+            except Exception as error:
+                asked = request.scope["ledger"]
+                log.exception("the server made a mistake in request %s", asked.id)
+                raise InternalError("The server made a mistake, and logged it") from error
+            return answer if isinstance(answer, Response) else AnswerResponse(answer, request.scope)
+
+        return handle
+
+    async def answer(self, scope: Scope, receive: Receive, app: Any) -> Answer | Response:
         """Return the answer, or raise a LedgerError that says what is wrong."""
-        if not (self.writes or self.reads):
-            await self.admit(app, request)
-            return Answer(*self.function(app))
+        asked: Asked = scope["ledger"]
         # First, because it may take its time, and a key may be revoked meanwhile.
-        body = await request.body(self.body_bytes_max) if self.writes else b""
-        caller = await self.admit(app, request)
-        if self.writes and b"idempotency-key" in request.headers:
-            request.key = parse_key(request.headers[b"idempotency-key"].decode("latin-1"))
-        elif self.key_is_required:
+        body = await asked.body(receive, self.policy.body_bytes_max) if self.writes else b""
+        caller = await self.admit(app.callers, scope, asked)
+        if self.writes and b"idempotency-key" in asked.headers:
+            asked.key = parse_key(asked.headers[b"idempotency-key"].decode("latin-1"))
+        elif self.policy.key == "required":
             raise IdempotencyKeyMissing("The header Idempotency-Key is required here")
-        arguments = self.parse(request, self.document_of(request, body))
-        if request.effective_at is not None and caller.role in SERVICES:
-            await app.ledger.credit_due("CALLER", request.effective_at, caller.name)
-        if self.reads:
-            return await self.read(app, request, arguments)
+        arguments = self.parse(scope, asked, self.document_of(asked, body))
+        if asked.effective_at is not None and caller.role in SERVICES:
+            await app.ledger.credit_due("CALLER", asked.effective_at, caller.name)
+        if not self.writes:
+            return await self.read(app.ledger.database, asked, arguments)
         command = Command(
             caller=caller.name,
             arguments=arguments.model_dump_json(by_alias=True, exclude_none=True),
-            run=partial(self.run, arguments=arguments),
-            key=request.key and stored_key(caller.name, f"{self.method} {self.path}", request.key),
-            accounts=request.accounts,
-            effective_at=request.effective_at,
+            run=partial(self.call, arguments=arguments),
+            key=asked.key and stored_key(caller.name, self.operation, asked.key),
+            accounts=asked.accounts,
+            effective_at=asked.effective_at,
         )
-        return await app.ledger.submit(command)
+        ledger: Ledger = app.ledger
+        return await ledger.submit(command)
 
-    async def read(self, app: "App", request: Request, arguments: BaseModel) -> Answer:
+    async def read(
+        self, database: Database, asked: Asked, arguments: BaseModel
+    ) -> Answer | Response:
         """Run a read; a long one waits for its turn, which ends when its answer was sent."""
         if inspect.iscoroutinefunction(self.function):
-            result = await self.function(app.ledger.database, **vars(arguments))
-            return Answer(200, self.result.dump_json(result, by_alias=True).decode())
+            result = await self.function(database, **vars(arguments))
+            return result if isinstance(result, Response) else self.show(result)
         with suppress(LongRead):
-            if not self.long:
-                return await app.ledger.database.run_read(self.run, arguments)
-        turn = app.long_reads[asyncio.get_running_loop()]
+            if not self.policy.long:
+                return await database.run_read(self.call, arguments)
+        turn = database.long_turns[asyncio.get_running_loop()]
         try:
             await asyncio.wait_for(turn.acquire(), REQUEST_SECONDS_MAX)
         except TimeoutError:
             raise DatabaseBusy from None
-        request.end_turn = turn.release
-        return await app.ledger.database.run_read(self.run, arguments, long=True)
+        asked.end_turn = turn.release
+        return await database.run_read(self.call, arguments, long=True)
 
-    async def admit(self, app: "App", request: Request) -> Caller:
+    async def admit(self, callers: Callers, scope: Scope, asked: Asked) -> Caller:
         """Return the caller, or raise Unauthorized or Forbidden."""
-        if not self.roles:
+        roles = self.policy.roles
+        if not roles:
             return Caller("", "")
-        caller = await app.callers.authenticate(request)
-        request.caller = caller.name
-        if caller.role not in self.roles:
-            allowed = " or ".join(self.roles)
-            raise Forbidden(f"The role {caller.role} may not do this: it takes {allowed}")
+        caller = await callers.authenticate(scope, asked)
+        asked.caller = caller.name
+        if caller.role not in roles:
+            raise Forbidden(
+                f"The role {caller.role} may not do this: it takes {' or '.join(roles)}"
+            )
         return caller
 
-    def document_of(self, request: Request, body: bytes) -> Any:
+    def document_of(self, asked: Asked, body: bytes) -> Any:
         """Return the parsed body; where none is expected, refuse what would be ignored."""
         if self.body_field:
             # No page of another site can declare a body to be JSON.
-            declared = request.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            declared = asked.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if not re.fullmatch(rb"application/([\w!#$&.^-]+\+)?json", declared):
                 raise UnsupportedMediaType("The Content-Type must be application/json")
             return parse_json(body)
@@ -2643,16 +2692,23 @@ class Route(APIRoute):
             raise InvalidRequest(errors=[{"pointer": "", "detail": "No body is expected here"}])
         return None
 
-    def parse(self, request: Request, document: Any) -> BaseModel:
+    def parse(self, scope: Scope, asked: Asked, document: Any) -> BaseModel:
         """Return the function's arguments, each of its declared type."""
-        pairs = parse_qsl(request.scope["query_string"].decode("latin-1"), True)
-        notes = {(name[9:-1], value) for name, value in pairs if NOTE_FILTER.fullmatch(name)}
-        query: Row = dict(pairs) | {"metadata": sorted(notes)}
+        given: Row = {}
+        if scope["query_string"]:
+            pairs = parse_qsl(scope["query_string"].decode("latin-1"), True)
+            notes = {(name[9:-1], value) for name, value in pairs if NOTE_FILTER.fullmatch(name)}
+            given = {name: value for name, value in pairs if not NOTE_FILTER.fullmatch(name)}
+            given |= {"metadata": sorted(notes)} if notes else {}
         # PostgreSQL cannot even ask for a NUL, and no name has one.
-        named = {name: text.replace("\0", "\1") for name, text in request.path_parameters.items()}
-        given = {**query, **named, "body": document}
+        given |= {name: text.replace("\0", "\1") for name, text in scope["path_params"].items()}
+        given |= {"body": document} if self.body_field else {}
+        return self.validate(given, asked)
+
+    def validate(self, given: Row, asked: Asked) -> BaseModel:
+        """Return arguments of the declared types, or raise InvalidRequest."""
         try:
-            return self.arguments.model_validate(given, context=request)
+            return self.arguments.model_validate(given, context=asked)
         except ValidationError as error:
             found = error.errors(include_url=False, include_input=False)[:ERRORS_LISTED_MAX]
         errors = []
@@ -2665,24 +2721,69 @@ class Route(APIRoute):
             errors.append({"pointer": "".join(f"/{part}" for part in parts), "detail": each["msg"]})
         raise InvalidRequest(errors=errors)
 
-    def run(self, books: Any, arguments: BaseModel) -> Answer:
+    def call(self, books: Any, arguments: BaseModel) -> Answer:
         """Call the function; its result is the answer, or an error in the dialect's words."""
         try:
             result = self.function(books, **vars(arguments))
         except LedgerError as error:
-            raise self.translate_error(error) from None
-        body = self.result.dump_json(result, by_alias=True).decode()
-        return Answer(self.status_code or 200, body, self.location.format(result) or None)
+            raise self.reword(error) from None
+        return self.show(result)
 
-    def translate_error(self, error: LedgerError) -> LedgerError:
+    def show(self, result: Any) -> Answer:
+        """Return the answer that shows a result."""
+        body = self.result.dump_json(result, by_alias=True).decode()
+        return Answer(self.status_code or 200, body, self.policy.location.format(result) or None)
+
+    def reword(self, error: LedgerError) -> LedgerError:
         """Return an error as the dialect words it, its amounts with decimal places."""
-        if type(error) in self.errors:
-            if (exponent := self.dialect.exponent) is not None:
+        if type(error) in self.reworded:
+            if self.exponent is not None:
                 for name, value in error.members.items():
-                    error.members[name] = decimal_text(value, exponent)
-            error.status, detail = self.errors[type(error)]
+                    error.members[name] = decimal_text(value, self.exponent)
+            error.status, detail = self.reworded[type(error)]
             error.args = (detail.format(**error.members),)
         return error
+
+
+class AnswerResponse(Response):
+    """An answer on its way out: what Starlette would make of it takes longer."""
+
+    def __init__(self, answer: Answer, scope: Scope) -> None:
+        self.status_code, self.body = answer.status, answer.body.encode()
+        self.background = None
+        media_type = b"application/json" if answer.status < 400 else b"application/problem+json"
+        self.raw_headers = [
+            (b"content-type", media_type),
+            (b"content-length", b"%d" % len(self.body)),
+        ]
+        if answer.location:
+            location = scope.get("root_path", "") + answer.location
+            self.raw_headers.append((b"location", location.encode()))
+        if answer.replayed:
+            self.raw_headers.append((b"idempotent-replayed", b"true"))
+        if answer.status == 401:
+            self.raw_headers.append((b"www-authenticate", b'Bearer realm="ledger"'))
+        if answer.status == 503:
+            self.raw_headers.append((b"retry-after", b"1"))
+
+
+async def refuse(request: Request, error: Any) -> Response:
+    """Answer with the problem document of a LedgerError."""
+    return AnswerResponse(error.to_answer(), request.scope)
+
+
+async def refuse_path(request: Request, error: Any) -> Response:
+    """Answer a path or a method that is none; what a route of the user's raises stays FastAPI's."""
+    if isinstance(error, HTTPException) or error.status_code not in (404, 405):
+        return await http_exception_handler(request, error)
+    if error.status_code == 404:
+        return await refuse(request, NotFound("There is nothing at this address"))
+    method = request.method
+    response = await refuse(request, MethodNotAllowed(f"{method} is not possible here"))
+    routes = [r for r in request.app.routes if r.matches(request.scope)[0] is not Match.NONE]
+    allowed = {method for route in routes for method in getattr(route, "methods", None) or ()}
+    response.headers["allow"] = ", ".join(sorted(allowed))
+    return response
 
 
 class Page(BaseModel, Generic[T]):
@@ -2720,7 +2821,7 @@ def read_page(
 # ----- The API
 # The ledger in its own terms: integers of minor units, ids, times in UTC.
 
-api = Dialect("ledger")
+api = APIRouter(route_class=LedgerRoute)
 
 
 class Health(BaseModel):
@@ -2729,7 +2830,8 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-@api.get("/health", roles=ANYONE)
+@api.get("/health", tags=["operations"])
+@allow(ANYONE)
 def get_health(connection: Connection) -> Health:
     """Tell whether the server and its database answer."""
     if not connection.rows(connection.is_writable)[0]["yes"]:
@@ -2775,8 +2877,9 @@ class TransferPublic(BaseModel):
     dest: AccountPublic
 
 
-@api.post("/transfers", roles=SERVICES, key="required")
-def post_transfer(book: Book, body: TransferCreate) -> TransferPublic:
+@api.post("/transfers", tags=["transfers"])
+@allow(SERVICES, key="required")
+def create_transfer(book: Book, body: TransferCreate) -> TransferPublic:
     """Move money between two customers' accounts, at once and as a whole."""
     transfer_id = transfer(book, **vars(body))
     source, dest = book.account(body.source_account_id), book.account(body.dest_account_id)
@@ -2784,14 +2887,16 @@ def post_transfer(book: Book, body: TransferCreate) -> TransferPublic:
     return TransferPublic(**shown, amount=body.amount, memo=body.memo, source=source, dest=dest)
 
 
-@api.post("/accounts/{account_id}/deposit", roles=SERVICES, key="required")
-def post_deposit(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
+@api.post("/accounts/{account_id}/deposit", tags=["accounts"])
+@allow(SERVICES, key="required")
+def create_deposit(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
     """Take money in for an account."""
     return deposit(book, account_id, **vars(body))
 
 
-@api.post("/accounts/{account_id}/withdraw", roles=ADMINS, key="required")
-def post_withdrawal(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
+@api.post("/accounts/{account_id}/withdraw", tags=["accounts"])
+@allow(ADMINS, key="required")
+def create_withdrawal(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
     """Pay money out of an account."""
     return withdraw(book, account_id, **vars(body))
 
@@ -2803,14 +2908,16 @@ class AccountCreate(Named):
     asset: Annotated[Name, pydantic.Field(examples=["USD"])] = "USD"
 
 
-@api.post("/accounts", roles=SERVICES, status=201, location="/accounts/{0.id}")
-def post_account(book: Book, body: AccountCreate) -> AccountPublic:
+@api.post("/accounts", status_code=201, tags=["accounts"])
+@allow(SERVICES, location="/accounts/{0.id}")
+def create_account(book: Book, body: AccountCreate) -> AccountPublic:
     """Open an account for a customer."""
     return open_account(book, **vars(body))
 
 
-@api.get("/accounts", roles=READERS)
-def get_accounts(
+@api.get("/accounts", tags=["accounts"])
+@allow(READERS)
+def list_accounts(
     connection: Connection,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
@@ -2827,7 +2934,8 @@ def get_accounts(
     return Page[AccountPublic](**page)
 
 
-@api.get("/accounts/{account_id}", roles=READERS)
+@api.get("/accounts/{account_id}", tags=["accounts"])
+@allow(READERS)
 def get_account(connection: Connection, account_id: AccountId) -> AccountPublic:
     """Show an account."""
     return AccountPublic(**find_account(connection, account_id))
@@ -2870,27 +2978,31 @@ class AccountChange(RequestBody):
     notes: Annotated[Metadata | None, pydantic.Field(alias="metadata")] = None
 
 
-@api.patch("/accounts/{account_id}", roles=SERVICES)
-def patch_account(book: Book, account_id: AccountId, body: AccountChange) -> AccountPublic:
+@api.patch("/accounts/{account_id}", tags=["accounts"])
+@allow(SERVICES)
+def update_account(book: Book, account_id: AccountId, body: AccountChange) -> AccountPublic:
     """Change an owner's name, or the notes about an account."""
     changes = {name: value for name, value in vars(body).items() if value is not None}
-    return update_account(book, account_id, **changes)
+    return change_account(book, account_id, **changes)
 
 
-@api.post("/accounts/{account_id}/freeze", roles=ADMINS)
-def post_freeze(book: Book, account_id: AccountId) -> AccountPublic:
+@api.post("/accounts/{account_id}/freeze", tags=["accounts"])
+@allow(ADMINS)
+def freeze_account(book: Book, account_id: AccountId) -> AccountPublic:
     """Let an account move no money, in or out, until it is unfrozen."""
     return change_status(book, account_id, "FROZEN")
 
 
-@api.post("/accounts/{account_id}/unfreeze", roles=ADMINS)
-def post_unfreeze(book: Book, account_id: AccountId) -> AccountPublic:
+@api.post("/accounts/{account_id}/unfreeze", tags=["accounts"])
+@allow(ADMINS)
+def unfreeze_account(book: Book, account_id: AccountId) -> AccountPublic:
     """Let a frozen account move money again."""
     return change_status(book, account_id, "ACTIVE")
 
 
-@api.post("/accounts/{account_id}/close", roles=ADMINS)
-def post_close(book: Book, account_id: AccountId) -> AccountPublic:
+@api.post("/accounts/{account_id}/close", tags=["accounts"])
+@allow(ADMINS)
+def close_account(book: Book, account_id: AccountId) -> AccountPublic:
     """End an empty account for ever."""
     return change_status(book, account_id, "CLOSED")
 
@@ -2908,7 +3020,8 @@ ENTRIES = "SELECT entry.*, ts, memo AS ref, kind FROM entry JOIN event ON event.
 ENTRIES_OF_ACCOUNT = f"{ENTRIES} WHERE entry.account_id = :account"
 
 
-@api.get("/accounts/{account_id}/statement", roles=READERS)
+@api.get("/accounts/{account_id}/statement", tags=["accounts"])
+@allow(READERS)
 def get_statement(
     connection: Connection,
     account_id: AccountId,
@@ -2950,7 +3063,8 @@ class BalancePublic(BaseModel):
     at: Timestamp
 
 
-@api.get("/accounts/{account_id}/balance", roles=READERS)
+@api.get("/accounts/{account_id}/balance", tags=["accounts"])
+@allow(READERS)
 def get_balance(
     connection: Connection, account_id: AccountId, at: Moment | None = None
 ) -> BalancePublic:
@@ -2978,8 +3092,9 @@ class TrialBalance(BaseModel):
     items: list[AssetBalances]
 
 
-@api.get("/balances", roles=READERS, long=True)
-def get_balances(connection: Connection) -> TrialBalance:
+@api.get("/balances", tags=["operations"])
+@allow(READERS, long=True)
+def get_trial_balance(connection: Connection) -> TrialBalance:
     """Show the trial balance."""
     name = "CASE kind WHEN 'SYSTEM' THEN name END"
     # No sum leaves 64 bits: what all customers have is at most what one system account owes.
@@ -3001,7 +3116,8 @@ class TransactionPublic(TransactionBase):
     entries: list[EntryPublic]
 
 
-@api.get("/transactions/{transaction_id}", roles=READERS)
+@api.get("/transactions/{transaction_id}", tags=["transactions"])
+@allow(READERS)
 def get_transaction(connection: Connection, transaction_id: Uuid) -> TransactionPublic:
     """Show a transaction with all of its entries."""
     return find_transaction(connection.rows, transaction_id)
@@ -3025,8 +3141,9 @@ def with_entries(rows: Callable[..., list[Row]], events: list[Row]) -> list[Tran
     return [TransactionPublic(**event, entries=entries[event["id"]]) for event in events]
 
 
-@api.get("/transactions", roles=READERS)
-def get_transactions(
+@api.get("/transactions", tags=["transactions"])
+@allow(READERS)
+def list_transactions(
     connection: Connection,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
@@ -3070,16 +3187,18 @@ class TransactionCreate(EventCreate):
     )
 
 
-@api.post("/transactions", roles=SERVICES, key="required", **NEW_TRANSACTION)
-def post_transaction(book: Book, body: TransactionCreate) -> TransactionPublic:
+@api.post("/transactions", status_code=201, tags=["transactions"])
+@allow(SERVICES, key="required", location="/transactions/{0.id}")
+def create_transaction(book: Book, body: TransactionCreate) -> TransactionPublic:
     """Post entries between any number of accounts, at once and as a whole."""
     signs = {"DEBIT": -1, "CREDIT": +1}
     entries = [(entry.account_id, signs[entry.type] * entry.amount) for entry in body.entries]
     return find_transaction(book.ask, journal(book, **vars(body) | {"entries": entries}))
 
 
-@api.post("/transactions/{transaction_id}/reverse", roles=ADMINS, key="required", **NEW_TRANSACTION)
-def post_reversal(book: Book, transaction_id: Uuid, body: EventCreate) -> TransactionPublic:
+@api.post("/transactions/{transaction_id}/reverse", status_code=201, tags=["transactions"])
+@allow(ADMINS, key="required", location="/transactions/{0.id}")
+def reverse_transaction(book: Book, transaction_id: Uuid, body: EventCreate) -> TransactionPublic:
     """Take a transaction back as a whole, once."""
     return find_transaction(book.ask, reverse(book, transaction_id, **vars(body)))
 
@@ -3109,8 +3228,9 @@ class BulkPublic(BaseModel):
     results: list[BulkResult]
 
 
-@api.post("/transfers/bulk", roles=SERVICES, key="required", body_bytes_max=8 * BODY_BYTES_MAX)
-def post_bulk(book: Book, body: BulkCreate) -> BulkPublic:
+@api.post("/transfers/bulk", tags=["transfers"])
+@allow(SERVICES, key="required", body_bytes_max=8 * BODY_BYTES_MAX)
+def create_transfers(book: Book, body: BulkCreate) -> BulkPublic:
     """Make many transfers in one commit."""
     transfers = [
         vars(each) | {"arguments": to_json(each, exclude_none=True).decode()}
@@ -3130,8 +3250,9 @@ class HoldCreate(CashCreate):
     expires_in: Annotated[int, pydantic.Field(strict=True, ge=1, le=31_536_000)] = 604_800
 
 
-@api.post("/holds", roles=SERVICES, key="required", status=201, location="/holds/{0.id}")
-def post_hold(book: Book, body: HoldCreate) -> HoldPublic:
+@api.post("/holds", status_code=201, tags=["holds"])
+@allow(SERVICES, key="required", location="/holds/{0.id}")
+def create_hold(book: Book, body: HoldCreate) -> HoldPublic:
     """Promise money to an account, until it is captured or voided, or expires."""
     return place_hold(book, **vars(body))
 
@@ -3142,19 +3263,22 @@ class CaptureCreate(RequestBody):
     amount: Amount | None = None
 
 
-@api.post("/holds/{hold_id}/capture", roles=SERVICES, key="required")
-def post_capture(book: Book, hold_id: Uuid, body: CaptureCreate) -> HoldPublic:
+@api.post("/holds/{hold_id}/capture", tags=["holds"])
+@allow(SERVICES, key="required")
+def capture_hold(book: Book, hold_id: Uuid, body: CaptureCreate) -> HoldPublic:
     """Move what a hold promised, once."""
-    return HoldPublic(**capture_hold(book, hold_id, amount=body.amount))
+    return HoldPublic(**capture(book, hold_id, amount=body.amount))
 
 
-@api.post("/holds/{hold_id}/void", roles=SERVICES)
-def post_void(book: Book, hold_id: Uuid) -> HoldPublic:
+@api.post("/holds/{hold_id}/void", tags=["holds"])
+@allow(SERVICES)
+def void_hold(book: Book, hold_id: Uuid) -> HoldPublic:
     """Give up what a hold promised."""
-    return HoldPublic(**void_hold(book, hold_id))
+    return HoldPublic(**void(book, hold_id))
 
 
-@api.get("/holds/{hold_id}", roles=READERS)
+@api.get("/holds/{hold_id}", tags=["holds"])
+@allow(READERS)
 def get_hold(connection: Connection, hold_id: Uuid) -> HoldPublic:
     """Show a hold."""
     found = connection.rows(f"{HOLDS} WHERE id = :id", id=hold_id, now=utc_now())
@@ -3163,8 +3287,9 @@ def get_hold(connection: Connection, hold_id: Uuid) -> HoldPublic:
     return HoldPublic(**found[0])
 
 
-@api.get("/holds", roles=READERS)
-def get_holds(
+@api.get("/holds", tags=["holds"])
+@allow(READERS)
+def list_holds(
     connection: Connection,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
@@ -3194,8 +3319,9 @@ class PaymentPublic(BaseModel):
     cashback: CashbackPublic
 
 
-@api.post("/payments", roles=SERVICES, key="required")
-def post_payment(book: Book, body: PaymentCreate) -> PaymentPublic:
+@api.post("/payments", tags=["payments"])
+@allow(SERVICES, key="required")
+def create_payment(book: Book, body: PaymentCreate) -> PaymentPublic:
     """Pay at once, and get 2 % back after 24 hours."""
     cashback = pay(book, **vars(body))
     return payment_public(cashback, book.account(body.account_id))
@@ -3215,7 +3341,8 @@ def is_received(cashback: Row, *, at: int) -> bool:
     return bool(is_due if cashback["amount"] == 0 else cashback["status"] == "CREDITED")
 
 
-@api.get("/payments/{payment_id}", roles=READERS)
+@api.get("/payments/{payment_id}", tags=["payments"])
+@allow(READERS)
 def get_payment(connection: Connection, payment_id: Uuid) -> PaymentPublic:
     """Show a payment, the account as it is now, and where the cashback stands."""
     query = "SELECT * FROM scheduled_cashback WHERE payment_id = :id AND clock = 'SERVER'"
@@ -3255,8 +3382,9 @@ class AuditEventPublic(BaseModel):
     details: Annotated[Row, BeforeValidator(parse_details)]
 
 
-@api.get("/audit", roles=AUDITORS)
-def get_audit(
+@api.get("/audit", tags=["audit and events"])
+@allow(AUDITORS)
+def list_audit_events(
     connection: Connection,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
@@ -3296,8 +3424,9 @@ class Events(BaseModel):
     next: str | None
 
 
-@api.get("/events", roles=AUDITORS)
-async def get_events(database: Database, limit: Limit = PAGE_SIZE, after: After = None) -> Events:
+@api.get("/events", tags=["audit and events"])
+@allow(AUDITORS)
+async def list_events(database: Database, limit: Limit = PAGE_SIZE, after: After = None) -> Events:
     """List what happened, oldest first, for programs that follow along."""
     queries = (NEWEST,) if database.inline else (NEWEST, (WRITES, {}))
     newest, *writes = await database.run_read(Connection.all_rows, *queries)
@@ -3357,8 +3486,16 @@ BANK_ERRORS = {
     AccountExists: (409, "Account already exists"),
     AccountNotFound: (404, "Account not found"),
 }
-bank = Dialect("bank", "/bank", BANK_ERRORS)
-bank.get("/health", roles=ANYONE)(get_health)
+
+
+class BankRoute(LedgerRoute):
+    """A route of the banking kata."""
+
+    errors, lenient = BANK_ERRORS, True
+
+
+bank = APIRouter(prefix="/bank", tags=["bank"], route_class=BankRoute)
+bank.get("/health", operation_id="get_bank_health")(get_health)
 
 
 class BankAccountCreate(RequestBody):
@@ -3375,8 +3512,9 @@ class BankAccountCreated(BaseModel):
     created: bool = True
 
 
-@bank.post("/accounts", roles=SERVICES, status=201)
-def post_bank_account(book: Book, body: BankAccountCreate) -> BankAccountCreated:
+@bank.post("/accounts", status_code=201)
+@allow(SERVICES)
+def create_bank_account(book: Book, body: BankAccountCreate) -> BankAccountCreated:
     """Open an account under a name of the caller's own, unique for ever."""
     open_account(book, owner_name=body.account_id, asset="USD", name=f"bank:{body.account_id}")
     return BankAccountCreated(account_id=body.account_id)
@@ -3388,8 +3526,9 @@ class BankAccounts(BaseModel):
     accounts: list[str]
 
 
-@bank.get("/accounts", roles=READERS, long=True)
-def get_bank_accounts(connection: Connection) -> BankAccounts:
+@bank.get("/accounts")
+@allow(READERS, long=True)
+def list_bank_accounts(connection: Connection) -> BankAccounts:
     """List the names of all accounts."""
     return BankAccounts(accounts=list(named_balances(connection, "bank")))
 
@@ -3408,7 +3547,8 @@ class BankAccountBalance(BaseModel):
     balance: int
 
 
-@bank.get("/accounts/{name:path}/balance", roles=READERS)
+@bank.get("/accounts/{name:path}/balance")
+@allow(READERS)
 def get_bank_balance(
     connection: Connection, name: str, timestamp: BankTimeInQuery | None = None
 ) -> BankAccountBalance:
@@ -3429,8 +3569,9 @@ class BankBalance(BaseModel):
     balance: int
 
 
-@bank.post("/deposits", roles=SERVICES)
-def post_bank_deposit(book: Book, body: BankMovement) -> BankBalance:
+@bank.post("/deposits")
+@allow(SERVICES)
+def create_bank_deposit(book: Book, body: BankMovement) -> BankBalance:
     """Take money in for an account."""
     account = deposit(book, BANK_ACCOUNT.format(body.account_id), amount=body.amount)
     return BankBalance(balance=account.balance)
@@ -3445,8 +3586,9 @@ class BankTransfer(RequestBody):
     amount: Amount
 
 
-@bank.post("/transfers", roles=SERVICES, errors=NOT_TRANSFERRED)
-def post_bank_transfer(book: Book, body: BankTransfer) -> BankBalance:
+@bank.post("/transfers")
+@allow(SERVICES, errors=NOT_TRANSFERRED)
+def create_bank_transfer(book: Book, body: BankTransfer) -> BankBalance:
     """Move money, and show the balance of the source."""
     source = BANK_ACCOUNT.format(body.source_account_id)
     transfer(book, source, BANK_ACCOUNT.format(body.target_account_id), amount=body.amount)
@@ -3459,8 +3601,9 @@ class BankPayment(BaseModel):
     payment_id: str
 
 
-@bank.post("/payments", roles=SERVICES, errors=NOT_PAID)
-def post_bank_payment(book: Book, body: BankMovement) -> BankPayment:
+@bank.post("/payments")
+@allow(SERVICES, errors=NOT_PAID)
+def create_bank_payment(book: Book, body: BankMovement) -> BankPayment:
     """Pay, and get 2 % back after 24 hours of the caller's clock."""
     reference = BANK_ACCOUNT.format(body.account_id)
     cashback = pay(book, reference, amount=body.amount, payee="payments")
@@ -3473,7 +3616,8 @@ class BankPaymentStatus(BankPayment):
     status: str
 
 
-@bank.get("/payments/{payment_id}", roles=READERS)
+@bank.get("/payments/{payment_id}")
+@allow(READERS)
 def get_bank_payment(
     connection: Connection, payment_id: str, account_id: Printable, timestamp: BankTimeInQuery
 ) -> BankPaymentStatus:
@@ -3496,7 +3640,8 @@ class BankTopSpenders(BaseModel):
     top_spenders: list[str]
 
 
-@bank.get("/top-spenders", roles=READERS, long=True)
+@bank.get("/top-spenders")
+@allow(READERS, long=True)
 def get_bank_top_spenders(
     connection: Connection, timestamp: BankTimeInQuery, n: Limit
 ) -> BankTopSpenders:
@@ -3533,8 +3678,9 @@ class BankOperations(BaseModel):
     transactions: list[BankOperation]
 
 
-@bank.get("/accounts/{name:path}/transactions", roles=READERS)
-def get_bank_transactions(
+@bank.get("/accounts/{name:path}/transactions")
+@allow(READERS)
+def list_bank_transactions(
     connection: Connection, name: str, timestamp: BankTimeInQuery
 ) -> BankOperations:
     """List everything that happened to an account, and the cashbacks that are to come."""
@@ -3618,7 +3764,16 @@ ATM_ERRORS = {
     AccountNotFound: (404, "account not found"),
     InsufficientFunds: (400, "insufficient funds"),
 }
-atm = Dialect("atm", "/atm", ATM_ERRORS, exponent=ATM_EXPONENT, first_accounts=atm_first_accounts)
+
+
+class AtmRoute(LedgerRoute):
+    """A route of the cash machine."""
+
+    errors, exponent, lenient = ATM_ERRORS, ATM_EXPONENT, True
+    first_accounts = staticmethod(atm_first_accounts)
+
+
+atm = APIRouter(prefix="/atm", tags=["atm"], route_class=AtmRoute)
 
 
 class AtmWelcome(BaseModel):
@@ -3629,7 +3784,8 @@ class AtmWelcome(BaseModel):
     sample_accounts: dict[str, Dollars]
 
 
-@atm.get("/", roles=READERS, long=True)
+@atm.get("/")
+@allow(READERS, long=True)
 def get_atm_welcome(connection: Connection) -> AtmWelcome:
     """Show all accounts with their balances."""
     return AtmWelcome(sample_accounts=named_balances(connection, "atm"))
@@ -3641,7 +3797,8 @@ class AtmHealth(Health):
     accounts: list[str]
 
 
-@atm.get("/health", roles=READERS, long=True)
+@atm.get("/health")
+@allow(READERS, long=True)
 def get_atm_health(connection: Connection) -> AtmHealth:
     """Tell whether the cash machine works, and for which accounts."""
     return AtmHealth(accounts=list(named_balances(connection, "atm")))
@@ -3654,7 +3811,8 @@ class AtmBalance(BaseModel):
     balance: Dollars
 
 
-@atm.get("/accounts/{number:path}/balance", roles=READERS)
+@atm.get("/accounts/{number:path}/balance")
+@allow(READERS)
 def get_atm_balance(connection: Connection, number: AtmNumber) -> AtmBalance:
     """Show a balance."""
     account = find_account(connection, ATM_ACCOUNT.format(number))
@@ -3667,15 +3825,17 @@ class AtmMovement(RequestBody):
     amount: DollarsIn
 
 
-@atm.post("/accounts/{number:path}/deposit", roles=SERVICES)
-def post_atm_deposit(book: Book, number: AtmNumber, body: AtmMovement) -> AtmBalance:
+@atm.post("/accounts/{number:path}/deposit")
+@allow(SERVICES)
+def create_atm_deposit(book: Book, number: AtmNumber, body: AtmMovement) -> AtmBalance:
     """Take cash in."""
     account = deposit(book, ATM_ACCOUNT.format(number), amount=body.amount)
     return AtmBalance(account_number=number, balance=account.balance)
 
 
-@atm.post("/accounts/{number:path}/withdraw", roles=ADMINS)
-def post_atm_withdrawal(book: Book, number: AtmNumber, body: AtmMovement) -> AtmBalance:
+@atm.post("/accounts/{number:path}/withdraw")
+@allow(ADMINS)
+def create_atm_withdrawal(book: Book, number: AtmNumber, body: AtmMovement) -> AtmBalance:
     """Give cash out."""
     account = withdraw(book, ATM_ACCOUNT.format(number), amount=body.amount)
     return AtmBalance(account_number=number, balance=account.balance)
@@ -3718,16 +3878,24 @@ Credits = Annotated[int, pydantic.PlainSerializer(lambda units: decimal_text(uni
 KeyInBody = Annotated[str | None, AfterValidator(note_key), pydantic.Field(exclude=True)]
 WalletOwner = Annotated[str, names_account(*WALLETS)]
 
-wallets = Dialect(
-    "wallets",
-    "/api/v1/wallets",
-    errors={
-        AccountNotFound: (404, "User account not found"),
-        InsufficientFunds: (402, "Insufficient balance: have {balance}, need {requested}"),
-    },
-    exponent=WALLET_EXPONENT,
-    first_accounts=lambda settings, demo: WALLET_DEMO if demo else (),
-)
+
+WALLET_ERRORS = {
+    AccountNotFound: (404, "User account not found"),
+    InsufficientFunds: (402, "Insufficient balance: have {balance}, need {requested}"),
+}
+
+
+class WalletRoute(LedgerRoute):
+    """A route of the wallets."""
+
+    errors, exponent, lenient = WALLET_ERRORS, WALLET_EXPONENT, True
+
+    @staticmethod
+    def first_accounts(settings: "Settings", demo: bool) -> Iterable["partial[None]"]:
+        return WALLET_DEMO if demo else ()
+
+
+wallets = APIRouter(prefix="/api/v1/wallets", tags=["wallets"], route_class=WalletRoute)
 
 
 class WalletBalance(BaseModel):
@@ -3738,7 +3906,8 @@ class WalletBalance(BaseModel):
     asset_type_id: int
 
 
-@wallets.get("/users/{user:path}/balance", roles=READERS)
+@wallets.get("/users/{user:path}/balance")
+@allow(READERS)
 def get_wallet_balance(connection: Connection, user: str, asset_type_id: PlainInt) -> WalletBalance:
     """Show what a user has of an asset."""
     held = find_account(connection, wallet(user, asset_type_id))
@@ -3751,8 +3920,9 @@ class WalletUserCreate(RequestBody):
     external_user_id: Annotated[Name, names_account(*WALLETS)]
 
 
-@wallets.post("/users", roles=SERVICES, status=201)
-def post_wallet_user(book: Book, body: WalletUserCreate) -> WalletUserCreate:
+@wallets.post("/users", status_code=201)
+@allow(SERVICES)
+def create_wallet_user(book: Book, body: WalletUserCreate) -> WalletUserCreate:
     """Open a user's three wallets, all empty."""
     user = body.external_user_id
     open_wallets(book, owner_name=user, name=f"wallets:{user}")
@@ -3774,24 +3944,27 @@ class WalletMoved(BaseModel):
     new_balance: Credits
 
 
-@wallets.post("/users/{user:path}/top-up", roles=SERVICES)
-def post_top_up(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
+@wallets.post("/users/{user:path}/top-up")
+@allow(SERVICES)
+def create_top_up(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
     """Add credits that were bought."""
     reference = wallet(user, body.asset_type_id)
     transaction_id = move_credits(book, reference, amount=+body.amount, kind="TOP_UP")
     return WalletMoved(transaction_id=transaction_id, new_balance=book.account(reference).balance)
 
 
-@wallets.post("/users/{user:path}/bonus", roles=SERVICES)
-def post_bonus(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
+@wallets.post("/users/{user:path}/bonus")
+@allow(SERVICES)
+def create_bonus(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
     """Add credits that are a present."""
     reference = wallet(user, body.asset_type_id)
     transaction_id = move_credits(book, reference, amount=+body.amount, kind="BONUS")
     return WalletMoved(transaction_id=transaction_id, new_balance=book.account(reference).balance)
 
 
-@wallets.post("/users/{user:path}/spend", roles=SERVICES)
-def post_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
+@wallets.post("/users/{user:path}/spend")
+@allow(SERVICES)
+def create_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
     """Take credits for a service."""
     reference = wallet(user, body.asset_type_id)
     transaction_id = move_credits(book, reference, amount=-body.amount, kind="SPEND")
@@ -3808,9 +3981,10 @@ def post_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMov
 # In the order in which a request tries their routes: the heaviest traffic comes first.
 DIALECTS = (api, wallets, bank, atm)
 POLL_SECONDS = 1.0
+ALL_HEADERS = {b"x-content-type-options": b"nosniff", b"cache-control": b"no-store"}
 HEAD_BYTES_MAX, PART_BYTES = 65_536, 262_144
 REQUEST_SECONDS_MAX = SENDING_SECONDS_MAX = 60
-pages = Dialect("pages")
+pages = APIRouter(include_in_schema=False)
 
 
 @dataclass(frozen=True)
@@ -3839,110 +4013,70 @@ class Settings:
         return settings
 
 
-class App(FastAPI):
-    """The routes of all dialects; every answer has the same headers and a line in the log."""
+class Observed:
+    """The ledger's one middleware: each answer gets its headers and a line, and is counted."""
 
-    def __init__(self, ledger: Ledger, callers: Callers, dialects: Iterable[Dialect]) -> None:
-        about = "A double-entry ledger: durable, idempotent, never negative, always balanced."
-        super().__init__(title="ledger.py", description=about, openapi_url=None, lifespan=lifespan)
-        self.ledger, self.callers, self.log = ledger, callers, Log()
-        turns = partial(asyncio.Semaphore, LONG_READERS_MAX)
-        self.long_reads: defaultdict[Loop, asyncio.Semaphore] = defaultdict(turns)
-        self.router.routes[:] = [r for dialect in (*dialects, pages) for r in dialect.routes]
-        new: Any = {"registry": ledger.database.metrics}
-        times = prometheus.Histogram("ledger_http_seconds", "Requests", ["route", "status"], **new)
+    def __init__(self, app: ASGIApp, log: "Log", metrics: prometheus.CollectorRegistry) -> None:
+        self.app, self.log = app, log
+        times = prometheus.Histogram(
+            "ledger_http_seconds", "Requests", ["route", "status"], registry=metrics
+        )
         self.times = lru_cache(times.labels)  # To look for one takes longer than to count.
-        waiting = prometheus.Gauge("ledger_waiting_commands", "Commands that wait", **new)
-        waiting.set_function(lambda: sum(map(len, [*ledger._waiting.values()])))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
-            await super().__call__(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         # The status stays 0 where the answer is given up, at the end of the server.
-        began, request, status = time.perf_counter(), Request(scope, receive), 0
-        try:
-            answer = await self.answer(request)
-            status, body = answer.status, answer.body.encode()
-            headers = self.headers(request, answer, len(body))
-            await send({"type": "http.response.start", "status": status, "headers": headers})
+        began, status = time.perf_counter(), 0
+        asked = scope["ledger"] = Asked(scope["headers"])
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = with_headers(asked, message["headers"])
+            body = message.get("body", b"")
             if len(body) > PART_BYTES:
-                await send_parts(send, body)
+                await send_parts(send, message)
             else:
-                await send({"type": "http.response.body", "body": body})
+                await send(message)
+
+        try:
+            await self.app(scope, receive, send_on)
         except (asyncio.CancelledError, RuntimeError) as end:
             # Of the server, or of the connection: nobody waits for the answer.
-            log.warning("the answer to request %s was given up: %r", request.id, end)
+            log.warning("the answer to request %s was given up: %r", asked.id, end)
         finally:
-            if request.end_turn:
-                request.end_turn()
-            self.log.add(request, status, seconds := time.perf_counter() - began)
-            route = f"{r.method} {r.path_format}" if (r := request.route) else "unknown"
-            self.times(route, status).observe(seconds)
-
-    async def answer(self, request: Request) -> Answer:
-        """Return the answer of the route, or the problem that is in its way."""
-        try:
-            return await self.find(request).serve(self, request)
-        except LedgerError as error:
-            return error.to_answer()
-        except Exception:
-            log.exception("the server made a mistake in request %s", request.id)
-            return InternalError("The server made a mistake, and logged it").to_answer()
-
-    def find(self, request: Request) -> Route:
-        """Return the route of a request, or raise NotFound or MethodNotAllowed."""
-        method, path = request.scope["method"], request.scope["path"]
-        for route in self.router.routes:
-            if isinstance(route, Route) and (match := route.path_regex.fullmatch(path)):
-                # HEAD is GET whose body the server leaves out.
-                if route.method == method or (route.method, method) == ("GET", "HEAD"):
-                    request.route, request.path_parameters = route, match.groupdict()
-                    return route
-                request.allowed.append(route.method)
-        if request.allowed:
-            raise MethodNotAllowed(f"{method} is not possible here")
-        raise NotFound("There is nothing at this address")
-
-    def headers(self, request: Request, answer: Answer, length: int) -> list[tuple[bytes, bytes]]:
-        """Return the headers of an answer."""
-        is_problem = answer.status >= 400
-        media_type = answer.media_type or f"application/{'problem+' if is_problem else ''}json"
-        headers = [
-            (b"content-type", media_type.encode()),
-            (b"content-length", b"%d" % length),
-            (b"x-content-type-options", b"nosniff"),
-            (b"cache-control", b"no-store"),
-            (b"x-request-id", request.id.encode()),
-        ]
-        if answer.location:
-            headers.append((b"location", answer.location.encode()))
-        if answer.replayed:
-            headers.append((b"idempotent-replayed", b"true"))
-        if answer.status == 401:
-            headers.append((b"www-authenticate", b'Bearer realm="ledger"'))
-        if answer.status == 405:
-            allowed = {*request.allowed, *(["HEAD"] if "GET" in request.allowed else [])}
-            headers.append((b"allow", ", ".join(sorted(allowed)).encode()))
-        if answer.status == 503:
-            headers.append((b"retry-after", b"1"))
-        if request.scope["path"] == "/":
-            headers.append((b"content-security-policy", PAGE_POLICY.encode()))
-        if b"upgrade" in request.headers:
-            # The HTTP parser takes the body of such a request for the next one.
-            headers.append((b"connection", b"close"))
-        return headers
+            if asked.end_turn:
+                asked.end_turn()
+            seconds = time.perf_counter() - began
+            route = getattr(scope.get("route"), "path_format", None)
+            self.log.add(asked, scope["method"], route, status, seconds)
+            self.times(f"{scope['method']} {route}" if route else "unknown", status).observe(
+                seconds
+            )
 
 
-async def send_parts(send: Send, body: bytes) -> None:
+def with_headers(asked: Asked, given: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return an answer's headers with those that every answer has, unless it has its own."""
+    headers = {**ALL_HEADERS, b"x-request-id": asked.id.encode(), **dict(given)}
+    if b"upgrade" in asked.headers:
+        # The HTTP parser takes the body of such a request for the next one.
+        headers[b"connection"] = b"close"
+    return [*headers.items()]
+
+
+async def send_parts(send: Send, message: Message) -> None:
     """Send a long answer as fast as the caller reads it, who is left if that takes too long."""
+    body = message["body"]
     with suppress(TimeoutError):
         async with asyncio.timeout(SENDING_SECONDS_MAX):
             for start in range(0, len(body), PART_BYTES):
                 part = body[start : start + PART_BYTES]
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+                await send({**message, "body": part, "more_body": True})
+            await send({**message, "body": b""})
 
 
 class Protocol(HttpToolsProtocol):
@@ -4036,40 +4170,17 @@ class Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
-@pages.get("/openapi.json", roles=ANYONE)
-def get_openapi(app: App) -> Answer:
-    """Describe the API to programs."""
-    return Answer(200, json.dumps(app.openapi()))
-
-
-@pages.get("/docs", roles=ANYONE)
-def get_docs(app: App) -> Answer:
-    """Describe the API to people, who can try it there."""
-    urls: Row = {"swagger_js_url": "/docs/swagger-ui-bundle.js", "swagger_favicon_url": "data:,"}
-    urls["swagger_css_url"] = "/docs/swagger-ui.css"
-    page = get_swagger_ui_html(openapi_url="/openapi.json", title=app.title, **urls)
-    return Answer(200, bytes(page.body).decode(), media_type="text/html; charset=utf-8")
-
-
-for name, kind in (("swagger-ui-bundle.js", "javascript"), ("swagger-ui.css", "css")):
-
-    @pages.get(f"/docs/{name}", roles=ANYONE)
-    def get_docs_part(app: App, name: str = name, kind: str = kind) -> Answer:
-        """Serve what the page is made of, which a package brings along: it needs no network."""
-        file = resources.files("fastapi_offline") / "static" / name
-        return Answer(200, file.read_text("utf-8"), media_type=f"text/{kind}")
-
-
-@pages.get("/metrics", roles=AUDITORS)
-def get_metrics(app: App) -> Answer:
+@api.get("/metrics", include_in_schema=False)
+@allow(AUDITORS)
+async def get_metrics(database: Database) -> Response:
     """Show what Prometheus asks for; no label is of a caller's making."""
-    shown = prometheus.generate_latest(app.ledger.database.metrics).decode()
-    return Answer(200, shown, media_type=prometheus.CONTENT_TYPE_LATEST)
+    shown = prometheus.generate_latest(database.metrics)
+    return Response(shown, headers={"content-type": prometheus.CONTENT_TYPE_LATEST})
 
 
 def create_app(
-    settings: Settings, dialects: Sequence[Dialect] = DIALECTS, *, for_others: bool = False
-) -> App:
+    settings: Settings, dialects: Sequence[APIRouter] = DIALECTS, *, for_others: bool = False
+) -> FastAPI:
     """Open the ledger and return its application; `for_others` than this machine it needs keys."""
     database = database_at(settings.database_url)
     try:
@@ -4083,20 +4194,63 @@ def create_app(
         with database.read() as connection:
             is_new = not connection.rows("SELECT id FROM event LIMIT 1")
         open_first_accounts(ledger, settings, dialects, "system", is_new and callers.open_mode)
-        return App(ledger, callers, dialects)
+        return application(ledger, callers, dialects)
     except BaseException:
         database.close()
         raise
 
 
+def application(ledger: Ledger, callers: Callers, dialects: Iterable[APIRouter]) -> FastAPI:
+    """Return an application of FastAPI's with the routes of some dialects over one ledger."""
+    log, metrics = Log(), ledger.database.metrics
+    waiting = prometheus.Gauge("ledger_waiting_commands", "Commands that wait", registry=metrics)
+    waiting.set_function(lambda: sum(map(len, [*ledger._waiting.values()])))
+    app = FastAPIOffline(
+        redoc_url=None,
+        static_url="/docs/static",
+        title="ledger.py",
+        description="A double-entry ledger: durable, idempotent, never negative, always balanced.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        middleware=[Middleware(Observed, log=log, metrics=metrics)],
+        exception_handlers={LedgerError: refuse, RoutingError: refuse_path},
+        # It would look for three providers at each request.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.state.ledger, app.state.callers, app.state.log = ledger, callers, log
+    own = [route for router in (*dialects, pages) for route in router.routes]
+    app.router.routes[:] = [*own, *app.router.routes, *map(head_of, own)]
+    app.openapi = partial(describe, app)  # type: ignore[method-assign]
+    return app
+
+
+def head_of(route: Any) -> Any:
+    """Return the route of HEAD, which is GET whose body the server leaves out."""
+    head = copy.copy(route)
+    head.methods, head.include_in_schema = {"HEAD"} if "GET" in route.methods else set(), False
+    return head
+
+
+def describe(app: FastAPI) -> Row:
+    """Return the description of the API for programs."""
+    if not app.openapi_schema:
+        app.openapi_schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        components = app.openapi_schema.setdefault("components", {})
+        components.setdefault("schemas", {})["Problem"] = Problem.model_json_schema()
+        components["securitySchemes"] = SECURITY
+    return app.openapi_schema
+
+
 def open_first_accounts(
-    ledger: Ledger, settings: Settings, dialects: Iterable[Dialect], caller: str, demo: bool
+    ledger: Ledger, settings: Settings, dialects: Iterable[APIRouter], caller: str, demo: bool
 ) -> None:
     """Open the accounts that dialects begin with; those that are there stay as they are."""
     commands = [
         Command(caller, json.dumps(opening.keywords), opening)
-        for dialect in dialects
-        for opening in dialect.first_accounts(settings, demo)
+        for router in dialects
+        for opening in router.route_class.first_accounts(settings, demo)  # type: ignore[attr-defined]
     ]
     for answer in retry_while_busy(lambda: ledger.commit(commands)) if commands else ():
         if answer.status >= 400 and json.loads(answer.body)["code"] != AccountExists.code:
@@ -4104,19 +4258,26 @@ def open_first_accounts(
 
 
 @asynccontextmanager
-async def lifespan(app: Any) -> AsyncIterator[None]:
-    """Prepare the process for serving, and close the ledger after the last answer."""
-    # What was made until now lives as long as the process; a request leaves few cycles behind.
-    # Without these two lines, the collector costs a fifth of the rate.
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 50)
-    with app.log.written_to(sys.stderr):
-        working = asyncio.create_task(work_for_ever(app.ledger))
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Work while the application serves, and close the ledger after the last answer."""
+    ledger: Ledger = app.state.ledger
+    with app.state.log.written_to(sys.stderr):
+        working = asyncio.create_task(work_for_ever(ledger))
         yield
         working.cancel()
         with suppress(asyncio.CancelledError):
             await working
-        app.ledger.database.close()
+        ledger.database.close()
+
+
+def prepare_process() -> None:
+    """Prepare a process that does nothing but serve."""
+    # What was made until now lives as long as the process; a request leaves few cycles behind.
+    # Without these two lines, the collector costs a fifth of the rate.
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 50)
+    # Its lines would hold paths, and so names.
+    logging.getLogger("uvicorn.access").disabled = True
 
 
 async def work_for_ever(ledger: Ledger) -> None:
@@ -4133,15 +4294,22 @@ async def work_for_ever(ledger: Ledger) -> None:
             await asyncio.sleep(POLL_SECONDS)
 
 
-def __getattr__(name: str) -> App:
+def __getattr__(name: str) -> FastAPI:
     """Make `app` when it is first asked for, so that importing this module has no effect."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        app = globals()["app"] = create_app(Settings.read(os.environ))
+        app: FastAPI = create_app(Settings.read(os.environ))
     except (StartupError, LedgerError) as refusal:
         raise SystemExit(f"ledger: {one_line(refusal)}") from None
+    prepare_process()
+    globals()["app"] = app
     return app
+
+
+def __dir__() -> list[str]:
+    """Name `app` too, so that `fastapi run ledger.py` finds it."""
+    return [*globals(), "app"]
 
 
 # ----- Receipts
@@ -4201,7 +4369,7 @@ async def take_turn(ledger: Ledger, webhook: Row, seconds: int) -> bool:
 
 async def post_page(ledger: Ledger, webhook: Row) -> bool:
     """Post some events, in order, or raise what comes in between; tell if there may be more."""
-    page, began = await get_events(ledger.database, after=webhook["position"]), time.monotonic()
+    page, began = await list_events(ledger.database, after=webhook["position"]), time.monotonic()
     async with httpx.AsyncClient(verify=tls(), timeout=RECEIPT_SECONDS_MAX) as client:
         for event in page.items:
             shown = event.model_dump(mode="json", by_alias=True)
@@ -4273,17 +4441,19 @@ class Log(logging.Handler):
         self.lines: deque[Row] = deque(maxlen=LOG_LINES_MAX)
         self.taken = self.written = 0
 
-    def add(self, request: Request, status: int, seconds: float) -> None:
+    def add(
+        self, asked: Asked, method: str, route: str | None, status: int, seconds: float
+    ) -> None:
         """Take a request; the route's template stands for its path, because paths hold names."""
         line = {
             "ts": time.time(),
-            "method": request.scope["method"],
-            "route": request.route and request.route.path_format,
+            "method": method,
+            "route": route,
             "status": status,
             "ms": round(seconds * 1_000, 3),
-            "caller": request.caller,
-            "key": request.key_prefix,
-            "request_id": request.id,
+            "caller": asked.caller,
+            "key": asked.key_prefix,
+            "request_id": asked.id,
         }
         self.take(line)
 
@@ -4306,8 +4476,6 @@ class Log(logging.Handler):
         writer.start()
         if not logging.root.handlers:
             logging.root.addHandler(self)
-        # Its lines would hold paths, and so names.
-        logging.getLogger("uvicorn.access").disabled = True
         try:
             yield
         finally:
@@ -4345,12 +4513,13 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what was accepted."""
     listener = listen(options.host, options.port)
     app = create_app(settings, for_others=not is_local(options.host))
+    prepare_process()
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"ledger.py serves on {address}")
     print(f"  docs      {address}/docs")
-    print(f"  database  {app.ledger.database.name}")
-    print(f"  mode      {OPEN_MODE if app.callers.open_mode else KEY_MODE}", flush=True)
+    print(f"  database  {app.state.ledger.database.name}")
+    print(f"  mode      {OPEN_MODE if app.state.callers.open_mode else KEY_MODE}", flush=True)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -4645,10 +4814,10 @@ def one_line(error: BaseException) -> str:
 # policy allows its own script and style, and to ask this server, and nothing else.
 
 
-@pages.get("/", roles=ANYONE)
-def get_page(app: App) -> Answer:
+@pages.get("/")
+async def get_page() -> Response:
     """Show the ledger to people."""
-    return Answer(200, PAGE, media_type="text/html; charset=utf-8")
+    return HTMLResponse(PAGE, headers={"content-security-policy": PAGE_POLICY})
 
 
 PAGE = r"""<!doctype html><html lang="en">
