@@ -224,7 +224,11 @@ def partial_index(name: str, *columns: str, where: str, unique: bool = False) ->
     return sa.Index(name, *columns, unique=unique, sqlite_where=given, postgresql_where=given)
 
 
-class Public(SQLModel):
+class Stored(SQLModel, registry=sa.orm.registry()):
+    """The base of all tables, which a program's own tables know nothing of; Public is another."""
+
+
+class Public(Stored):
     """What callers see of stored rows, and the base of the tables that hold more of them."""
 
     model_config = {"json_schema_serialization_defaults_required": True}
@@ -620,7 +624,7 @@ class AmountExceedsHold(LedgerError, status=409): ...
 # fmt: on
 
 
-class Asset(SQLModel, table=True):
+class Asset(Stored, table=True):
     """What is counted. A closed-loop asset is issued, given and spent, and moves no other way."""
 
     __table_args__ = (STRICT,)
@@ -892,7 +896,7 @@ def cancel_cashback(book: Book, payment_id: str) -> None:
     book.change("scheduled_cashback", cashback, status="CANCELLED")
 
 
-class Note(SQLModel, table=True):
+class Note(Stored, table=True):
     """One member of somebody's metadata, by which an account or a transaction is found."""
 
     __table_args__ = (NO_ROWID,)
@@ -1053,7 +1057,7 @@ class Answer(NamedTuple):
 DONE = Answer(200, "")
 
 
-class IdempotencyKey(SQLModel, table=True):
+class IdempotencyKey(Stored, table=True):
     """The answer that a key was given; `id` is `caller|operation|key`."""
 
     __tablename__ = "idempotency_key"
@@ -1760,7 +1764,7 @@ class PostgresDatabase(Database):
 # What keeps stored rows as they were written: tables, triggers, a version and the check.
 
 
-class ApiKey(SQLModel, table=True):
+class ApiKey(Stored, table=True):
     """A key that somebody may call with: its hash, and the prefix that is no secret."""
 
     __tablename__ = "api_key"
@@ -1774,7 +1778,7 @@ class ApiKey(SQLModel, table=True):
     revoked_at: int | None = None
 
 
-class Webhook(SQLModel, table=True):
+class Webhook(Stored, table=True):
     """A receiver, the last event that it has had, and when it is its turn, which may be never."""
 
     __table_args__ = (STRICT,)
@@ -1788,7 +1792,7 @@ class Webhook(SQLModel, table=True):
     due_at: int | None
 
 
-class SchemaVersion(SQLModel, table=True):
+class SchemaVersion(Stored, table=True):
     """The version of the tables, in one row, and how the database describes what was made."""
 
     __tablename__ = "schema_version"
@@ -1802,7 +1806,7 @@ SCHEMA_VERSION = 1
 SCHEMA_LOCK = 0x6C65646765720A
 PORTION_ROWS = 2_000
 SYSTEM_STORED = "SELECT name, asset FROM account WHERE kind = 'SYSTEM'"
-TABLES = {table.name: table for table in SQLModel.metadata.sorted_tables}
+TABLES = {table.name: table for table in Stored.metadata.sorted_tables}
 PRIMARY_KEYS = {name: table.primary_key.columns.keys()[0] for name, table in TABLES.items()}
 INTEGER_64 = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 PLAIN_TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
@@ -2256,10 +2260,9 @@ def require_local(scope: Scope, headers: Mapping[bytes, bytes]) -> None:
     if any(name.startswith(PROXY_HEADERS) for name in headers):
         raise Forbidden("In open mode no proxy may stand in front of the ledger")
     host = headers.get(b"host", b"")
-    # A server knows itself by an address: by a name, it was called in its own process.
-    own_name = (scope.get("server") or [""])[0]
-    is_inside = not is_address(own_name) and host.partition(b":")[0] == own_name.encode()
-    peer = (scope.get("client") or [""])[0]
+    peer, own_name = ((scope.get(end) or [""])[0] for end in ("client", "server"))
+    # A server's own name is an address; any other is that of an application called in-process.
+    is_inside = bool(own_name) and not is_address(own_name)
     if not (is_local(peer) or (is_inside and peer == "testclient")):
         raise Forbidden("In open mode only callers on this machine are served")
     if not (is_local(host.decode("latin-1")) or is_inside):
@@ -2604,6 +2607,8 @@ class LedgerRoute(APIRoute):
         # What keys belong to: the method and the template of the path.
         self.operation = f"{options['methods'][0]} {path}"
         super().__init__(path, documented, **options)
+        # Starlette's own ends with "$", which lets a line feed pass.
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers a request of this route."""
@@ -2698,8 +2703,8 @@ class LedgerRoute(APIRoute):
         if scope["query_string"]:
             pairs = parse_qsl(scope["query_string"].decode("latin-1"), True)
             notes = {(name[9:-1], value) for name, value in pairs if NOTE_FILTER.fullmatch(name)}
-            given = {name: value for name, value in pairs if not NOTE_FILTER.fullmatch(name)}
-            given |= {"metadata": sorted(notes)} if notes else {}
+            given = {"metadata": sorted(notes)} if notes else {}
+            given |= {name: value for name, value in pairs if not NOTE_FILTER.fullmatch(name)}
         # PostgreSQL cannot even ask for a NUL, and no name has one.
         given |= {name: text.replace("\0", "\1") for name, text in scope["path_params"].items()}
         given |= {"body": document} if self.body_field else {}
@@ -4052,7 +4057,8 @@ class Observed:
             if asked.end_turn:
                 asked.end_turn()
             seconds = time.perf_counter() - began
-            route = getattr(scope.get("route"), "path_format", None)
+            # What has a route but not the method is at no route.
+            route = None if status == 405 else getattr(scope.get("route"), "path_format", None)
             self.log.add(asked, scope["method"], route, status, seconds)
             self.times(f"{scope['method']} {route}" if route else "unknown", status).observe(
                 seconds
@@ -4218,8 +4224,9 @@ def application(ledger: Ledger, callers: Callers, dialects: Iterable[APIRouter])
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.ledger, app.state.callers, app.state.log = ledger, callers, log
-    own = [route for router in (*dialects, pages) for route in router.routes]
-    app.router.routes[:] = [*own, *app.router.routes, *map(head_of, own)]
+    own: list[Any] = [route for router in (*dialects, pages) for route in router.routes]
+    heads = [head_of(route) for route in own if "GET" in route.methods]
+    app.router.routes[:] = [*own, *app.router.routes, *heads]
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
     return app
 
@@ -4227,7 +4234,7 @@ def application(ledger: Ledger, callers: Callers, dialects: Iterable[APIRouter])
 def head_of(route: Any) -> Any:
     """Return the route of HEAD, which is GET whose body the server leaves out."""
     head = copy.copy(route)
-    head.methods, head.include_in_schema = {"HEAD"} if "GET" in route.methods else set(), False
+    head.methods, head.include_in_schema = {"HEAD"}, False
     return head
 
 

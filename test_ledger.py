@@ -609,7 +609,7 @@ def test_one_pass_serves_all_who_wait_for_cashbacks(
     for _ in range(5):
         bank.pay("alice", 100)
     passes: list[int] = []
-    commit = bank.ledger.commit
+    commit: Callable[..., list[ledger.Answer]] = bank.ledger.commit
 
     def count_and_commit(batch: Sequence[ledger.Command]) -> list[ledger.Answer]:
         passes.append(len(batch))
@@ -2386,9 +2386,9 @@ def test_open_mode_serves_its_own_page(bank: "Bank") -> None:
 
 def test_open_mode_serves_the_test_client_of_this_process(bank: "BankInside") -> None:
     with inside(bank.app, bank.database, peer="testclient") as client:
-        get = partial(client.send, "GET", "/accounts")
-        assert get(headers={"Host": "testserver"}).status_code == 200
-        assert refusal(get(headers={"Host": "localhost"})) == (403, "forbidden")
+        for host in ("testserver", "localhost", "test"):
+            answer = client.send("GET", "/accounts", headers={"Host": host})
+            assert answer.status_code == 200
 
 
 SECRET = "an HS256 secret of at least 32 bytes"  # noqa: S105
@@ -2587,7 +2587,7 @@ def test_a_request_is_no_older_than_its_key(database: str) -> None:
 READ, WORK, RULE, AUDIT = "auditor service admin", "service admin", "admin", "auditor admin"
 DESCRIBED = {("GET", "/health"), ("GET", "/bank/health")}
 OPEN = DESCRIBED | {("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json")}
-OPEN |= {("GET", "/docs/swagger-ui-bundle.js"), ("GET", "/docs/swagger-ui.css")}
+OPEN |= {("GET", "/docs/oauth2-redirect")}
 MATRIX = {
     ("POST", "/accounts"): WORK,
     ("GET", "/accounts"): READ,
@@ -2640,8 +2640,9 @@ MATRIX = {
 
 
 def test_every_route_is_for_its_roles_and_for_nobody_else(secured: "BankInside") -> None:
-    routes = {(method, r.path) for r in secured.app.routes for method in getattr(r, "methods", ())}
-    assert {(method, path) for method, path in routes if method != "HEAD"} == set(MATRIX) | OPEN
+    routes: Any = [route for route in secured.app.routes if hasattr(route, "methods")]
+    found = {(method, route.path_format) for route in routes for method in route.methods}
+    assert {each for each in found if each[0] != "HEAD"} == set(MATRIX) | OPEN
     for (method, template), allowed in MATRIX.items():
         path = re.sub("{[a-z_]+}", NOBODY, template)
         # Nothing else about these requests is right, and a caller without the right never hears.
@@ -4262,10 +4263,10 @@ def test_odd_filters_get_a_clear_answer(untouched: "Bank", path: str) -> None:
     for filters in odd:
         assert refusal(untouched.get(path, **filters)) == (422, "invalid_request"), str(filters)
     for name in ("metadata", "metadata[", "metadata[a", "metadata]", "metadatax[a]"):
-        assert untouched.get(path, **{name: "x"}).status_code == 200
+        assert refusal(untouched.get(path, **{name: "x"})) == (422, "invalid_request")
     for text in ("'", "%", "\\", "]", "\u202e"[:0], "\U0001f680", "%ff"):
         assert untouched.get(path, **{f"metadata[{text}x]": text}).json()["items"] == []
-    raw = "?metadata[%ff]=%fe&metadata[a]]=[&metadata=&external_id=%ff&&&=&metadata[b]"
+    raw = "?metadata[%ff]=%fe&metadata[a]]=[&external_id=%ff&&&metadata[b]"
     assert untouched.send("GET", path + raw).status_code == 200
 
 
@@ -5075,11 +5076,12 @@ def test_the_docs_need_no_network(untouched: "Bank") -> None:
     named = re.findall("(?:src|href)=\"(/[^\"]+)|url: '([^']+)", page)
     answers = [untouched.get("".join(path)) for path in named]
     assert [(answer.status_code, answer.headers["Content-Type"]) for answer in answers] == [
-        (200, "text/css"),
-        (200, "text/javascript"),
+        (200, "text/css; charset=utf-8"),
+        (200, "image/png"),
+        (200, "text/javascript; charset=utf-8"),
         (200, "application/json"),
     ]
-    assert "SwaggerUIBundle" in answers[1].text
+    assert "SwaggerUIBundle" in answers[2].text
 
 
 def measured(bank: "Bank", name: str) -> dict[tuple[str, ...], float]:
@@ -5107,7 +5109,7 @@ def test_requests_are_counted_by_route_and_status_alone(secured: "BankInside") -
         ("POST /accounts/{account_id}/deposit", "200"): 1,
         ("GET /accounts/{account_id}", "422"): 1,
         ("GET /accounts/{account_id}", "200"): 1,
-        ("GET /accounts", "200"): 1,
+        ("HEAD /accounts", "200"): 1,
         ("unknown", "404"): 2,
         ("unknown", "405"): 2,
     }
@@ -5139,9 +5141,9 @@ def test_batches_are_measured_and_what_waits_for_one(bank: "BankInside") -> None
         command = command_of(ledger.open_account, owner_name="x", asset="USD")
         executing = asyncio.gather(*(bank.ledger.submit(command) for _ in range(3)))
         await asyncio.sleep(0)
-        shown = ledger.get_metrics(bank.app).body
+        shown = await ledger.get_metrics(bank.ledger.database)
         await executing
-        return shown
+        return bytes(shown.body).decode()
 
     assert "\nledger_waiting_commands 3.0\n" in bank.runner.run(look_while_some_wait())
     after = [measured(bank, f"ledger_{name}")[()] for name in names]
@@ -6413,7 +6415,7 @@ class BankInside(Bank):
 
     def __init__(self, app: FastAPI, runner: asyncio.Runner, database: str, peer: str) -> None:
         self.app = app
-        self.ledger = app.state.ledger
+        self.ledger: ledger.Ledger = app.state.ledger
         self.runner = runner
         self.wire = httpx.ASGITransport(app, client=(peer, 1))
         run = runner.get_loop().run_until_complete
