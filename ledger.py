@@ -88,7 +88,17 @@ from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, TextIO, TypeVar
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    Self,
+    TextIO,
+    TypeVar,
+)
 from urllib.parse import parse_qsl
 
 import httpx
@@ -155,6 +165,7 @@ class LedgerError(Exception):
     status: int
     code: str
     detail = ""
+    kinds: ClassVar[dict[str, type["LedgerError"]]] = {}  # By their codes.
 
     def __init_subclass__(cls, *, status: int = 0, detail: str = "") -> None:
         """Take the code from the class's name: InsufficientFunds is insufficient_funds."""
@@ -162,6 +173,7 @@ class LedgerError(Exception):
         if status:
             cls.status = status
             cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+            cls.kinds[cls.code] = cls
 
     def __init__(self, detail: str = "", **members: Any) -> None:
         super().__init__(detail or self.detail)
@@ -207,15 +219,26 @@ def utc_text(microseconds: int) -> str:
     return moment.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
+def stored_time(given: Any) -> Any:
+    """Return a time of RFC 3339 as it is stored, and anything else as it is."""
+    return parse_time(given) if isinstance(given, str) else given
+
+
 TIME_SCHEMA = pydantic.WithJsonSchema({"type": "string", "format": "date-time"})
-Timestamp = Annotated[int, pydantic.PlainSerializer(utc_text, return_type=str), TIME_SCHEMA]
+Timestamp = Annotated[
+    int,
+    BeforeValidator(stored_time),
+    pydantic.PlainSerializer(utc_text, return_type=str),
+    TIME_SCHEMA,
+]
 STRICT = {"sqlite_strict": True}
 NO_ROWID = STRICT | {"sqlite_with_rowid": False}
 NO_ENTRIES = "kind >= 'a'"  # Capitals, which transactions have, come before.
 HAS_EXTERNAL_ID = "external_id IS NOT NULL"
 # The caller's own metadata is stored as JSON, and callers see an object.
 AS_OBJECT = pydantic.PlainSerializer(lambda text: json.loads(text) if text else {}, dict[str, str])
-Notes = Annotated[str | None, AS_OBJECT, pydantic.Field(serialization_alias="metadata")]
+AS_TEXT = BeforeValidator(lambda given: json.dumps(given) if isinstance(given, dict) else given)
+Notes = Annotated[str | None, AS_TEXT, AS_OBJECT, pydantic.Field(alias="metadata")]
 
 
 def partial_index(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
@@ -231,7 +254,7 @@ class Stored(SQLModel, registry=sa.orm.registry()):
 class Public(Stored):
     """What callers see of stored rows, and the base of the tables that hold more of them."""
 
-    model_config = {"json_schema_serialization_defaults_required": True}
+    model_config = {"json_schema_serialization_defaults_required": True, "validate_by_name": True}
     # SQLModel's own is made for tables, and takes five times as long.
     __init__ = BaseModel.__init__
 
@@ -1442,9 +1465,7 @@ class Database:
     connect: Callable[..., Connection]  # Opens one that reads or, with `write=True`, writes.
 
     def __init__(self) -> None:
-        self.writer = ThreadPoolExecutor(1, "writer")
-        self._readers = ThreadPoolExecutor(READERS_MAX, "reader")
-        self._long_readers = ThreadPoolExecutor(LONG_READERS_MAX, "long-reader")
+        self.make_threads()
         self._reading: list[Connection] = []
         self._writing: list[Connection] = []
         self._busy: set[Connection] = set()
@@ -1452,6 +1473,12 @@ class Database:
         turns = partial(asyncio.Semaphore, LONG_READERS_MAX)
         self.long_turns: defaultdict[Loop, asyncio.Semaphore] = defaultdict(turns)
         self.measure()
+
+    def make_threads(self) -> None:
+        """Make the places of threads, which begin when they are needed."""
+        self.writer = ThreadPoolExecutor(1, "writer")
+        self._readers = ThreadPoolExecutor(READERS_MAX, "reader")
+        self._long_readers = ThreadPoolExecutor(LONG_READERS_MAX, "long-reader")
 
     def measure(self) -> None:
         """Begin to count what is told as metrics."""
@@ -1532,13 +1559,14 @@ class Database:
             raise StartupError(f"cannot open {self.name}: {one_line(error)}") from error
 
     def close(self) -> None:
-        """End the threads and close every connection, after the last answer."""
+        """End the threads and close every connection; the next use opens new ones."""
         ended = threading.Event()
         threading.Thread(target=self._hang_up, args=(ended,), daemon=True).start()
         for threads in (self.writer, self._readers, self._long_readers):
             threads.shutdown(cancel_futures=True)
         ended.set()
         self.disconnect()
+        self.make_threads()
 
     def _hang_up(self, ended: threading.Event) -> None:
         """End what threads still wait for, as a server that does not answer."""
@@ -2634,25 +2662,33 @@ class LedgerRoute(APIRoute):
         # First, because it may take its time, and a key may be revoked meanwhile.
         body = await asked.body(receive, self.policy.body_bytes_max) if self.writes else b""
         caller = await self.admit(app.callers, scope, asked)
-        if self.writes and b"idempotency-key" in asked.headers:
-            asked.key = parse_key(asked.headers[b"idempotency-key"].decode("latin-1"))
-        elif self.policy.key == "required":
-            raise IdempotencyKeyMissing("The header Idempotency-Key is required here")
+        if self.writes:
+            self.take_key(asked, asked.headers.get(b"idempotency-key"))
         arguments = self.parse(scope, asked, self.document_of(asked, body))
         if asked.effective_at is not None and caller.role in SERVICES:
             await app.ledger.credit_due("CALLER", asked.effective_at, caller.name)
         if not self.writes:
             return await self.read(app.ledger.database, asked, arguments)
-        command = Command(
-            caller=caller.name,
+        ledger: Ledger = app.ledger
+        return await ledger.submit(self.command(caller.name, asked, arguments))
+
+    def take_key(self, asked: Asked, given: bytes | None) -> None:
+        """Take the idempotency key, or raise what is wrong with it."""
+        if given is not None:
+            asked.key = parse_key(given.decode("latin-1"))
+        elif self.policy.key == "required":
+            raise IdempotencyKeyMissing("An Idempotency-Key is required here")
+
+    def command(self, caller: str, asked: Asked, arguments: BaseModel) -> Command:
+        """Return what is to be executed."""
+        return Command(
+            caller=caller,
             arguments=arguments.model_dump_json(by_alias=True, exclude_none=True),
             run=partial(self.call, arguments=arguments),
-            key=asked.key and stored_key(caller.name, self.operation, asked.key),
+            key=asked.key and stored_key(caller, self.operation, asked.key),
             accounts=asked.accounts,
             effective_at=asked.effective_at,
         )
-        ledger: Ledger = app.ledger
-        return await ledger.submit(command)
 
     async def read(
         self, database: Database, asked: Asked, arguments: BaseModel
@@ -3468,6 +3504,115 @@ def find_events(connection: Connection, after: str | None, until: str, limit: in
         found = connection.rows(f"{query} WHERE id = ANY(:ids)", ids=ids, now=utc_now())
         objects |= {row["id"]: shown(**row) for row in found}
     return [row | {"data": objects.get(row["about"], row["data"])} for row in rows]
+
+
+# ----- The library
+# The canonical API without HTTP, for programs in Python. It stands here, and not in part one,
+# because it calls the functions of the routes, and checks what they are given as they do.
+
+
+class Call(Generic[T]):
+    """A function of the API as a method of Books: ids come first, and all else by its name."""
+
+    def __init__(self, function: Callable[..., Any], books: Any = None) -> None:
+        self.function, self.books = function, books
+        routes: list[Any] = api.routes
+        self.route: LedgerRoute = next(route for route in routes if route.function is function)
+
+    def __get__(self, books: "Books", owner: type) -> "Call[T]":
+        return Call(self.function, books)
+
+    def __call__(self, *ids: str, key: str | None = None, **others: Any) -> T:
+        """Return the result, or raise the refusal."""
+        route, ledger, asked = self.route, self.books.ledger, Asked(())
+        route.take_key(asked, None if key is None else key.encode())
+        arguments = route.validate(self.given(ids, others), asked)
+        if route.writes:
+            command = route.command(self.books.caller, asked, arguments)
+            [answer] = retry_while_busy(partial(ledger.commit, [command]))
+        elif inspect.iscoroutinefunction(self.function):
+            answer = asyncio.run(route.read(ledger.database, asked, arguments))
+        else:
+            with ledger.database.read() as connection:
+                answer = route.call(connection, arguments)
+        if answer.status < 400:
+            return route.result.validate_json(answer.body)  # type: ignore[no-any-return]
+        problem = json.loads(answer.body)
+        told = [problem.pop(name) for name in ("code", "detail", "type", "title", "status")]
+        raise LedgerError.kinds[told[0]](told[1], **problem)
+
+    def given(self, ids: Sequence[str], others: Row) -> Row:
+        """Return arguments as a request would bring them."""
+        in_path, body = [*self.route.param_convertors], self.route.body_field
+        schema: Any = self.route.arguments.model_fields["body"].annotation if body else BaseModel
+        names = in_path + [name for name in schema.model_fields if name.endswith("account_id")]
+        named = dict(zip(names, ids, strict=False)) | others
+        if len(named) < len(ids) + len(others):
+            raise TypeError(f"{self.function.__name__} takes the ids {', '.join(names)}, each once")
+        text = json.dumps(named, default=datetime.isoformat)
+        given = {name.removesuffix("_"): value for name, value in parse_json(text.encode()).items()}
+        if body:
+            outside = {name: given.pop(name) for name in in_path if name in given}
+            return outside | {"body": given}
+        return given | ({"metadata": [*given["metadata"].items()]} if "metadata" in given else {})
+
+
+class Books:
+    """A ledger for a program in Python, which threads may share, beside servers or without."""
+
+    open_account = Call[AccountPublic](create_account)
+    account = Call[AccountPublic](get_account)
+    accounts = Call[Page[AccountPublic]](list_accounts)
+    update_account = Call[AccountPublic](update_account)
+    freeze = Call[AccountPublic](freeze_account)
+    unfreeze = Call[AccountPublic](unfreeze_account)
+    close_account = Call[AccountPublic](close_account)
+    deposit = Call[AccountPublic](create_deposit)
+    withdraw = Call[AccountPublic](create_withdrawal)
+    statement = Call[Page[EntryPublic]](get_statement)
+    balance = Call[BalancePublic](get_balance)
+    balances = Call[TrialBalance](get_trial_balance)
+    transfer = Call[TransferPublic](create_transfer)
+    transfer_many = Call[BulkPublic](create_transfers)
+    transaction = Call[TransactionPublic](get_transaction)
+    transactions = Call[Page[TransactionPublic]](list_transactions)
+    post = Call[TransactionPublic](create_transaction)
+    reverse = Call[TransactionPublic](reverse_transaction)
+    place_hold = Call[HoldPublic](create_hold)
+    capture_hold = Call[HoldPublic](capture_hold)
+    void_hold = Call[HoldPublic](void_hold)
+    hold = Call[HoldPublic](get_hold)
+    holds = Call[Page[HoldPublic]](list_holds)
+    pay = Call[PaymentPublic](create_payment)
+    payment = Call[PaymentPublic](get_payment)
+    audit = Call[Page[AuditEventPublic]](list_audit_events)
+    events = Call[Events](list_events)
+
+    def __init__(self, ledger: Ledger, caller: str) -> None:
+        self.ledger, self.caller = ledger, caller
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ledger.database.close()
+
+
+def open_ledger(database_url: str, *, caller: str = "local") -> Books:
+    """Open a ledger for this program, or begin a new one, or raise StartupError.
+
+    What is due by the clock is credited now; later, a server does that, or who opens it next.
+    """
+    database = database_at(database_url)
+    try:
+        database.open(make=True)
+        ledger = Ledger(database)
+        due = partial(credit_cashbacks, clock="SERVER", until=utc_now())
+        retry_while_busy(partial(ledger.commit, [Command("system", "{}", due)]))
+    except BaseException:
+        database.close()
+        raise
+    return Books(ledger, caller)
 
 
 # ----- Dialect: /bank, the banking kata
