@@ -1459,6 +1459,7 @@ class Database:
     """Where a ledger is stored: connections that read, and one that writes."""
 
     inline = False  # Whether it is called on the event loop itself.
+    is_open = False
     name: str  # What the operator knows it by, without any password.
     begin_read: str
     begin_write: str
@@ -1555,6 +1556,7 @@ class Database:
                 retry_while_busy(partial(complete_schema, self))
             elif not version:
                 raise StartupError(f"{self.name} is empty")
+            self.is_open = True
         except LedgerError as error:
             raise StartupError(f"cannot open {self.name}: {one_line(error)}") from error
 
@@ -1567,6 +1569,7 @@ class Database:
         ended.set()
         self.disconnect()
         self.make_threads()
+        self.is_open = False
 
     def _hang_up(self, ended: threading.Event) -> None:
         """End what threads still wait for, as a server that does not answer."""
@@ -1709,6 +1712,7 @@ class SqliteDatabase(Database):
             raise StartupError(f"{path} has no tables, but is not empty: restore {log} too")
 
     def open(self, *, make: bool) -> None:
+        self._opened = []
         super().open(make=make)
         if make:
             # From its second opening on, a new file has a log: both are watched.
@@ -1718,7 +1722,7 @@ class SqliteDatabase(Database):
 
     def require_present(self) -> None:
         """Raise DatabaseLost if other files have the names: the open ones end with us."""
-        if self._opened and self._opened != self._identities():
+        if self.is_open and self._opened and self._opened != self._identities():
             raise DatabaseLost("The database's files were moved or replaced: restart the server")
 
     def after_commit(self) -> None:
@@ -4413,6 +4417,8 @@ def open_first_accounts(
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Work while the application serves, and close the ledger after the last answer."""
     ledger: Ledger = app.state.ledger
+    if not ledger.database.is_open:  # It has served before, and was ended.
+        ledger.database.open(make=True)
     with app.state.log.written_to(sys.stderr):
         working = asyncio.create_task(work_for_ever(ledger))
         yield
