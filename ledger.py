@@ -2644,8 +2644,12 @@ class LedgerRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers a request of this route."""
-        if self.dependencies:
-            raise TypeError(f"{self.path}: the routes of a ledger run no dependencies")
+        if self.dependencies or hasattr(self, "app"):
+            # It would not run them, and has a ledger in an application of create_app alone.
+            raise TypeError(
+                f"{self.path} takes no dependencies, and cannot be included in another router: "
+                "mount what create_app returns"
+            )
 
         async def handle(request: Request) -> Response:
             try:
@@ -4143,12 +4147,16 @@ pages = APIRouter(include_in_schema=False)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment says; a flag of the command line wins over it."""
+    """What the environment says; a flag of the command line wins over it.
+
+    `root_path` is the prefix under which a proxy in front serves the ledger.
+    """
 
     database_url: str = "sqlite:///ledger.db"
     preload_accounts: str | None = None
     admin_key: str | None = field(default=None, repr=False)
     jwt_secret: str | None = field(default=None, repr=False)
+    root_path: str = ""
 
     @classmethod
     def read(cls, environment: Mapping[str, str], *, database_url: str | None = None) -> "Settings":
@@ -4182,6 +4190,10 @@ class Observed:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        root_path = scope.get("root_path", "")
+        if root_path and scope["path"].startswith(f"{root_path}{root_path}/"):
+            # Uvicorn has added what the proxy in front of it had left in place.
+            scope["path"] = scope["path"].removeprefix(root_path)
         # The status stays 0 where the answer is given up, at the end of the server.
         began, status = time.perf_counter(), 0
         asked = scope["ledger"] = Asked(scope["headers"])
@@ -4349,13 +4361,15 @@ def create_app(
         with database.read() as connection:
             is_new = not connection.rows("SELECT id FROM event LIMIT 1")
         open_first_accounts(ledger, settings, dialects, "system", is_new and callers.open_mode)
-        return application(ledger, callers, dialects)
+        return application(ledger, callers, dialects, settings.root_path)
     except BaseException:
         database.close()
         raise
 
 
-def application(ledger: Ledger, callers: Callers, dialects: Iterable[APIRouter]) -> FastAPI:
+def application(
+    ledger: Ledger, callers: Callers, dialects: Iterable[APIRouter], root_path: str
+) -> FastAPI:
     """Return an application of FastAPI's with the routes of some dialects over one ledger."""
     log, metrics = Log(), ledger.database.metrics
     waiting = prometheus.Gauge("ledger_waiting_commands", "Commands that wait", registry=metrics)
@@ -4366,6 +4380,7 @@ def application(ledger: Ledger, callers: Callers, dialects: Iterable[APIRouter])
         title="ledger.py",
         description="A double-entry ledger: durable, idempotent, never negative, always balanced.",
         lifespan=lifespan,
+        root_path=root_path,
         redirect_slashes=False,
         middleware=[Middleware(Observed, log=log, metrics=metrics)],
         exception_handlers={LedgerError: refuse, RoutingError: refuse_path},
@@ -4373,6 +4388,7 @@ def application(ledger: Ledger, callers: Callers, dialects: Iterable[APIRouter])
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.ledger, app.state.callers, app.state.log = ledger, callers, log
+    app.state.alone = False  # Whether the process does nothing but serve it.
     own: list[Any] = [route for router in (*dialects, pages) for route in router.routes]
     heads = [head_of(route) for route in own if "GET" in route.methods]
     app.router.routes[:] = [*own, *app.router.routes, *heads]
@@ -4419,6 +4435,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     ledger: Ledger = app.state.ledger
     if not ledger.database.is_open:  # It has served before, and was ended.
         ledger.database.open(make=True)
+    if app.state.alone:
+        prepare_process()
     with app.state.log.written_to(sys.stderr):
         working = asyncio.create_task(work_for_ever(ledger))
         yield
@@ -4460,7 +4478,7 @@ def __getattr__(name: str) -> FastAPI:
         app: FastAPI = create_app(Settings.read(os.environ))
     except (StartupError, LedgerError) as refusal:
         raise SystemExit(f"ledger: {one_line(refusal)}") from None
-    prepare_process()
+    app.state.alone = True
     globals()["app"] = app
     return app
 
@@ -4670,8 +4688,11 @@ KEY_MODE = "keys: every caller needs an API key or a token"
 def serve(settings: Settings, options: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what was accepted."""
     listener = listen(options.host, options.port)
+    if not re.fullmatch("(/[!-.0-~]+)*", options.root_path):
+        raise StartupError(f"the root path must be like /money, not {options.root_path!r}")
+    settings = replace(settings, root_path=options.root_path)
     app = create_app(settings, for_others=not is_local(options.host))
-    prepare_process()
+    app.state.alone = True
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"ledger.py serves on {address}")
@@ -4912,6 +4933,8 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     serving.add_argument("--host", default="127.0.0.1")
     port = os.environ.get("PORT") or "8000"
     serving.add_argument("--port", default=port, help="default: $PORT, or 8000")
+    prefix = "what a proxy puts before every path, such as /money"
+    serving.add_argument("--root-path", default="", metavar="PATH", help=prefix)
     add_command(commands, "check", run_check)
     add_command(commands, "seed", run_seed)
     add_command(commands, "backup", run_backup).add_argument("file", type=Path, metavar="FILE")
@@ -5030,7 +5053,7 @@ const exact = (name, value, { source }) => (typeof value === "number" ? source :
 async function get(path, query = {}, ...expected) {
   const key = sessionStorage.getItem("key");
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
-  const response = await fetch(`${path}?${new URLSearchParams(query)}`, { headers });
+  const response = await fetch(`.${path}?${new URLSearchParams(query)}`, { headers });
   const found = JSON.parse(await response.text(), exact);
   if (![200, ...expected].includes(response.status)) throw found;
   for (const each of [found, ...(found.items ?? [])]) if (each.owner_name) known.set(each.id, each);
@@ -5103,7 +5126,7 @@ async function accounts(query) {
     [person(id), small(name), small(external_id), status !== "ACTIVE" && small(words(status))],
     [small(asset), "\u00a0", decimal(balance, asset)]]);
   const next = cursor && `accounts?${new URLSearchParams({ ...query, cursor })}`;
-  const curl = `curl ${origin}/accounts \\\n  -H "X-API-Key: $KEY" \\\n`
+  const curl = `curl ${new URL("accounts", location)} \\\n  -H "X-API-Key: $KEY" \\\n`
     + `  -H Content-Type:application/json \\\n  -d '{"owner_name": "Alice"}'`;
   return table("Accounts", ["Owner", "Balance"], rows, next)
     || section("Accounts", "There is none. This opens one:", el("pre", {}, curl));
