@@ -2607,6 +2607,8 @@ class LedgerRoute(APIRoute):
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         signature = inspect.signature(endpoint)
         first, *others = signature.parameters.values()
+        if endpoint not in POLICIES:
+            raise TypeError(f"@allow must say who may call {endpoint.__name__}")
         self.function, self.policy = endpoint, POLICIES[endpoint]
         self.writes = first.annotation is Book
         self.reworded = {**self.errors, **(self.policy.errors or {})}
@@ -4163,8 +4165,12 @@ class Settings:
         """Return the settings, or raise StartupError; an empty value counts as none."""
         url = database_url or environment.get("LEDGER_DATABASE_URL")
         url = url or environment.get("DATABASE_URL") or cls.database_url
-        names = ("PRELOAD_ACCOUNTS", "LEDGER_ADMIN_KEY", "LEDGER_JWT_SECRET")
-        settings = cls(url, *(environment.get(name) or None for name in names))
+        settings = cls(
+            database_url=url,
+            preload_accounts=environment.get("PRELOAD_ACCOUNTS") or None,
+            admin_key=environment.get("LEDGER_ADMIN_KEY") or None,
+            jwt_secret=environment.get("LEDGER_JWT_SECRET") or None,
+        )
         if not re.fullmatch("|[!-~]{16,}", settings.admin_key or ""):
             raise StartupError("LEDGER_ADMIN_KEY must be 16 visible ASCII characters or more")
         try:

@@ -35,7 +35,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -43,9 +43,15 @@ import jwt
 import psycopg
 import pytest
 import uvicorn
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.testclient import TestClient
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
+from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
 from selenium import webdriver
 from selenium.common.exceptions import JavascriptException
@@ -5015,8 +5021,7 @@ def test_importing_the_module_has_no_effect() -> None:
 
 
 def test_uvicorn_finds_the_application_and_a_bad_setting_ends_it_in_one_line() -> None:
-    uvicorn = ("-m", "uvicorn", "--app-dir", str(PROGRAM.parent), "ledger:app")
-    ran = run_python(*uvicorn, LEDGER_DATABASE_URL="mysql://x")
+    ran = run_python(*COMMANDS["uvicorn"], LEDGER_DATABASE_URL="mysql://x")
     assert ran.returncode != 0
     assert ran.stderr == "ledger: the database must be a plain file, such as sqlite:///ledger.db\n"
 
@@ -5201,6 +5206,200 @@ def test_a_mistake_of_the_server_is_logged_and_answered_in_one_line(
     assert f"the server made a mistake in request {refused.headers['X-Request-ID']}" in caplog.text
     assert "ZeroDivisionError" in caplog.text
     assert bank.app.state.log.lines[-1]["status"] == 500
+
+
+# The application as one of FastAPI's: what its users add to it, and where they put it.
+
+
+def add_five(number: int, five: Annotated[int, Depends(lambda: 5)]) -> int:
+    """Be a route of somebody's own."""
+    return number + five
+
+
+def test_an_application_takes_routes_and_middleware_of_its_users(database: str) -> None:
+    app = ledger.create_app(ledger.Settings(database))
+    router = APIRouter()
+    router.get("/add")(add_five)
+    app.get("/add")(add_five)
+    app.include_router(router, prefix="/mine", dependencies=[Depends(lambda: 1)])
+
+    @app.middleware("http")
+    async def mark(request: Request, go_on: Callable[..., Any]) -> Any:
+        response = await go_on(request)
+        response.headers["X-Mine"] = "yes"
+        return response
+
+    with TestClient(app) as client:
+        for path in ("/add", "/mine/add"):
+            answer = client.get(path, params={"number": 2})
+            assert (answer.json(), answer.headers["X-Mine"]) == (7, "yes")
+            assert {"x-request-id", "x-content-type-options"} <= answer.headers.keys()
+            # What is wrong with them is said as FastAPI says it.
+            assert "detail" in client.get(path, params={"number": "x"}).json()
+            assert path in client.get("/openapi.json").json()["paths"]
+        assert client.get("/accounts").headers["X-Mine"] == "yes"
+        assert client.get("/no").json()["code"] == "not_found"
+        assert app.state.log.lines[-1]["status"] == 404
+
+
+def test_a_route_of_the_users_refuses_as_fastapi_does(database: str) -> None:
+    app = ledger.create_app(ledger.Settings(database))
+
+    @app.get("/tea")
+    def make_tea() -> None:
+        raise HTTPException(404, "no tea")
+
+    with TestClient(app) as client:
+        assert client.get("/tea").json() == {"detail": "no tea"}
+        assert client.get("/tea").headers["content-type"] == "application/json"
+
+
+def test_pages_of_other_origins_may_ask_where_cors_allows_it_and_there_are_keys(
+    database: str,
+) -> None:
+    other = {"Origin": "http://other.localhost"}
+    allowed: Any = {"allow_origins": list(other.values()), "allow_headers": ["*"]}
+    for admin_key, status in ((ADMIN_KEY, 200), (None, 403)):
+        app = ledger.create_app(ledger.Settings(database, admin_key=admin_key))
+        app.add_middleware(CORSMiddleware, **allowed)
+        with TestClient(app, headers={**other, "X-API-Key": ADMIN_KEY}) as client:
+            asked = {"Access-Control-Request-Method": "GET"}
+            assert client.options("/accounts", headers=asked).status_code == 200
+            answer = client.get("/accounts")
+            assert answer.status_code == status
+            assert answer.headers["Access-Control-Allow-Origin"] == other["Origin"]
+
+
+def test_opentelemetry_sees_requests_by_their_routes(database: str) -> None:
+    spans = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    app = ledger.create_app(ledger.Settings(database))
+    FastAPIInstrumentor.instrument_app(app, tracer_provider=provider)
+    with TestClient(app) as client:
+        client.get(f"/accounts/{NOBODY}")
+    seen = [dict(span.attributes or {}) for span in spans.get_finished_spans()]
+    assert [s["http.route"] for s in seen if "http.route" in s] == ["/accounts/{account_id}"]
+
+
+def test_a_ledger_is_mounted_in_another_application(database: str) -> None:
+    books = ledger.create_app(ledger.Settings(database))
+    main = FastAPI(lifespan=lambda _: ledger.lifespan(books))
+    main.mount("/ledger", books)
+    for _ in range(2):
+        with TestClient(main) as client:
+            opened = client.post("/ledger/accounts", json={"owner_name": "alice"})
+            assert opened.headers["Location"] == f"/ledger/accounts/{opened.json()['id']}"
+            assert client.get(opened.headers["Location"]).json() == opened.json()
+            assert client.get("/ledger/openapi.json").json()["servers"] == [{"url": "/ledger"}]
+            assert "'/ledger/openapi.json'" in client.get("/ledger/docs").text
+            assert client.get("/ledger/").headers["Content-Type"].startswith("text/html")
+            assert client.get("/ledger/no").json()["code"] == "not_found"
+        assert not books.state.ledger.database.is_open
+
+
+@pytest.mark.parametrize("command", ["uvicorn", "ledger"])
+def test_a_proxy_may_strip_the_prefix_or_not(database: str, command: str) -> None:
+    with served_by(database, command, "--root-path", "/money") as (bank, _):
+        for prefix in ("/money", ""):
+            opened = bank.send("POST", f"{prefix}/accounts", json={"owner_name": "alice"})
+            assert opened.headers["Location"] == f"/money/accounts/{opened.json()['id']}"
+            described = bank.get(f"{prefix}/openapi.json").json()
+            assert described["servers"] == [{"url": "/money"}]
+            assert "'/money/openapi.json'" in bank.get(f"{prefix}/docs").text
+            # The page asks for what is beside it.
+            assert "fetch(`.${path}" in bank.get(f"{prefix}/").text
+
+
+@pytest.mark.parametrize("command", ["uvicorn", "uvicorn --workers 2", "fastapi"])
+def test_other_programs_serve_the_application(database: str, command: str) -> None:
+    with served_by(database, *command.split()) as (bank, log):
+        bank.given(alice=5, bob=0)
+        answers = [bank.transfer("alice", "bob", 1) for _ in range(6)]
+        assert [answer.status_code for answer in answers] == [200] * 5 + [409]
+        # A line of somebody else's would hold paths, and so names.
+        assert bank.ids["alice"] not in log.read_text()
+
+
+@pytest.mark.parametrize("run", ["client", "httpx"])
+def test_an_application_can_be_called_without_its_lifespan(database: str, run: str) -> None:
+    app = ledger.create_app(ledger.Settings(database, preload_accounts="{}"))
+    with closing(app.state.ledger.database):
+        answer: Any
+        if run == "client":
+            answer = TestClient(app).post("/accounts", json={"owner_name": "alice"})
+        else:
+            answer = asyncio.run(ask_inside(app, "POST", "/accounts", json={"owner_name": "alice"}))
+        assert answer.status_code == 201
+
+
+async def ask_inside(app: FastAPI, *request: Any, **options: Any) -> httpx.Response:
+    """Ask an application as tests of its users do, under a name that is nobody's."""
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return await client.request(*request, **options)
+
+
+def test_two_ledgers_live_in_one_process(new_database: "NewDatabase") -> None:
+    with new_database() as first, new_database() as second, ExitStack() as stack:
+        apps = [ledger.create_app(ledger.Settings(url)) for url in (first, second)]
+        clients = [stack.enter_context(TestClient(app)) for app in apps]
+        for number, client in enumerate(clients):
+            client.post("/accounts", json={"owner_name": f"owner {number}"})
+        for number, client in enumerate(clients):
+            found = client.get("/accounts", params={"owner_name": f"owner {number}"}).json()
+            assert len(found["items"]) == 1
+            other = {"owner_name": f"owner {1 - number}"}
+            assert client.get("/accounts", params=other).json()["items"] == []
+
+
+HOST = """
+from sqlmodel import Field, Session, SQLModel, create_engine, select
+class Before(SQLModel, table=True):
+    __tablename__ = "account"
+    id: int | None = Field(default=None, primary_key=True)
+    name: str = Field(max_length=7)
+import ledger
+class After(SQLModel, table=True):
+    __tablename__ = "event"
+    id: int | None = Field(default=None, primary_key=True)
+engine = create_engine("sqlite://")
+SQLModel.metadata.create_all(engine)
+with Session(engine) as session:
+    session.add(Before(name="mine"))
+    session.commit()
+    print(session.exec(select(Before)).one().name, Before.__table__.c.name.type)
+with ledger.open_ledger("sqlite:///books.db") as books:
+    print(books.open_account(owner_name="alice").owner_name, len(SQLModel.metadata.tables))
+"""
+
+
+def test_a_program_keeps_its_own_tables_beside_the_ledgers() -> None:
+    ran = run_python("-W", "error", "-c", HOST, PYTHONPATH=str(PROGRAM.parent))
+    assert (ran.stdout.split(), ran.stderr) == (["mine", "VARCHAR(7)", "alice", "2"], "")
+
+
+def test_dependencies_that_would_not_run_are_refused() -> None:
+    router = APIRouter(route_class=ledger.LedgerRoute)
+    with pytest.raises(TypeError, match="takes no dependencies"):
+        router.get("/health", dependencies=[Depends(lambda: 1)])(ledger.get_health)
+
+
+def test_the_ledgers_routes_are_mounted_and_not_included() -> None:
+    app = FastAPI()
+    app.include_router(ledger.api, dependencies=[Depends(lambda: 1)])
+    with pytest.raises(TypeError, match="cannot be included"):
+        TestClient(app).get("/health")
+
+
+def test_a_route_says_who_may_call_it() -> None:
+    router = APIRouter(route_class=ledger.LedgerRoute)
+
+    def forget(connection: ledger.Connection) -> ledger.Health:
+        return ledger.Health()
+
+    with pytest.raises(TypeError, match="forget"):
+        router.get("/forgotten")(forget)
 
 
 def pay_yesterday(database: str, people: int, payments: int) -> None:
@@ -6794,6 +6993,45 @@ def serving(database: str, start: Any = as_fork, **environment: str) -> Iterator
                 yield Server(process, bank, lines, log)
             finally:
                 hang_up()
+        assert "Traceback" not in log.read_text(), log.read_text()
+
+
+COMMANDS = {
+    "uvicorn": ("-m", "uvicorn", "--app-dir", str(PROGRAM.parent), "ledger:app", "--port", "0"),
+    "fastapi": ("-m", "fastapi", "run", str(PROGRAM), "--host", "127.0.0.1", "--port", "0"),
+    "ledger": (str(PROGRAM), "serve", "--port", "0"),
+}
+
+
+@contextmanager
+def served_by(database: str, by: str, *options: str) -> Iterator[tuple[Bank, Path]]:
+    """Serve by a command that tells its address; give a bank that speaks to it, and its log."""
+    environment = {**os.environ, "LEDGER_DATABASE_URL": database, "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        with (
+            log.open("w") as out,
+            subprocess.Popen(
+                [sys.executable, *COMMANDS[by], *options],
+                cwd=folder,
+                env=environment,
+                stdout=out,
+                stderr=out,
+            ) as process,
+        ):
+            found: list[str] = []
+
+            def is_there() -> bool:
+                found[:] = re.findall("(?:running|serves) on (http://[0-9.:]+)", log.read_text())
+                ready = "startup complete" in log.read_text() or "mode  " in log.read_text()
+                return process.poll() is not None or (bool(found) and ready)
+
+            try:
+                wait_until(is_there)
+                assert found, log.read_text()
+                yield Bank(partial(ask, httpx.URL(found[0])), database), log
+            finally:
+                process.terminate()
         assert "Traceback" not in log.read_text(), log.read_text()
 
 
