@@ -3525,7 +3525,7 @@ class Call(Generic[T]):
     """A function of the API as a method of Books: ids come first, and all else by its name."""
 
     def __init__(self, function: Callable[..., Any], books: Any = None) -> None:
-        self.function, self.books = function, books
+        self.function, self.books, self.__doc__ = function, books, function.__doc__
         routes: list[Any] = api.routes
         self.route: LedgerRoute = next(route for route in routes if route.function is function)
 

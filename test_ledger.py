@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -4290,6 +4291,127 @@ def test_a_filter_that_stands_twice_must_hold_twice(bank: "Bank") -> None:
         assert len(bank.send("GET", path).json()["items"]) == found
 
 
+# ----- The library
+
+
+def opened_for_two(books: ledger.Books) -> dict[str, str]:
+    """Return the ids of Alice, who has 100, and Bob, by their names."""
+    ids = {name: books.open_account(owner_name=name, asset="USD").id for name in ("alice", "bob")}
+    books.deposit(ids["alice"], amount=100, key=new_key())
+    return ids
+
+
+@pytest.fixture
+def books(database: str) -> Iterator[ledger.Books]:
+    """A ledger as a program in Python has it."""
+    with ledger.open_ledger(database) as books:
+        yield books
+
+
+def test_a_program_keeps_books_without_a_server(books: ledger.Books) -> None:
+    alice = books.open_account(owner_name="alice", asset="USD", metadata={"order": "7"})
+    bob = books.open_account(owner_name="bob", asset="USD", external_id="b")
+    books.deposit(alice.id, amount=1050, key="pay-day")
+    moved = books.transfer(alice.id, bob.id, amount=300, key="rent", memo="may")
+    assert (moved.source.balance, moved.dest.balance) == (750, 300)
+    assert books.transaction(moved.transfer_id).memo == "may"
+    assert [entry.amount for entry in books.statement(alice.id, limit=1).items] == [300]
+    assert [a.id for a in books.accounts(metadata={"order": "7"}).items] == [alice.id]
+    assert books.accounts(external_id="b").items == [books.account(bob.id)]
+    since = datetime.fromtimestamp(moved.ts / 1e6, UTC) - timedelta(hours=1)
+    assert len(books.statement(alice.id, from_=since).items) == 2
+    assert books.statement(alice.id, to=since.isoformat()).items == []
+    hold = books.place_hold(bob.id, alice.id, amount=100, key=new_key())
+    assert books.capture_hold(hold.id, amount=40, key=new_key()).captured_amount == 40
+    assert books.pay(alice.id, amount=50, key=new_key()).cashback.amount == 1
+    entries = [{"account_id": alice.id, "type": "DEBIT", "amount": 1}]
+    entries.append({"account_id": bob.id, "type": "CREDIT", "amount": 1})
+    posted = books.post(entries=entries, key=new_key())
+    assert books.reverse(posted.id, key=new_key()).reverses == posted.id
+    assert {item.total for item in books.balances().items} == {0}
+    assert books.events(limit=1).items[0].type == "account.opened"
+    assert {event.caller for event in books.audit().items} == {"local"}
+
+
+def test_a_refusal_is_raised_as_what_it_is(books: ledger.Books) -> None:
+    ids = opened_for_two(books)
+    ends = (ids["alice"], ids["bob"])
+    for _ in range(2):  # The second time it is what the key was answered.
+        with pytest.raises(ledger.InsufficientFunds) as refused:
+            books.transfer(*ends, amount=500, key="k")
+        assert refused.value.members["available"] == 100
+    with pytest.raises(ledger.IdempotencyKeyReused):
+        books.transfer(*ends, amount=5, key="k")
+    with pytest.raises(ledger.AccountNotFound):
+        books.account(NOBODY)
+    assert books.account(ids["alice"]).balance == 100
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"amount": -5}, {"amount": 5.0}, {"amount": "5"}, {"amount": True}, {"amount": 1, "memmo": ""},
+     {}, {"amount": float("nan")}, {"amount": 1, "memo": "\ud800"}],
+)  # fmt: skip
+def test_arguments_are_checked_as_over_http(books: ledger.Books, wrong: dict[str, Any]) -> None:
+    ids = opened_for_two(books)
+    with pytest.raises((ledger.InvalidRequest, ledger.MalformedJson)):
+        books.transfer(ids["alice"], ids["bob"], key="k", **wrong)
+    with pytest.raises(ledger.IdempotencyKeyMissing):
+        books.transfer(ids["alice"], ids["bob"], amount=5)
+    with pytest.raises(TypeError, match="takes the ids"):
+        books.transfer(ids["alice"], ids["bob"], ids["bob"], amount=5, key="k")
+    with pytest.raises(TypeError, match="takes the ids"):
+        books.account(ids["alice"], account_id=ids["bob"])
+    assert books.account(ids["alice"]).balance == 100
+
+
+def test_a_retry_returns_the_same_result(books: ledger.Books) -> None:
+    ids = opened_for_two(books)
+    first, again = (books.transfer(*ids.values(), amount=5, key="k") for _ in range(2))
+    assert (first, books.account(ids["alice"]).balance) == (again, 95)
+
+
+def test_threads_and_a_server_share_the_books(books: ledger.Books, database: str) -> None:
+    ids = opened_for_two(books)
+    with serving(database) as server, ThreadPoolExecutor(8) as threads:
+        server.bank.ids = ids
+        transfer = partial(books.transfer, ids["alice"], ids["bob"], amount=1)
+        moved = [threads.submit(transfer, key=f"k{number}") for number in range(20)]
+        answers = [server.bank.transfer("alice", "bob", 1) for _ in range(20)]
+        assert {answer.status_code for answer in answers} == {200}
+        assert len({one.result().transfer_id for one in moved}) == 20
+        assert server.bank.funds("alice") == (60, 0, 60)
+
+
+def test_an_event_loop_goes_on_while_the_books_are_kept(books: ledger.Books) -> None:
+    async def move_two_at_once(ends: Sequence[str]) -> list[ledger.TransferPublic]:
+        move = partial(books.transfer, *ends, amount=1)
+        keys = [f"k{number}" for number in range(2)]
+        return await asyncio.gather(*(asyncio.to_thread(move, key=key) for key in keys))
+
+    ids = opened_for_two(books)
+    moved = asyncio.run(move_two_at_once([*ids.values()]))
+    assert sorted(each.source.balance for each in moved) == [98, 99]
+
+
+USER_OF_THE_LIBRARY = """
+from ledger import AccountPublic, open_ledger
+def balance_of(owner: str) -> int:
+    with open_ledger("sqlite:///books.db") as books:
+        account: AccountPublic = books.open_account(owner_name=owner)
+        return books.account(account.id).balance + books.deposit(account.id, amount=1, key="k").held
+reveal_type(open_ledger("x").statement("").items[0].amount)
+"""
+
+
+def test_results_are_typed(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(USER_OF_THE_LIBRARY)
+    mypy = ("-m", "mypy", "--strict", "--cache-dir", os.devnull, str(tmp_path / "user.py"))
+    ran = run_python(*mypy, MYPYPATH=str(PROGRAM.parent))
+    assert 'Revealed type is "int"' in ran.stdout
+    assert "Success" in ran.stdout
+
+
 # ----- Dialect: /bank, the banking kata
 # Accounts under the caller's own names, by the caller's own clock.
 
@@ -6410,6 +6532,29 @@ def is_open(port: int) -> bool:
     """Tell whether somebody listens on a port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def readme_block(name: str) -> str:
+    """Return the one block of the README that begins with a name."""
+    [block] = re.findall(rf"```python\n# {name}\n(.*?)```", README, re.DOTALL)
+    return str(block)
+
+
+def test_the_library_of_the_readme() -> None:
+    ran = run_python("-W", "error", "-c", readme_block("library"), PYTHONPATH=str(PROGRAM.parent))
+    assert (ran.stdout, ran.stderr) == ("750 DEBIT\n", "")
+
+
+def test_the_application_of_the_readme() -> None:
+    visit = """
+from fastapi.testclient import TestClient
+with TestClient(main) as client:
+    print(client.get("/ledger/health").json())
+print(books.state.ledger.database.is_open)
+"""
+    program = readme_block("mounted") + visit
+    ran = run_python("-W", "error", "-c", program, PYTHONPATH=str(PROGRAM.parent))
+    assert ran.stdout == "{'status': 'ok'}\nFalse\n", ran.stderr
 
 
 def test_every_test_that_the_readme_names_is_here() -> None:
