@@ -60,6 +60,7 @@ import inspect
 import ipaddress
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -73,6 +74,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
+    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -86,6 +88,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
+from importlib import resources
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
@@ -110,10 +113,10 @@ import sqlalchemy as sa
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exception_handlers import http_exception_handler
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
-from fastapi_offline import FastAPIOffline
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import AfterValidator, BaseModel, BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError, to_json
@@ -1293,14 +1296,19 @@ class DatabaseBusy(LedgerError, status=503, detail="The database is in use: try 
 class DatabaseConflict(DatabaseBusy): ...
 class DatabaseUnavailable(LedgerError, status=503, detail="The database refuses: try again"): ...
 class DatabaseLost(DatabaseUnavailable, detail="The database cannot be written to: try again"): ...
+class DiskFailed(DatabaseUnavailable, detail="The disk fails, and nothing was done"): ...
 class StorageFull(LedgerError, status=507, detail="The disk is full, and nothing was done"): ...
 # fmt: on
 
 
+DISK_FAULTS = (StorageFull, DiskFailed, DatabaseLost)
 KNOWN_ERRORS: dict[int | str, type[LedgerError]] = {
     sqlite3.SQLITE_BUSY: DatabaseBusy,
     sqlite3.SQLITE_LOCKED: DatabaseBusy,
     sqlite3.SQLITE_FULL: StorageFull,
+    sqlite3.SQLITE_IOERR: DiskFailed,
+    sqlite3.SQLITE_CANTOPEN: DiskFailed,
+    sqlite3.SQLITE_READONLY: DiskFailed,
     # By SQLSTATE; a unique violation is what a key brings that is used on two servers.
     "23505": DatabaseConflict,
     "40001": DatabaseConflict,  # A serialization failure.
@@ -1309,6 +1317,7 @@ KNOWN_ERRORS: dict[int | str, type[LedgerError]] = {
     "57014": DatabaseBusy,  # A cancelled statement.
     "53300": DatabaseBusy,  # Too many connections.
     "53100": StorageFull,
+    "58030": DiskFailed,
     "25006": DatabaseLost,  # A server that only reads, as one that became a standby.
 }
 CHANGING_COLUMNS = {
@@ -1331,6 +1340,7 @@ class Connection:
 
     engine = "sqlite"
     is_writable = "SELECT 1 AS yes FROM asset LIMIT 1"
+    probe = "PRAGMA user_version = 0"  # Which writes, and changes nothing.
     tables = "SELECT name FROM sqlite_schema WHERE type = 'table'"
     schema = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
     clock = ":now"  # Which is given; a server has its own, for all who call it.
@@ -1409,6 +1419,7 @@ class PostgresConnection(Connection):
     engine = "postgresql"
     is_writable = """SELECT NOT pg_is_in_recovery()
     AND current_setting('default_transaction_read_only') = 'off' AS yes"""
+    probe = "SELECT txid_current()"
     tables = "SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()"
     schema = """WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
     SELECT table_name::text AS name, concat_ws(' ', column_name, data_type, is_nullable) AS sql
@@ -1460,6 +1471,7 @@ class Database:
 
     inline = False  # Whether it is called on the event loop itself.
     is_open = False
+    fault: LedgerError | None = None  # Of the last write, where the disk is to blame.
     name: str  # What the operator knows it by, without any password.
     begin_read: str
     begin_write: str
@@ -1511,9 +1523,14 @@ class Database:
         """Do one write: at its end all that the block did is committed, or nothing of it."""
         with self._turn:
             began = time.perf_counter()
-            with self._transaction(self._writing, self.begin_write) as connection:
-                connection.saved.clear()
-                yield connection
+            try:
+                with self._transaction(self._writing, self.begin_write) as connection:
+                    connection.saved.clear()
+                    yield connection
+            except DISK_FAULTS as error:
+                self.fault = error
+                raise
+            self.fault = None
             try:
                 self.commits.observe(time.perf_counter() - began)
                 kinds = [e["kind"] for each in connection.saved.values() for e in each["event"]]
@@ -2171,7 +2188,20 @@ KEYS_AGE_SECONDS_MAX, LOOKS_MAX = 0.5, 50
 JWT_ALGORITHM = "HS256"
 JWT = jwt.PyJWT({"require": ["sub", "role", "exp"], "enforce_minimum_key_length": True})
 JWT_EXP_MAX = 253_402_300_800  # The end of the year 9999.
-PROXY_HEADERS = (b"forwarded", b"x-forwarded", b"x-real-ip", b"via")
+# How the names of the headers begin by which proxies and content networks tell of a caller.
+PROXY_HEADERS = (
+    b"forwarded", b"x-forwarded", b"x-real-ip", b"via", b"x-client-ip", b"client-ip", b"cf-",
+    b"true-client-ip", b"x-envoy-", b"x-original-", b"x-cluster-client-ip", b"fastly-",
+    b"x-proxyuser-ip", b"x-appengine-", b"x-azure-", b"x-arr-", b"x-amzn-", b"x-vercel-", b"fly-",
+)  # fmt: skip
+JWT_CLOCK_SECONDS_MAX = 10  # By so much may the clock of who made a token be ahead.
+JWT_FAULTS = {
+    jwt.InvalidSignatureError: "its signature is wrong",
+    jwt.ExpiredSignatureError: "it has expired",
+    jwt.ImmatureSignatureError: "it is not valid yet",
+    jwt.MissingRequiredClaimError: "sub, role and exp are required",
+    jwt.InvalidAlgorithmError: f"its algorithm is not {JWT_ALGORITHM}",
+}
 
 
 # fmt: off
@@ -2250,15 +2280,22 @@ class Callers:
         self._loaded_at = now
 
     def _of_token(self, token: bytes) -> Caller:
-        claims: Row = {}
-        # The last three are what the parser of a hostile token may run into.
-        with suppress(jwt.PyJWTError, ValueError, ArithmeticError, RecursionError):
-            if self._jwt_secret:
-                claims = JWT.decode(token, self._jwt_secret, [JWT_ALGORITHM])
-        sub, role, exp = (claims.get(name) for name in ("sub", "role", "exp"))
-        is_time = isinstance(exp, int | float) and exp < JWT_EXP_MAX
-        if not (is_time and is_name(sub) and role in ROLES):
+        if not self._jwt_secret or token.count(b".") != 2:
             raise Unauthorized("The credentials are not valid")
+        claims: Row = {}
+        why = "it is none that could be read"
+        # The last three are what the parser of a hostile token may run into.
+        try:
+            algorithms = [JWT_ALGORITHM]
+            claims = JWT.decode(token, self._jwt_secret, algorithms, leeway=JWT_CLOCK_SECONDS_MAX)
+        except (jwt.PyJWTError, ValueError, ArithmeticError, RecursionError) as error:
+            why = JWT_FAULTS.get(type(error), why)
+        sub, role, exp = (claims.get(name) for name in ("sub", "role", "exp"))
+        if claims:
+            why = "it has expired" if is_name(sub) and role in ROLES else "sub or role is wrong"
+        is_time = isinstance(exp, int | float) and time.time() < exp < JWT_EXP_MAX
+        if not (is_time and is_name(sub) and role in ROLES):
+            raise Unauthorized(f"The token is not valid: {why}")
         return Caller(f"jwt:{sub}", role)
 
 
@@ -2327,12 +2364,27 @@ def is_local(host: str) -> bool:
 # ----- Requests
 # One way from every request to its answer: who calls, what is asked for, what the books say.
 
-BODY_BYTES_MAX = 65_536
+BODY_BYTES_MAX, PAGE_BYTES_MAX = 65_536, 524_288
+RECEIVING_BYTES_MAX = SENDING_BYTES_MAX = 33_554_432  # For all callers together.
 PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
 NEWEST_FIRST, OLDEST_FIRST = f"{10**18 - 1}_g", "0_"  # Where the pages of a list start.
 ERRORS_LISTED_MAX = 20
 NOTE_FILTER = re.compile(r"metadata\[.*\]", re.DOTALL)
 ALICE, BOB = (f"01a1fefb-c2f0-7ab1-8d0e-391f6d6292{end}" for end in ("a4", "b5"))  # Examples.
+
+
+class Room:
+    """How many bytes callers may take together, of what they send or of what is sent to them."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self.bytes_free = bytes_max
+
+    def take(self, asked: "Asked", size: int) -> None:
+        """Take some until the request has its answer, or raise DatabaseBusy."""
+        if size > self.bytes_free:
+            raise DatabaseBusy("The server holds as much for its callers as it may: try again")
+        self.bytes_free -= size
+        asked.taken[self] = asked.taken.get(self, 0) + size
 
 
 class Asked:
@@ -2350,7 +2402,7 @@ class Asked:
         self.id = request_id.decode() if is_sane else f"{random.getrandbits(128):032x}"
         self.caller: str | None = None
         self.key_prefix: str | None = None
-        self.end_turn: Callable[[], None] | None = None
+        self.taken: dict[Room, int] = {}
         # What the arguments tell besides themselves: their types note it here.
         self.key: str | None = None
         self.accounts: list[str] = []
@@ -2361,27 +2413,40 @@ class Asked:
         credential = self.headers.get(b"x-api-key", b"")
         if (authorization := self.headers.get(b"authorization")) is not None:
             scheme, _, token = authorization.partition(b" ")
-            credential = b"" if credential or scheme.lower() != b"bearer" else token
+            # That of another scheme is a proxy's, and says nothing here.
+            if scheme.lower() == b"bearer" or not credential:
+                credential = b"" if credential or scheme.lower() != b"bearer" else token
         if not credential.strip():
             raise Unauthorized("Send one key or token: X-API-Key, or Authorization: Bearer")
         return credential.strip()
 
-    async def body(self, receive: Receive, bytes_max: int) -> bytes:
-        """Return the body, or raise BodyTooLarge without reading on."""
+    async def body(
+        self, receive: Receive, room: Room, bytes_max: int, admit: Callable[[], Awaitable[object]]
+    ) -> bytes:
+        """Return the body, or raise BodyTooLarge without reading on.
+
+        More than 64 KiB is read only of callers who may send it, and what does not come at once
+        takes room that all of them share.
+        """
         if b"upgrade" in self.headers:
             # The HTTP parser drops such a body, and takes what follows for the next request.
             raise MalformedJson("This server stays with HTTP/1.1: send no Upgrade with a body")
         declared = self.headers.get(b"content-length", b"0").lstrip(b"0")
-        too_long = len(declared) > len(str(bytes_max)) or int(declared or 0) > bytes_max
-        body, more = b"", not too_long
-        while more:
+        size = int(declared or 0) if len(declared) < 10 else bytes_max + 1
+        body, more, is_known = b"", True, False
+        while more and size <= bytes_max:
+            if size > BODY_BYTES_MAX and not is_known:
+                await admit()
+                is_known = True
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise MalformedJson("The body did not arrive as a whole")
-            body += message.get("body", b"")
-            too_long = len(body) > bytes_max
-            more = message.get("more_body", False) and not too_long
-        if too_long:
+            part, more = message.get("body", b""), message.get("more_body", False)
+            if more:
+                room.take(self, len(part))
+            body += part
+            size = max(size, len(body))
+        if size > bytes_max:
             raise BodyTooLarge(f"The body may have at most {bytes_max} bytes")
         return body
 
@@ -2672,15 +2737,20 @@ class LedgerRoute(APIRoute):
         """Return the answer, or raise a LedgerError that says what is wrong."""
         asked: Asked = scope["ledger"]
         # First, because it may take its time, and a key may be revoked meanwhile.
-        body = await asked.body(receive, self.policy.body_bytes_max) if self.writes else b""
-        caller = await self.admit(app.callers, scope, asked)
+        admit, body = partial(self.admit, app.callers, scope, asked), b""
+        if self.writes:
+            body = await asked.body(receive, app.receiving, self.policy.body_bytes_max, admit)
+        caller = await admit()
         if self.writes:
             self.take_key(asked, asked.headers.get(b"idempotency-key"))
         arguments = self.parse(scope, asked, self.document_of(asked, body))
         if asked.effective_at is not None and caller.role in SERVICES:
             await app.ledger.credit_due("CALLER", asked.effective_at, caller.name)
         if not self.writes:
-            return await self.read(app.ledger.database, asked, arguments)
+            answer = await self.read(app.ledger.database, arguments)
+            if isinstance(answer, Answer) and len(answer.body) > PART_BYTES:
+                app.sending.take(asked, len(answer.body))
+            return answer
         ledger: Ledger = app.ledger
         return await ledger.submit(self.command(caller.name, asked, arguments))
 
@@ -2702,10 +2772,8 @@ class LedgerRoute(APIRoute):
             effective_at=asked.effective_at,
         )
 
-    async def read(
-        self, database: Database, asked: Asked, arguments: BaseModel
-    ) -> Answer | Response:
-        """Run a read; a long one waits for its turn, which ends when its answer was sent."""
+    async def read(self, database: Database, arguments: BaseModel) -> Answer | Response:
+        """Run a read; a long one waits for its turn."""
         if inspect.iscoroutinefunction(self.function):
             result = await self.function(database, **vars(arguments))
             return result if isinstance(result, Response) else self.show(result)
@@ -2717,8 +2785,10 @@ class LedgerRoute(APIRoute):
             await asyncio.wait_for(turn.acquire(), REQUEST_SECONDS_MAX)
         except TimeoutError:
             raise DatabaseBusy from None
-        asked.end_turn = turn.release
-        return await database.run_read(self.call, arguments, long=True)
+        try:
+            return await database.run_read(self.call, arguments, long=True)
+        finally:
+            turn.release()
 
     async def admit(self, callers: Callers, scope: Scope, asked: Asked) -> Caller:
         """Return the caller, or raise Unauthorized or Forbidden."""
@@ -2864,11 +2934,23 @@ def read_page(
     seq, _, row_id = place.partition("_")
     values_at = {"seq": int(seq), "id": row_id, "limit": limit + 1, "now": utc_now()}
     rows = connection.rows(f"{query} LIMIT :limit", **values, **values_at)
-    items, next_cursor = rows[:limit], None
-    if len(rows) > limit:
+    items, next_cursor = within_bounds(rows[:limit]), None
+    if len(rows) > len(items):
         last_seq = min(row.get("seq", 0) for row in items)
         next_cursor = lead_to(f"{last_seq}_{items[-1]['id']}")
     return {"items": items, "next_cursor": next_cursor}
+
+
+def within_bounds(rows: list[Row]) -> list[Row]:
+    """Return as many of the rows as one answer may show, by their bytes, and one at least."""
+    size, count = 0, 0
+    for row in rows:
+        size += sum(len(value) for value in row.values() if isinstance(value, str))
+        size += ENTRY_BYTES * row.get("entry_count", 0)
+        if size > PAGE_BYTES_MAX and count:
+            break
+        count += 1
+    return rows[:count]
 
 
 # ----- The API
@@ -2885,10 +2967,11 @@ class Health(BaseModel):
 
 @api.get("/health", tags=["operations"])
 @allow(ANYONE)
-def get_health(connection: Connection) -> Health:
-    """Tell whether the server and its database answer."""
-    if not connection.rows(connection.is_writable)[0]["yes"]:
-        raise DatabaseLost
+async def get_health(database: Database) -> Health:
+    """Tell whether the server and its database answer, and the last write was stored."""
+    [found] = await database.run_read(lambda books: books.rows(books.is_writable))
+    if database.fault or not found["yes"]:
+        raise database.fault or DatabaseLost
     return Health()
 
 
@@ -3068,6 +3151,8 @@ class EntryPublic(EntryBase):
     kind: str
 
 
+ENTRY_BYTES = 400
+ENTRY_COUNT = "(SELECT count(*) FROM entry WHERE transaction_id = event.id) AS entry_count"
 # Entries, each with what its transaction says.
 ENTRIES = "SELECT entry.*, ts, memo AS ref, kind FROM entry JOIN event ON event.id = transaction_id"
 ENTRIES_OF_ACCOUNT = f"{ENTRIES} WHERE entry.account_id = :account"
@@ -3210,7 +3295,7 @@ def list_transactions(
     if account_id is not None:
         source, seq, order = "entry JOIN event ON event.id = transaction_id", "seq", "seq"
         where, values["account"] = f"{where} AND entry.account_id = :account", account_id
-    query = f"SELECT event.*, {seq} AS seq, {REVERSED_BY} FROM {source} "  # noqa: S608
+    query = f"SELECT event.*, {seq} AS seq, {REVERSED_BY}, {ENTRY_COUNT} FROM {source} "  # noqa: S608
     query += f"WHERE kind < 'a' AND event.id < :id{where} ORDER BY {order} DESC"
     page = read_page(connection, query, limit, cursor, NEWEST_FIRST, **values)
     page["items"] = with_entries(connection.rows, page["items"])
@@ -3500,11 +3585,12 @@ def find_events(connection: Connection, after: str | None, until: str, limit: in
     # PostgreSQL cannot even ask for a NUL.
     if after is not None and not connection.rows(known, id=after.replace("\0", "-")):
         raise InvalidCursor("Invalid cursor")
-    query = f"""SELECT event.*, {REVERSED_BY}, CASE WHEN kind < 'a' THEN id WHEN kind = 'hold' THEN
+    query = f"""SELECT event.*, {REVERSED_BY}, {ENTRY_COUNT},
+        CASE WHEN kind < 'a' THEN id WHEN kind = 'hold' THEN
         (SELECT max(id) FROM hold WHERE account_id = event.account_id AND id < event.id)
         ELSE account_id END AS about FROM event WHERE id > :after AND id <= :until
         ORDER BY id LIMIT :limit"""  # noqa: S608
-    rows = connection.rows(query, after=after or "", until=until, limit=limit)
+    rows = within_bounds(connection.rows(query, after=after or "", until=until, limit=limit))
     for row in rows:
         row["type"] = EVENT_TYPES.get(row["kind"], "transaction.posted")
         row["data"] = parse_details(row["arguments"])
@@ -3541,9 +3627,9 @@ class Call(Generic[T]):
         arguments = route.validate(self.given(ids, others), asked)
         if route.writes:
             command = route.command(self.books.caller, asked, arguments)
-            [answer] = retry_while_busy(partial(ledger.commit, [command]))
+            answer: Any = retry_while_busy(partial(ledger.commit, [command]))[0]
         elif inspect.iscoroutinefunction(self.function):
-            answer = asyncio.run(route.read(ledger.database, asked, arguments))
+            answer = asyncio.run(route.read(ledger.database, arguments))
         else:
             with ledger.database.read() as connection:
                 answer = route.call(connection, arguments)
@@ -4143,9 +4229,17 @@ def create_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletM
 # In the order in which a request tries their routes: the heaviest traffic comes first.
 DIALECTS = (api, wallets, bank, atm)
 POLL_SECONDS = 1.0
-ALL_HEADERS = {b"x-content-type-options": b"nosniff", b"cache-control": b"no-store"}
-HEAD_BYTES_MAX, PART_BYTES = 65_536, 262_144
+ALL_HEADERS = {
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"cache-control": b"no-store",
+}
+HEAD_BYTES_MAX, PART_BYTES = 65_536, 65_536
 REQUEST_SECONDS_MAX = SENDING_SECONDS_MAX = 60
+# More than most clients and proxies keep an idle connection: the side that closes it first should
+# be theirs, because a request that meets a closing connection gets no answer.
+KEEP_ALIVE_SECONDS = 75
+FILES_KEPT = 64
 pages = APIRouter(include_in_schema=False)
 
 
@@ -4223,8 +4317,8 @@ class Observed:
             # Of the server, or of the connection: nobody waits for the answer.
             log.warning("the answer to request %s was given up: %r", asked.id, end)
         finally:
-            if asked.end_turn:
-                asked.end_turn()
+            for room, size in asked.taken.items():
+                room.bytes_free += size
             seconds = time.perf_counter() - began
             # What has a route but not the method is at no route.
             route = None if status == 405 else getattr(scope.get("route"), "path_format", None)
@@ -4263,16 +4357,42 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.head_bytes, self.url = 0, b""
-        self.deadline = self.loop.call_later(REQUEST_SECONDS_MAX, transport.abort)
+        self.wait_for(REQUEST_SECONDS_MAX)
+        self.timer = self.loop.call_later(REQUEST_SECONDS_MAX, self.look_at_time)
         # Where there is no bound it is -1; Windows does not tell it.
         files_max = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
-        if files_max > 0 and transport.get_extra_info("socket").fileno() > files_max - 8:
-            # What comes next is closed without a word: the system has no number left for it.
+        kept = min(FILES_KEPT, files_max // 4)
+        if files_max > 0 and transport.get_extra_info("socket").fileno() > files_max - kept:
+            # Some files are kept for the database; who waits for nothing, and longest, gives way.
             log.warning("%d connections: hardly more files can be opened", len(self.connections))
+            connections: Any = self.connections
+            idle = [each for each in connections if each.is_idle()]
+            min(idle, key=attrgetter("deadline")).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.deadline.cancel()
+        self.timer.cancel()
         super().connection_lost(exc)
+        # Uvicorn leaves its own where the connection was reset, and all that it leads to.
+        self._unset_keepalive_if_required()
+
+    def wait_for(self, seconds: float) -> None:
+        """Wait for a request, or for the rest of one, or for an answer to be read, for so long."""
+        self.deadline = self.loop.time() + seconds
+
+    def look_at_time(self) -> None:
+        """Leave who took too long; one timer serves a connection, and none is made anew."""
+        now = self.loop.time()
+        if now >= self.deadline:
+            self.transport.abort()
+            return
+        # A later deadline is never set to less than this.
+        self.timer = self.loop.call_later(
+            min(self.deadline - now, REQUEST_SECONDS_MAX), self.look_at_time
+        )
+
+    def is_idle(self) -> bool:
+        """Tell whether nothing is asked for, or only a part of it has come."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def data_received(self, data: bytes) -> None:
         # What has come since the last progress; the callbacks below set it back.
@@ -4281,9 +4401,9 @@ class Protocol(HttpToolsProtocol):
         if self.head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
             self.send_400_response("")
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self.cycle is None or self.cycle.scope is not self.scope:
-            super().on_header(name, value)
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.wait_for(REQUEST_SECONDS_MAX)
 
     def on_headers_complete(self) -> None:
         if self.head_bytes > HEAD_BYTES_MAX:
@@ -4293,6 +4413,7 @@ class Protocol(HttpToolsProtocol):
                 raise ValueError
         self.head_bytes = 0
         super().on_headers_complete()
+        self.headers = []  # For the trailers, which nobody reads.
 
     def on_body(self, body: bytes) -> None:
         self.head_bytes = 0
@@ -4301,31 +4422,26 @@ class Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self.head_bytes = 0
         super().on_message_complete()
-        self.set_deadline()
+        if not self.flow.write_paused:
+            self.deadline = math.inf  # It is the server's turn.
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self.set_deadline()
+        # Not more than the timer of uvicorn, which closes an idle connection, and waits for more.
+        self.wait_for(KEEP_ALIVE_SECONDS + 1)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.set_deadline()
+        self.wait_for(REQUEST_SECONDS_MAX)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self.set_deadline()
-
-    def set_deadline(self) -> None:
-        """Wait for a request, or for the rest of one, or for an answer to be read, for so long."""
-        self.deadline.cancel()
-        if self.flow.write_paused or self.cycle.response_complete or self.cycle.more_body:
-            self.deadline = self.loop.call_later(REQUEST_SECONDS_MAX, self.transport.abort)
+        self.wait_for(KEEP_ALIVE_SECONDS + 1 if self.is_idle() else math.inf)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        is_idle = self.cycle is None or self.cycle.response_complete or self.cycle.more_body
-        if not is_idle:
+        if not self.is_idle():
             self.cycle.keep_alive = False
-        return not is_idle
+        return not self.is_idle()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request, or one with too large a head, and close the connection."""
@@ -4343,6 +4459,55 @@ class Protocol(HttpToolsProtocol):
             text = f"{head}connection: close\r\n\r\n{answer.body}"
             self.transport.write(STATUS_LINE[answer.status] + text.encode())
         self.transport.close()
+
+
+# What is the same for all is made once: who reads it slowly, or asks often, costs next to nothing.
+
+
+@pages.get("/openapi.json")
+async def get_description(request: Request) -> Response:
+    """Describe the API to programs."""
+    return description(request.app, request.scope["root_path"])
+
+
+@lru_cache(maxsize=16)
+def description(app: FastAPI, root_path: str) -> Response:
+    """Return the description of the API under a prefix."""
+    servers = {"servers": [{"url": root_path}]} if root_path else {}
+    return Response(json.dumps(app.openapi() | servers), media_type="application/json")
+
+
+@pages.get("/docs")
+async def get_docs(request: Request) -> Response:
+    """Describe the API to people, who can try it there."""
+    place, assets = request.scope["root_path"], ("swagger-ui-bundle.js", "swagger-ui.css")
+    script, style = (f"{place}/docs/{name}" for name in assets)
+    return get_swagger_ui_html(
+        openapi_url=f"{place}/openapi.json",
+        title="ledger.py",
+        swagger_js_url=script,
+        swagger_css_url=style,
+        swagger_favicon_url="data:,",
+    )
+
+
+@lru_cache
+def docs_asset(name: str, media_type: str) -> Response:
+    """Return what the docs are made of, which a package brings along: they need no network."""
+    file = resources.files("fastapi_offline") / "static" / name
+    return Response(file.read_bytes(), media_type=media_type)
+
+
+@pages.get("/docs/swagger-ui-bundle.js")
+async def get_docs_script() -> Response:
+    """Serve the script of the docs."""
+    return docs_asset("swagger-ui-bundle.js", "text/javascript")
+
+
+@pages.get("/docs/swagger-ui.css")
+async def get_docs_style() -> Response:
+    """Serve the style of the docs."""
+    return docs_asset("swagger-ui.css", "text/css")
 
 
 @api.get("/metrics", include_in_schema=False)
@@ -4382,9 +4547,8 @@ def application(
     log, metrics = Log(), ledger.database.metrics
     waiting = prometheus.Gauge("ledger_waiting_commands", "Commands that wait", registry=metrics)
     waiting.set_function(lambda: sum(map(len, [*ledger._waiting.values()])))
-    app = FastAPIOffline(
-        redoc_url=None,
-        static_url="/docs/static",
+    app = FastAPI(
+        openapi_url=None,
         title="ledger.py",
         description="A double-entry ledger: durable, idempotent, never negative, always balanced.",
         lifespan=lifespan,
@@ -4396,6 +4560,7 @@ def application(
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.ledger, app.state.callers, app.state.log = ledger, callers, log
+    app.state.sending, app.state.receiving = Room(SENDING_BYTES_MAX), Room(RECEIVING_BYTES_MAX)
     app.state.alone = False  # Whether the process does nothing but serve it.
     own: list[Any] = [route for router in (*dialects, pages) for route in router.routes]
     heads = [head_of(route) for route in own if "GET" in route.methods]
@@ -4454,6 +4619,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         ledger.database.close()
 
 
+def probe_disk(book: Book) -> None:
+    """Write what changes nothing, to see whether the disk is well again."""
+    book.connection.execute(book.connection.probe)
+
+
 def prepare_process() -> None:
     """Prepare a process that does nothing but serve."""
     # What was made until now lives as long as the process; a request leaves few cycles behind.
@@ -4469,6 +4639,8 @@ async def work_for_ever(ledger: Ledger) -> None:
     async with asyncio.TaskGroup() as tasks:
         while True:
             try:
+                if ledger.database.fault:
+                    await ledger.submit(Command("system", "{}", probe_disk))
                 await start_deliveries(ledger, tasks)
                 await ledger.credit_due("SERVER", utc_now())
             except LedgerError as error:
@@ -4713,9 +4885,7 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        # Nor less than most clients keep an idle connection: the side that closes it first should
-        # be the client, because a request that meets a closing connection gets no answer.
-        timeout_keep_alive=REQUEST_SECONDS_MAX,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         http=Protocol,
         timeout_graceful_shutdown=8,
     )
@@ -5006,7 +5176,7 @@ def one_line(error: BaseException) -> str:
 @pages.get("/")
 async def get_page() -> Response:
     """Show the ledger to people."""
-    return HTMLResponse(PAGE, headers={"content-security-policy": PAGE_POLICY})
+    return PAGE_RESPONSE
 
 
 PAGE = r"""<!doctype html><html lang="en">
@@ -5254,6 +5424,9 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
+
+
+PAGE_RESPONSE = HTMLResponse(PAGE, headers={"content-security-policy": PAGE_POLICY})
 
 
 if __name__ == "__main__":
