@@ -809,9 +809,11 @@ def credit_cashbacks(book: Book, *, clock: str, until: int) -> None:
 
     What an account cannot take, as a frozen one, waits, and is not looked at until it is unfrozen.
     """
-    due = book.ask(f"{DUE_CASHBACKS} FOR UPDATE", clock=clock, until=until, limit=500)
-    book.lock({row["account_id"] for row in due})
-    for row in due:
+    among: Row = {"clock": clock, "until": until, "limit": 500}
+    # Their accounts first, as everywhere: what another server has credited then, is no more due.
+    book.lock({row["account_id"] for row in book.ask(DUE_CASHBACKS, **among)})
+    due = book.ask(f"{DUE_CASHBACKS} FOR UPDATE", **among)
+    for row in [row for row in due if row["account_id"] in book.accounts]:
         account = book.account(row["account_id"])
         contra = book.system_account("cashback", account.asset)
         legs = [Leg(contra, -row["amount"]), Leg(account, +row["amount"])]
@@ -893,6 +895,9 @@ REVERSED_BY = "(SELECT id FROM event AS later WHERE later.reverses = event.id) A
 
 def reverse(book: Book, transaction_id: str, **event: Any) -> str:
     """Take a transaction back as a whole: the same entries, turned round, and only once."""
+    entries = book.ask("SELECT * FROM entry WHERE transaction_id = :id", id=transaction_id)
+    # Its accounts first, as everywhere: while they are locked, nobody else reverses it.
+    book.lock([entry["account_id"] for entry in entries])
     query = f"SELECT kind, {REVERSED_BY} FROM event WHERE id = :id AND kind < 'a'"  # noqa: S608
     found = book.ask(query, id=transaction_id)
     if not found:
@@ -904,10 +909,8 @@ def reverse(book: Book, transaction_id: str, **event: Any) -> str:
         raise AlreadyReversed("This transaction was reversed before", reversed_by=reversed_by)
     if kind == "PAYMENT":
         cancel_cashback(book, transaction_id)
-    query = "SELECT * FROM entry WHERE transaction_id = :id ORDER BY id"
-    entries = book.ask(query, id=transaction_id)
-    book.lock([entry["account_id"] for entry in entries])
     signs = {"DEBIT": +1, "CREDIT": -1}
+    entries.sort(key=itemgetter("id"))
     legs = [Leg(book.accounts[e["account_id"]], signs[e["type"]] * e["amount"]) for e in entries]
     return book.post("REVERSAL", legs, reverses=transaction_id, **event)
 
@@ -1301,6 +1304,7 @@ class StorageFull(LedgerError, status=507, detail="The disk is full, and nothing
 # fmt: on
 
 
+WRITE_LOCK = 0x6C65646765720B
 DISK_FAULTS = (StorageFull, DiskFailed, DatabaseLost)
 KNOWN_ERRORS: dict[int | str, type[LedgerError]] = {
     sqlite3.SQLITE_BUSY: DatabaseBusy,
@@ -1344,6 +1348,7 @@ class Connection:
     tables = "SELECT name FROM sqlite_schema WHERE type = 'table'"
     schema = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
     clock = ":now"  # Which is given; a server has its own, for all who call it.
+    mark = ""  # What lets others see that a write is under way.
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -1435,6 +1440,7 @@ class PostgresConnection(Connection):
     JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
     WHERE NOT tgisinternal"""
     clock = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS bigint)"
+    mark = f"SELECT pg_advisory_xact_lock_shared({WRITE_LOCK})"
 
     @staticmethod
     @lru_cache
@@ -1492,6 +1498,7 @@ class Database:
         self.writer = ThreadPoolExecutor(1, "writer")
         self._readers = ThreadPoolExecutor(READERS_MAX, "reader")
         self._long_readers = ThreadPoolExecutor(LONG_READERS_MAX, "long-reader")
+        self._key_reader = ThreadPoolExecutor(1, "key-reader")
 
     def measure(self) -> None:
         """Begin to count what is told as metrics."""
@@ -1526,6 +1533,8 @@ class Database:
             try:
                 with self._transaction(self._writing, self.begin_write) as connection:
                     connection.saved.clear()
+                    if connection.mark:
+                        connection.execute(connection.mark)
                     yield connection
             except DISK_FAULTS as error:
                 self.fault = error
@@ -1540,8 +1549,13 @@ class Database:
             except Exception as error:
                 log.warning("committed, but what follows failed: %s", error)
 
-    async def run_read(self, function: Callable[..., T], *arguments: Any, long: bool = False) -> T:
-        """Run a function of a connection, in a thread for a server or if it takes `long`."""
+    async def run_read(
+        self, function: Callable[..., T], *arguments: Any, long: bool = False, urgent: bool = False
+    ) -> T:
+        """Run a function of a connection, in a thread for a server or if it takes `long`.
+
+        What is `urgent`, because every request needs it, waits for no other read.
+        """
 
         def read() -> T:
             with self.read() as connection:
@@ -1551,6 +1565,7 @@ class Database:
         if self.inline and not long:
             return read()
         threads = self._long_readers if long else self._readers
+        threads = self._key_reader if urgent else threads
         reading = asyncio.get_running_loop().run_in_executor(threads, read)
         return await (reading if long else in_time(reading))
 
@@ -1581,7 +1596,7 @@ class Database:
         """End the threads and close every connection; the next use opens new ones."""
         ended = threading.Event()
         threading.Thread(target=self._hang_up, args=(ended,), daemon=True).start()
-        for threads in (self.writer, self._readers, self._long_readers):
+        for threads in (self.writer, self._readers, self._long_readers, self._key_reader):
             threads.shutdown(cancel_futures=True)
         ended.set()
         self.disconnect()
@@ -1668,7 +1683,8 @@ def retry_while_busy(action: Callable[[], T]) -> T:
 def database_at(url: str) -> Database:
     """Return the database that a URL names, or raise StartupError."""
     scheme = url.partition(":")[0]
-    if scheme in ("postgres", "postgresql", "postgresql+psycopg"):
+    # The names of drivers are those of other programs: what they mean is the same.
+    if re.fullmatch(r"(?i)postgres(ql)?(\+(psycopg2?|asyncpg))?", scheme):
         return PostgresDatabase(f"postgresql{url.removeprefix(scheme)}")
     return SqliteDatabase(url)
 
@@ -1773,12 +1789,12 @@ class SqliteDatabase(Database):
 POSTGRES_DEFAULTS = """application_name=ledger.py connect_timeout=3 tcp_user_timeout=10000
     keepalives_idle=5 keepalives_interval=2 keepalives_count=3"""
 # Tables are made in the first schema of the path, which must not be the catalog; and nothing is
-# acknowledged that is not on disk, whatever the server's own default is.
+# acknowledged that is not on disk, whatever the server's default is, now and later.
 SESSION_SETTINGS = r"""SET lock_timeout = '5s'; SET idle_in_transaction_session_timeout = '60s';
     SELECT set_config('search_path', regexp_replace(current_setting('search_path'),
         '^(\s*"?pg_catalog"?\s*,)+', ''), false);
-    SELECT set_config('synchronous_commit', 'on', false)
-        WHERE current_setting('synchronous_commit') = 'off'"""
+    SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
+        WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, false)"""
 
 
 class PostgresDatabase(Database):
@@ -1791,8 +1807,13 @@ class PostgresDatabase(Database):
         super().__init__()
         try:
             given: Any = conninfo_to_dict(url)
-        except psycopg.ProgrammingError:
-            raise StartupError("the database must be like postgresql://user@host/name") from None
+        except psycopg.ProgrammingError as error:
+            unknown = re.search('URI query parameter: ("[a-z_]+")', str(error))
+            why = f": {unknown[1]} is unknown" if unknown else ""
+            raise StartupError(
+                f"the database must be like postgresql://user@host/name{why}; "
+                "a schema is chosen by ?options=-csearch_path%3Dschema"
+            ) from None
         self._conninfo = make_conninfo(POSTGRES_DEFAULTS, **given | {"client_encoding": "utf8"})
         self.name = f"{given.get('dbname', 'PostgreSQL')} at {given.get('host', 'localhost')}"
         if "@" in self.name:
@@ -2251,7 +2272,7 @@ class Callers:
         """Return who sends a request, or raise Forbidden or Unauthorized."""
         if time.monotonic() - self._loaded_at > KEYS_AGE_SECONDS_MAX:
             self._looked_for.clear()
-            await self._database.run_read(self._load)
+            await self._database.run_read(self._load, urgent=True)
         if self.open_mode:
             require_local(scope, asked.headers)
             return Caller("local", "admin")
@@ -2261,7 +2282,7 @@ class Callers:
         if is_new and prefix.startswith(KEY_PREFIX) and len(self._looked_for) < LOOKS_MAX:
             # It may have been made a moment ago: it is looked for, once until keys are too old.
             self._looked_for.add(prefix)
-            await self._database.run_read(self._load)
+            await self._database.run_read(self._load, urgent=True)
         row = self._keys.get(prefix)
         # For the line in the log: of a key that is refused too, but of no unknown text.
         asked.key_prefix = row["prefix"] if row else None
@@ -2319,7 +2340,8 @@ def add_key(book: Book, **key: Any) -> None:
 
 def revoke_key(book: Book, name: str) -> None:
     """End a key, or raise StartupError where none of that name is valid."""
-    found = book.ask("SELECT * FROM api_key WHERE name = :name AND revoked_at IS NULL", name=name)
+    query = "SELECT * FROM api_key WHERE name = :name AND revoked_at IS NULL FOR UPDATE"
+    found = book.ask(query, name=name)
     if not found:
         raise StartupError(f"there is no key {name!r} that is still valid")
     book.change("api_key", found[0], revoked_at=book.now)
@@ -3538,10 +3560,10 @@ def list_audit_events(
     return Page[AuditEventPublic](**page)
 
 
-# On PostgreSQL, a write has locked accounts, or no more than their table, before it takes an id.
-WRITES = """SELECT virtualtransaction AS write FROM pg_locks WHERE mode = 'RowShareLock'
-    AND relation = CAST('account' AS regclass)
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+# On PostgreSQL, a write has this lock, which it shares with other writes, before it takes an id.
+WRITES = f"""SELECT virtualtransaction AS write FROM pg_locks WHERE locktype = 'advisory'
+    AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {WRITE_LOCK} AND objsubid = 1
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""  # noqa: S608
 After = Annotated[str | None, Query(description="The `next` of the page before")]
 
 

@@ -1256,6 +1256,67 @@ def test_any_story_agrees_with_a_dictionary(engine: str, new_database: "NewDatab
     stateful.run_state_machine_as_test(partial(AnyStory, new_database), settings=stories)  # type: ignore[arg-type]
 
 
+def while_locked(database: str, statement: str, actions: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Let actions begin while another session has a lock, and return what they come to."""
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    with closing(connect(database)) as other, ThreadPoolExecutor(len(actions)) as threads:
+        other.execute(statement)
+        begun = [threads.submit(action) for action in actions]
+        with closing(connect(database)) as looking:
+            looking.autocommit = True
+            wait_until(lambda: looking.execute(waiting).fetchone()[0] >= len(actions))
+        other.rollback()
+        return [action.result() for action in begun]
+
+
+@on_postgresql
+def test_of_two_servers_that_reverse_one_transaction_the_later_hears_that_it_was(
+    database: str,
+) -> None:
+    with opened(database) as one, opened(database) as other:
+        one.given(alice=100, bob=0).transfer("alice", "bob", 60)
+        other.ids, sent = one.ids, one.last("bob")
+        answers = while_locked(
+            database,
+            "SELECT * FROM account FOR UPDATE",
+            [partial(bank.reverse, sent) for bank in (one, other)],
+        )
+        # Bob has exactly what the first one took: it is no want of funds.
+        [refused] = [answer for answer in answers if answer.status_code != 201]
+        assert refusal(refused) == (409, "already_reversed")
+        assert one.balances() == {"alice": 100, "bob": 0}
+
+
+@on_postgresql
+def test_of_two_servers_that_credit_one_cashback_one_does(database: str) -> None:
+    with opened(database) as one, opened(database) as other:
+        one.given(alice=100).pay("alice", 100)
+        due = partial(ledger.credit_cashbacks, clock="SERVER", until=ledger.utc_now() + DAY)
+        credit = ledger.Command("system", "{}", due)
+        answers = while_locked(
+            database,
+            "SELECT * FROM account FOR UPDATE",
+            [partial(bank.ledger.commit_or_split, [credit]) for bank in (one, other)],
+        )
+        assert [answer.status for [answer] in answers] == [200, 200]
+        assert (one.balances(), one.wrong()) == ({"alice": 2}, [])
+
+
+@on_postgresql
+def test_of_two_who_revoke_one_key_the_later_hears_that_it_is_gone(database: str) -> None:
+    with opened(database) as one, opened(database) as other:
+        new_api_key(database, "a", "admin")
+        run = partial(ledger.revoke_key, name="a")
+        revoke = ledger.Command("cli", '{"name": "a"}', run)
+        outcomes = while_locked(
+            database,
+            "SELECT * FROM api_key FOR UPDATE",
+            [partial(bank.ledger.commit_or_split, [revoke]) for bank in (one, other)],
+        )
+        kinds = sorted(type(outcome).__name__ for [outcome] in outcomes)
+        assert kinds == ["Answer", "StartupError"]
+
+
 # ----- Batches
 # What arrives together is committed together, a key acts once, and nobody is answered before the
 # commit. The last tests of the section load real servers, and kill them.
@@ -1808,12 +1869,52 @@ def test_a_write_is_synced_to_disk_and_takes_the_lock_at_its_start(bank: "BankIn
     assert found == ["wal", full, 1, 1]
 
 
+def is_synced(bank: "BankInside") -> str:
+    """Return how a session of the ledger that writes waits for the disk."""
+    with bank.ledger.database.write() as connection:
+        return str(connection.rows("SELECT current_setting('synchronous_commit') AS it")[0]["it"])
+
+
 @on_postgresql
-def test_a_write_is_synced_to_disk_whatever_the_servers_default_is(database: str) -> None:
-    asynchronous = with_parameters(database, options="-c synchronous_commit=off")
-    with opened(asynchronous) as bank, bank.ledger.database.write() as connection:
-        [row] = connection.rows("SELECT current_setting('synchronous_commit') AS it")
-        assert row["it"] == "on"
+@pytest.mark.parametrize("default", ["off", "local", "remote_write", "on", "remote_apply"])
+def test_a_write_is_synced_to_disk_whatever_the_servers_default_is(
+    database: str, default: str
+) -> None:
+    given = with_parameters(database, options=f"-c synchronous_commit={default}")
+    with opened(given) as bank:
+        assert is_synced(bank) == ("remote_apply" if default == "remote_apply" else "on")
+
+
+def test_a_write_is_synced_to_disk_when_the_servers_default_changes_under_it(
+    stoppable: tuple[str, Callable[[str], None]],
+) -> None:
+    url, _ = stoppable
+    with new_postgresql(url) as database, opened(database) as bank:
+        before = is_synced(bank)
+        with closing(psycopg.connect(url, autocommit=True)) as admin:
+            shown = "SELECT setting FROM pg_settings WHERE name = 'synchronous_commit'"
+            admin.execute("ALTER SYSTEM SET synchronous_commit = off")
+            admin.execute("SELECT pg_reload_conf()")
+            wait_until(lambda: admin.execute(shown).fetchone() == ("off",))
+            after = is_synced(bank)
+            admin.execute("ALTER SYSTEM RESET synchronous_commit")
+            admin.execute("SELECT pg_reload_conf()")
+        assert (before, after) == ("on", "on")
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["postgres", "postgresql", "POSTGRESQL", "postgresql+psycopg", "postgresql+psycopg2",
+     "postgresql+asyncpg"],
+)  # fmt: skip
+def test_every_name_of_postgresql_means_it(scheme: str) -> None:
+    with closing(ledger.database_at(f"{scheme}://me@localhost/books")) as database:
+        assert database.name == "books at localhost"
+
+
+def test_a_parameter_that_is_unknown_is_named_and_what_stands_for_it() -> None:
+    with pytest.raises(ledger.StartupError, match=r'"schema" is unknown.*search_path'):
+        ledger.database_at("postgresql://me@localhost/books?schema=mine")
 
 
 def test_a_read_cannot_write(bank: "BankInside") -> None:
@@ -2587,6 +2688,27 @@ def test_a_request_is_no_older_than_its_key(database: str) -> None:
             time.sleep(ledger.KEYS_AGE_SECONDS_MAX)
             slow.sendall(body[5:])
             assert slow.recv(99).startswith(b"HTTP/1.1 401")
+
+
+@on_postgresql
+def test_who_calls_is_known_though_all_readers_are_busy(secured: "BankInside") -> None:
+    ended = threading.Event()
+
+    async def deposit_beside_long_lists() -> httpx.Response:
+        database, callers = secured.ledger.database, secured.app.state.callers
+        wait = partial(database.run_read, lambda _: ended.wait(60))
+        reading = [asyncio.create_task(wait()) for _ in range(2 * ledger.READERS_MAX)]
+        await asyncio.sleep(0)
+        callers._loaded_at = 0.0
+        path, headers = f"/accounts/{secured.ids['alice']}/deposit", {"X-API-Key": ADMIN_KEY}
+        headers["Idempotency-Key"] = new_key()
+        answer = await secured.ask("POST", path, json={"amount": 1}, headers=headers)
+        ended.set()
+        await asyncio.gather(*reading)
+        return answer
+
+    secured.by(ADMIN_KEY).given(alice=0)
+    assert secured.runner.run(deposit_beside_long_lists()).status_code == 200
 
 
 # Which roles may call each route. What stands in neither table fails the suite.
@@ -3419,10 +3541,22 @@ def test_a_follower_does_not_wait_for_ever(
     monkeypatch.setattr(ledger, "BUSY_SECONDS_MAX", 0.05)
     [first, last] = bank.given(alice=7).get("/events").json()["items"]
     with closing(connect(bank.database)) as other:
-        other.execute("SELECT * FROM account FOR UPDATE")
+        # As a server that has begun a write, and does not end it.
+        other.execute(ledger.PostgresConnection.mark)
         waited = bank.get("/events", after=first["id"]).json()
         assert waited == {"items": [], "next": first["id"]}
     assert bank.get("/events", after=first["id"]).json() == {"items": [last], "next": last["id"]}
+
+
+@on_postgresql
+@pytest.mark.parametrize("locked", ["FOR SHARE", "FOR UPDATE"])
+def test_a_follower_does_not_wait_for_what_others_do(bank: "BankInside", locked: str) -> None:
+    events = bank.given(alice=7).get("/events").json()["items"]
+    with closing(connect(bank.database)) as other:
+        other.execute(f"SELECT * FROM account {locked}")
+        other.execute("CREATE TEMPORARY TABLE mine (id integer)")
+        assert [event["type"] for event in events] == ["account.opened", "transaction.posted"]
+        assert bank.get("/events").json()["items"] == events
 
 
 def entries_of(bank: "Bank", amounts: Mapping[str, int]) -> list[dict[str, Any]]:
