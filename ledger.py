@@ -381,6 +381,7 @@ class Book:
         self.connection = connection
         self.now, self.last_time = utc_now(), 0  # The latter is of the last id, in 2^-12 ms.
         self.random = random_digits()
+        self.is_tidy = True  # Whether all holds that have expired were released.
         self.command: Command  # The one whose turn it is.
         self.accounts: dict[str, Account] = {}
         self.inserts: dict[str, list[Row]] = defaultdict(list)
@@ -492,8 +493,11 @@ class Book:
     def release_expired(self, account_ids: list[str]) -> None:
         """Make available what expired holds still hold of accounts that were just loaded."""
         if account_ids:
-            query = f"SELECT * FROM hold WHERE account_id = ANY(:ids) AND {IS_OVER}"  # noqa: S608
-            for hold in self.connection.rows(query, ids=account_ids, now=self.now):
+            query = f"SELECT * FROM hold WHERE account_id = ANY(:ids) AND {IS_OVER} LIMIT :limit"  # noqa: S608
+            among: Row = {"ids": account_ids, "now": self.now, "limit": EXPIRED_MAX + 1}
+            expired = self.connection.rows(query, **among)
+            self.is_tidy = len(expired) <= EXPIRED_MAX
+            for hold in expired[:EXPIRED_MAX]:
                 self.release(hold, status="EXPIRED")
 
     def release(self, hold: Row, **changes: Any) -> None:
@@ -578,12 +582,22 @@ class Book:
             raise
 
 
+ACCOUNTS_OF = "of:"  # Before the id of a hold or of a transaction: the accounts that it is about.
+ACCOUNTS_OF_OTHERS = """SELECT account_id FROM hold WHERE id = ANY(:others)
+    UNION SELECT dest_account_id FROM hold WHERE id = ANY(:others)
+    UNION SELECT account_id FROM entry WHERE transaction_id = ANY(:others)"""
+
+
 def lock_accounts(references: Sequence[str]) -> tuple[str, Row]:
     """Return the query for accounts, in ascending order so that two batches rarely deadlock."""
     names = [reference.rpartition("@")[0] for reference in references if "@" in reference]
+    others = [r.removeprefix(ACCOUNTS_OF) for r in references if r.startswith(ACCOUNTS_OF)]
     by_name = "OR name = ANY(:names) AND name || '@' || asset = ANY(:references)" if names else ""
-    query = f"SELECT * FROM account WHERE id = ANY(:references) {by_name} ORDER BY id FOR UPDATE"  # noqa: S608
-    return query, {"references": list(references), "names": names}
+    where = f"id = ANY(:references) {by_name}"
+    if others:
+        where = f"id IN (SELECT id FROM account WHERE {where} UNION {ACCOUNTS_OF_OTHERS})"  # noqa: S608
+    query = f"SELECT * FROM account WHERE {where} ORDER BY id FOR UPDATE"  # noqa: S608
+    return query, {"references": list(references), "names": names, "others": others}
 
 
 def require_balanced(legs: Sequence[Leg]) -> None:
@@ -740,6 +754,7 @@ def transfer(
 CASHBACK_PERCENT = 2
 CASHBACK_DELAY = 24 * 60 * 60 * 1_000_000  # Microseconds from a payment to its cashback.
 TO_CREDIT = "status = 'SCHEDULED' AND amount > 0"
+TO_COME = "account_id = :id AND status <> 'CREDITED'"  # As its index has it.
 
 
 class CashbackPublic(Public):
@@ -849,7 +864,7 @@ def change_status(book: Book, reference: str, status: str) -> Account:
     if status == "ACTIVE":
         # Written at once, because the database takes entries of active accounts alone.
         book.write()
-        again = "SET status = 'SCHEDULED' WHERE account_id = :id AND status = 'WAITING'"
+        again = f"SET status = 'SCHEDULED' WHERE {TO_COME} AND status = 'WAITING'"
         book.connection.execute(f"UPDATE scheduled_cashback {again}", id=account.id)
     return account
 
@@ -863,7 +878,7 @@ def require_nothing_left(book: Book, account: Account) -> None:
     if account.balance:
         held = f"Account {account.id} holds {account.balance}: only an empty one can be closed"
         raise AccountNotEmpty(held, balance=account.balance)
-    to_come = "account_id = :id AND status IN ('SCHEDULED', 'WAITING') AND amount > 0"
+    to_come = f"{TO_COME} AND status IN ('SCHEDULED', 'WAITING') AND amount > 0"
     promises = f"SELECT 1 AS one FROM scheduled_cashback WHERE {to_come} LIMIT 1"  # noqa: S608
     if book.ask(promises, id=account.id):
         raise CashbackPending(f"Account {account.id} has cashback to come: close it later")
@@ -968,6 +983,7 @@ def transfer_many(book: Book, transfers: Iterable[Row], *, atomic: bool) -> list
 # ----- Holds
 # Money that is promised and not moved yet: it stays where it is, and is no longer available.
 
+EXPIRED_MAX = 500  # As many are released in one write.
 PENDING = "status = 'PENDING'"
 IS_OVER = f"{PENDING} AND expires_at <= :now"
 HOLD_ENDS = {"CAPTURED": HoldCaptured, "VOIDED": HoldVoided, "EXPIRED": HoldExpired}
@@ -1161,9 +1177,12 @@ class Ledger:
             # In one round trip: the accounts, the newest event, and the keys.
             [rows] = book.lock(references, (stored, {"keys": keys}))
             known = {row["id"]: row for row in rows}
-            answers = [execute(command, book, known) for command in commands]
+            is_tidy = book.is_tidy
+            answers = [execute(command, book, known) for command in commands] if is_tidy else []
             connection.save(book.inserts, book.updates)
         # The end of "with" has committed; only now is anybody answered.
+        if not is_tidy:
+            raise ManyExpired  # Some were released, and that stays: who tries again gets further.
         return answers
 
     def commit_or_split(self, commands: Sequence[Command], attempt: int = 1) -> list[Any]:
@@ -1280,13 +1299,16 @@ def time_of_id(given: str) -> int:
 
 READERS_MAX, LONG_READERS_MAX = 4, 2
 SHORT_ROWS_MAX = 500
+# A short read of SQLite, which is done on the event loop, is bounded by what it does, not by time.
+STEP_INSTRUCTIONS, SHORT_STEPS_MAX = 1_000, 200
+READ_SECONDS_MAX = {"short": 0.5, "long": 20.0}
 BUSY_SECONDS_MAX, BUSY_RETRY_SECONDS = 5.0, 0.001
 ANSWER_SECONDS_MAX, CLOSING_SECONDS_MAX = 10.0, 1.0
 DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)  # They leave here as errors of the ledger.
 
 
 class LongRead(Exception):
-    """A read is too long for the event loop: it is one of the few that are long at a time."""
+    """A read is too long for its place, and done again where the few are that may take long."""
 
 
 class StartupError(Exception):
@@ -1297,6 +1319,8 @@ class StartupError(Exception):
 # fmt: off
 class DatabaseBusy(LedgerError, status=503, detail="The database is in use: try again"): ...
 class DatabaseConflict(DatabaseBusy): ...
+class ReadTooLong(DatabaseBusy, detail="This takes too long now: ask for less"): ...
+class ManyExpired(DatabaseBusy, detail="Many holds have expired at once: try again"): ...
 class DatabaseUnavailable(LedgerError, status=503, detail="The database refuses: try again"): ...
 class DatabaseLost(DatabaseUnavailable, detail="The database cannot be written to: try again"): ...
 class DiskFailed(DatabaseUnavailable, detail="The disk fails, and nothing was done"): ...
@@ -1309,6 +1333,7 @@ DISK_FAULTS = (StorageFull, DiskFailed, DatabaseLost)
 KNOWN_ERRORS: dict[int | str, type[LedgerError]] = {
     sqlite3.SQLITE_BUSY: DatabaseBusy,
     sqlite3.SQLITE_LOCKED: DatabaseBusy,
+    sqlite3.SQLITE_INTERRUPT: ReadTooLong,
     sqlite3.SQLITE_FULL: StorageFull,
     sqlite3.SQLITE_IOERR: DiskFailed,
     sqlite3.SQLITE_CANTOPEN: DiskFailed,
@@ -1318,7 +1343,7 @@ KNOWN_ERRORS: dict[int | str, type[LedgerError]] = {
     "40001": DatabaseConflict,  # A serialization failure.
     "40P01": DatabaseConflict,  # A deadlock.
     "55P03": DatabaseBusy,  # A lock timeout.
-    "57014": DatabaseBusy,  # A cancelled statement.
+    "57014": ReadTooLong,  # A cancelled statement.
     "53300": DatabaseBusy,  # Too many connections.
     "53100": StorageFull,
     "58030": DiskFailed,
@@ -1352,7 +1377,8 @@ class Connection:
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
-        self.is_short = False
+        self.bound = ""
+        self.steps, self.deadline = 0, math.inf  # Of the read that is under way.
         self.saved: dict[int, Mapping[str, list[Row]]] = {}  # In the write that is open.
 
     def execute(self, statement: str, **values: Any) -> Any:
@@ -1382,6 +1408,18 @@ class Connection:
         changes, key = ", ".join(f"{name} = ?" for name in columns), PRIMARY_KEYS[table]
         values = map(itemgetter(*columns, key), rows)
         self.driver.executemany(f"UPDATE {table} SET {changes} WHERE {key} = ?", values)  # noqa: S608
+
+    def limit(self, bound: str) -> None:
+        """Let each read end where it takes too long for a `short` or a `long` one."""
+        self.bound = bound
+
+        def is_over() -> bool:
+            self.steps += 1
+            if bound == "short":
+                return self.steps > SHORT_STEPS_MAX
+            return time.monotonic() > self.deadline
+
+        self.driver.set_progress_handler(is_over, STEP_INSTRUCTIONS)
 
     def pipeline(self) -> Any:
         """Wait in a block only for the results that it looks at: each wait is a thread's switch."""
@@ -1461,6 +1499,10 @@ class PostgresConnection(Connection):
         source = f"{source} WHERE {table}.{key} = new.{key}"
         self.execute(f"UPDATE {table} SET {changes} FROM {source}", rows=to_json(rows).decode())  # noqa: S608
 
+    def limit(self, bound: str) -> None:
+        self.bound = bound
+        self.execute(f"SET statement_timeout = {int(1_000 * READ_SECONDS_MAX[bound])}")
+
     def pipeline(self) -> Any:
         return self.driver.pipeline()
 
@@ -1485,12 +1527,12 @@ class Database:
 
     def __init__(self) -> None:
         self.make_threads()
-        self._reading: list[Connection] = []
+        self._reading: defaultdict[str, list[Connection]] = defaultdict(list)
         self._writing: list[Connection] = []
         self._busy: set[Connection] = set()
         self._turn = threading.Lock()
         turns = partial(asyncio.Semaphore, LONG_READERS_MAX)
-        self.long_turns: defaultdict[Loop, asyncio.Semaphore] = defaultdict(turns)
+        self._long_turns: defaultdict[Loop, asyncio.Semaphore] = defaultdict(turns)
         self.measure()
 
     def make_threads(self) -> None:
@@ -1520,10 +1562,15 @@ class Database:
         """Do what is to be done now and then."""
 
     @contextmanager
-    def read(self) -> Iterator[Connection]:
-        """Open one consistent view of what is committed."""
-        with self._transaction(self._reading, self.begin_read) as connection:
+    def read(self, bound: str = "") -> Iterator[Connection]:
+        """Open one consistent view of what is committed; `bound` is how long it may take."""
+        with self._transaction(self._reading[bound], self.begin_read, bound) as connection:
             yield connection
+
+    @contextmanager
+    def long_turn(self) -> Iterator[None]:
+        """Wait for what a long read must wait for, in its thread."""
+        yield
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -1554,20 +1601,33 @@ class Database:
     ) -> T:
         """Run a function of a connection, in a thread for a server or if it takes `long`.
 
-        What is `urgent`, because every request needs it, waits for no other read.
+        A read that turns out to be long is begun again as such. What is `urgent`, because every
+        request needs it, waits for no other read.
         """
 
-        def read() -> T:
-            with self.read() as connection:
-                connection.is_short = not long
+        def read(bound: str) -> T:
+            with self.read(bound) as connection:
                 return function(connection, *arguments)
 
-        if self.inline and not long:
-            return read()
-        threads = self._long_readers if long else self._readers
-        threads = self._key_reader if urgent else threads
-        reading = asyncio.get_running_loop().run_in_executor(threads, read)
-        return await (reading if long else in_time(reading))
+        def read_long() -> T:
+            with self.long_turn():
+                return read("long")
+
+        loop = asyncio.get_running_loop()
+        if not long:
+            with suppress(LongRead):
+                if self.inline:
+                    return read("short")
+                threads = self._key_reader if urgent else self._readers
+                return await in_time(loop.run_in_executor(threads, read, "short"))
+        try:
+            await asyncio.wait_for(self._long_turns[loop].acquire(), REQUEST_SECONDS_MAX)
+        except TimeoutError:
+            raise DatabaseBusy from None
+        try:
+            return await loop.run_in_executor(self._long_readers, read_long)
+        finally:
+            self._long_turns[loop].release()
 
     async def run_write(self, function: Callable[[Sequence[Any]], T], batch: Sequence[Any]) -> T:
         """Run a function that writes a batch: inline in a library, in a thread for a server."""
@@ -1611,17 +1671,24 @@ class Database:
 
     def disconnect(self) -> None:
         """Close the connections that are not in use; the next use opens new ones."""
-        for connections in (self._reading, self._writing):
+        for connections in (*self._reading.values(), self._writing):
             while connections:
                 connections.pop().driver.close()
 
     @contextmanager
-    def _transaction(self, idle: list[Connection], begin: str) -> Iterator[Connection]:
+    def _transaction(
+        self, idle: list[Connection], begin: str, bound: str = ""
+    ) -> Iterator[Connection]:
         connection = None
         try:
             self.require_present()
             connection = idle.pop() if idle else self.connect(write=idle is self._writing)
             self._busy.add(connection)
+            if bound:
+                if connection.bound != bound:
+                    connection.limit(bound)
+                connection.steps = 0
+                connection.deadline = time.monotonic() + READ_SECONDS_MAX[bound]
             with connection.pipeline():
                 connection.execute(begin)
                 yield connection
@@ -1632,6 +1699,8 @@ class Database:
                 # New connections may find a server that has taken over.
                 connection.driver.close()
                 self.disconnect()
+            elif isinstance(failure, ReadTooLong) and bound == "short":
+                raise LongRead from None
             elif not isinstance(failure, DatabaseBusy):
                 # The first line only: PostgreSQL's details have values of the row in them.
                 log.error("the database refused: %s", str(error).partition("\n")[0])
@@ -1692,8 +1761,11 @@ def database_at(url: str) -> Database:
 # The event loop may wait for the disk, but not for another program's lock, so the writer asks for
 # that only once. All page caches together stay under 16 MB.
 WRITER_PRAGMAS = """PRAGMA busy_timeout = 0; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
-    PRAGMA recursive_triggers = ON; PRAGMA cache_size = -12288; PRAGMA wal_autocheckpoint = 0"""
+    PRAGMA recursive_triggers = ON; PRAGMA cache_size = -12288; PRAGMA wal_autocheckpoint = 0;
+    PRAGMA journal_size_limit = 67108864"""
 READER_PRAGMAS = "PRAGMA busy_timeout = 1000; PRAGMA query_only = ON; PRAGMA cache_size = -1024"
+# A log that has grown beyond the limit above is cut as soon as it begins anew.
+LOG_BYTES_MAX, LOG_SECONDS_MAX = 134_217_728, 2.0
 CHECKPOINT_ROWS = 6_000  # Some 25 MB of log in large batches, and 40 in batches of one.
 
 
@@ -1714,6 +1786,7 @@ class SqliteDatabase(Database):
         self._files = [str(self.path) + suffix for suffix in ("", "-wal", "-shm")]
         self._opened: list[Any] = []
         self._rows_moved = 0
+        self._alone, self._long_reads = threading.Lock(), threading.Semaphore(LONG_READERS_MAX)
         self._checkpoint: Future[None] | None = None
 
     def connect(self, *, write: bool) -> Connection:
@@ -1767,6 +1840,31 @@ class SqliteDatabase(Database):
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
         elif not self._checkpoint and driver.total_changes - self._rows_moved > CHECKPOINT_ROWS:
             self._checkpoint = self.writer.submit(self._move_pages)
+
+    @contextmanager
+    def long_turn(self) -> Iterator[None]:
+        """Let a long read begin, where the log is large only after a time without any.
+
+        As long as somebody reads of it, the log cannot begin anew.
+        """
+        with self._alone:
+            self._long_reads.acquire()
+            if self._log_bytes() > LOG_BYTES_MAX:
+                for _ in range(1, LONG_READERS_MAX):
+                    self._long_reads.acquire()
+                deadline = time.monotonic() + LOG_SECONDS_MAX
+                while self._log_bytes() > LOG_BYTES_MAX and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                self._long_reads.release(LONG_READERS_MAX - 1)
+        try:
+            yield
+        finally:
+            self._long_reads.release()
+
+    def _log_bytes(self) -> int:
+        with suppress(OSError):
+            return os.path.getsize(self._files[1])
+        return 0
 
     def flush(self) -> None:
         """Move all pages, so that who loses the log has the keys, and no ledger in open mode."""
@@ -2582,6 +2680,7 @@ Printable = Annotated[PrintableText, pydantic.StringConstraints(max_length=200)]
 Name = Annotated[Printable, AfterValidator(NOT_BLANK), pydantic.Field(examples=["alice"])]
 Uuid = Annotated[str, pydantic.StringConstraints(pattern=UUID_PATTERN)]
 AccountId = Annotated[Uuid, names_account("{}"), pydantic.Field(examples=[ALICE])]
+HoldOrTransactionId = Annotated[Uuid, names_account(ACCOUNTS_OF + "{}")]
 OtherAccountId = Annotated[AccountId, pydantic.Field(examples=[BOB])]
 PlainInt = Annotated[int, BeforeValidator(PLAIN_DIGITS)]
 Limit = Annotated[PlainInt, Query(ge=1, le=PAGE_SIZE_MAX)]
@@ -2795,22 +2894,11 @@ class LedgerRoute(APIRoute):
         )
 
     async def read(self, database: Database, arguments: BaseModel) -> Answer | Response:
-        """Run a read; a long one waits for its turn."""
+        """Run a read."""
         if inspect.iscoroutinefunction(self.function):
             result = await self.function(database, **vars(arguments))
             return result if isinstance(result, Response) else self.show(result)
-        with suppress(LongRead):
-            if not self.policy.long:
-                return await database.run_read(self.call, arguments)
-        turn = database.long_turns[asyncio.get_running_loop()]
-        try:
-            await asyncio.wait_for(turn.acquire(), REQUEST_SECONDS_MAX)
-        except TimeoutError:
-            raise DatabaseBusy from None
-        try:
-            return await database.run_read(self.call, arguments, long=True)
-        finally:
-            turn.release()
+        return await database.run_read(self.call, arguments, long=self.policy.long)
 
     async def admit(self, callers: Callers, scope: Scope, asked: Asked) -> Caller:
         """Return the caller, or raise Unauthorized or Forbidden."""
@@ -3086,8 +3174,8 @@ def list_accounts(
 ) -> Page[AccountPublic]:
     """List the customers' accounts, oldest first; `metadata[NAME]=VALUE` finds by notes."""
     columns = {"owner_name": owner_name, "name": name, "external_id": external_id}
-    where, values = filtered(metadata, "id", **columns)
-    query = f"{ACCOUNTS} WHERE kind = 'CUSTOMER' AND id > :id{where} ORDER BY id"
+    joins, where, row_id, values = filtered(metadata, "account", **columns)
+    query = f"{ACCOUNTS}{joins} WHERE kind = 'CUSTOMER'{where} AND {row_id} > :id ORDER BY {row_id}"
     page = read_page(connection, query, limit, cursor, OLDEST_FIRST, **values)
     return Page[AccountPublic](**page)
 
@@ -3118,15 +3206,20 @@ HOLD_STATUS = f"CASE WHEN {IS_OVER} THEN 'EXPIRED' ELSE status END"
 HOLDS = f"SELECT hold.*, {HOLD_STATUS} AS status FROM hold"  # noqa: S608
 
 
-def filtered(metadata: NoteFilter, owner: str, **columns: Any) -> tuple[str, Row]:
-    """Return the condition that columns have the values given, and an owner these notes."""
+def filtered(metadata: NoteFilter, table: str, **columns: Any) -> tuple[str, str, str, Row]:
+    """Return what finds the rows of a table that have these notes and these values of columns.
+
+    It is what to join, what must hold, the column of ids in whose order an index has them, and
+    the values.
+    """
     values = {column: value for column, value in columns.items() if value is not None}
-    condition = "".join(f" AND {column} = :{column}" for column in values)
+    condition = "".join(f" AND {table}.{column} = :{column}" for column in values)
+    joins = ""
     for number, (name, value) in enumerate(metadata):
-        noted = f"SELECT owner_id FROM note WHERE name = :name{number} AND value = :value{number}"  # noqa: S608
-        condition += f" AND {owner} IN ({noted})"
+        joins += f" JOIN note AS note{number} ON note{number}.owner_id = {table}.id"
+        joins += f" AND note{number}.name = :name{number} AND note{number}.value = :value{number}"
         values |= {f"name{number}": name, f"value{number}": value}
-    return condition, values
+    return joins, condition, "note0.owner_id" if metadata else f"{table}.id", values
 
 
 class AccountChange(RequestBody):
@@ -3312,13 +3405,13 @@ def list_transactions(
     metadata: NoteFilter = (),
 ) -> Page[TransactionPublic]:
     """List transactions, newest first; `metadata[NAME]=VALUE` finds by notes."""
-    where, values = filtered(metadata, "event.id", external_id=external_id)
-    source, seq, order = "event", "0", "event.id"
+    joins, where, row_id, values = filtered(metadata, "event", external_id=external_id)
+    source, seq, order = "event", "0", row_id
     if account_id is not None:
-        source, seq, order = "entry JOIN event ON event.id = transaction_id", "seq", "seq"
+        source, seq, order = "entry JOIN event ON event.id = transaction_id", "entry.seq", "seq"
         where, values["account"] = f"{where} AND entry.account_id = :account", account_id
-    query = f"SELECT event.*, {seq} AS seq, {REVERSED_BY}, {ENTRY_COUNT} FROM {source} "  # noqa: S608
-    query += f"WHERE kind < 'a' AND event.id < :id{where} ORDER BY {order} DESC"
+    query = f"SELECT event.*, {seq} AS seq, {REVERSED_BY}, {ENTRY_COUNT} FROM {source}{joins} "  # noqa: S608
+    query += f"WHERE kind < 'a' AND {row_id} < :id{where} ORDER BY {order} DESC"
     page = read_page(connection, query, limit, cursor, NEWEST_FIRST, **values)
     page["items"] = with_entries(connection.rows, page["items"])
     return Page[TransactionPublic](**page)
@@ -3358,7 +3451,9 @@ def create_transaction(book: Book, body: TransactionCreate) -> TransactionPublic
 
 @api.post("/transactions/{transaction_id}/reverse", status_code=201, tags=["transactions"])
 @allow(ADMINS, key="required", location="/transactions/{0.id}")
-def reverse_transaction(book: Book, transaction_id: Uuid, body: EventCreate) -> TransactionPublic:
+def reverse_transaction(
+    book: Book, transaction_id: HoldOrTransactionId, body: EventCreate
+) -> TransactionPublic:
     """Take a transaction back as a whole, once."""
     return find_transaction(book.ask, reverse(book, transaction_id, **vars(body)))
 
@@ -3425,14 +3520,14 @@ class CaptureCreate(RequestBody):
 
 @api.post("/holds/{hold_id}/capture", tags=["holds"])
 @allow(SERVICES, key="required")
-def capture_hold(book: Book, hold_id: Uuid, body: CaptureCreate) -> HoldPublic:
+def capture_hold(book: Book, hold_id: HoldOrTransactionId, body: CaptureCreate) -> HoldPublic:
     """Move what a hold promised, once."""
     return HoldPublic(**capture(book, hold_id, amount=body.amount))
 
 
 @api.post("/holds/{hold_id}/void", tags=["holds"])
 @allow(SERVICES)
-def void_hold(book: Book, hold_id: Uuid) -> HoldPublic:
+def void_hold(book: Book, hold_id: HoldOrTransactionId) -> HoldPublic:
     """Give up what a hold promised."""
     return HoldPublic(**void(book, hold_id))
 
@@ -3457,9 +3552,14 @@ def list_holds(
     status: Literal["PENDING", "CAPTURED", "VOIDED", "EXPIRED"] | None = None,
 ) -> Page[HoldPublic]:
     """List holds, newest first; those of an account on either side."""
-    query = f"{HOLDS} WHERE id < :id"
-    query += " AND :account IN (account_id, dest_account_id)" if account_id else ""
-    query += f" AND {HOLD_STATUS} = :status" if status else ""
+    where = f"id < :id{f' AND {HOLD_STATUS} = :status' if status else ''}"
+    query = f"{HOLDS} WHERE {where}"
+    if account_id is not None:
+        # In two parts, each in the order of an index; no hold has one account on both sides.
+        part = f"SELECT * FROM ({query} AND %s = :account ORDER BY id DESC LIMIT :limit) AS %s"  # noqa: S608
+        query = (
+            f"{part % ('account_id', 'held')} UNION ALL {part % ('dest_account_id', 'promised')}"
+        )
     among = {"account": account_id, "status": status}
     page = read_page(connection, f"{query} ORDER BY id DESC", limit, cursor, NEWEST_FIRST, **among)
     return Page[HoldPublic](**page)
@@ -3955,7 +4055,7 @@ def list_bank_transactions(
 ) -> BankOperations:
     """List everything that happened to an account, and the cashbacks that are to come."""
     account = find_account(connection, BANK_ACCOUNT.format(name))
-    if connection.is_short and account["last_seq"] > SHORT_ROWS_MAX:
+    if connection.bound == "short" and account["last_seq"] > SHORT_ROWS_MAX:
         raise LongRead
     query = """SELECT 2 * seq AS line, kind, type, entry.amount AS moved,
         COALESCE(effective_at, ts) / 1000 AS at, number, cashback.amount, due_at, status

@@ -4753,20 +4753,15 @@ def test_a_long_history_is_read_like_a_short_one(
 ) -> None:
     kata_accounts(demo, "alice", balance=100)
     show = partial(demo.get, "/bank/accounts/alice/transactions", timestamp=1)
-    short, lanes = show(), []
-    run_read = demo.ledger.database.run_read
-
-    def watched(*given: Any, long: bool = False) -> Any:
-        lanes.append(long)
-        return run_read(*given, long=long)
-
-    monkeypatch.setattr(demo.ledger.database, "run_read", watched)
+    short, turns = show(), []
+    turn = demo.ledger.database.long_turn
+    monkeypatch.setattr(demo.ledger.database, "long_turn", lambda: turns.append(turn()) or turns[-1])
     monkeypatch.setattr(ledger, "SHORT_ROWS_MAX", 0)
     monkeypatch.setattr(ledger, "PART_BYTES", 100)
     monkeypatch.setattr(ledger, "REQUEST_SECONDS_MAX", 1)
     # More often than there are turns: each is given back.
     assert {show().content for _ in range(3 * ledger.LONG_READERS_MAX)} == {short.content}
-    assert lanes.count(True) == 3 * ledger.LONG_READERS_MAX
+    assert len(turns) == 3 * ledger.LONG_READERS_MAX
 
 
 @pytest.mark.parametrize("amount", [1, 49, 50, 99, 10**15 - 1, 10**15])
