@@ -4755,7 +4755,12 @@ def test_a_long_history_is_read_like_a_short_one(
     show = partial(demo.get, "/bank/accounts/alice/transactions", timestamp=1)
     short, turns = show(), []
     turn = demo.ledger.database.long_turn
-    monkeypatch.setattr(demo.ledger.database, "long_turn", lambda: turns.append(turn()) or turns[-1])
+
+    def watched() -> Any:
+        turns.append(turn())
+        return turns[-1]
+
+    monkeypatch.setattr(demo.ledger.database, "long_turn", watched)
     monkeypatch.setattr(ledger, "SHORT_ROWS_MAX", 0)
     monkeypatch.setattr(ledger, "PART_BYTES", 100)
     monkeypatch.setattr(ledger, "REQUEST_SECONDS_MAX", 1)
