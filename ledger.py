@@ -1300,7 +1300,7 @@ def time_of_id(given: str) -> int:
 READERS_MAX, LONG_READERS_MAX = 4, 2
 SHORT_ROWS_MAX = 500
 # A short read of SQLite, which is done on the event loop, is bounded by what it does, not by time.
-STEP_INSTRUCTIONS, SHORT_STEPS_MAX = 1_000, 200
+STEP_INSTRUCTIONS, SHORT_STEPS_MAX = 1_000, 60
 READ_SECONDS_MAX = {"short": 0.5, "long": 20.0}
 BUSY_SECONDS_MAX, BUSY_RETRY_SECONDS = 5.0, 0.001
 ANSWER_SECONDS_MAX, CLOSING_SECONDS_MAX = 10.0, 1.0
@@ -1726,7 +1726,7 @@ def translate_error(error: Any) -> LedgerError:
         is_fatal = error.diag.severity_nonlocalized in ("FATAL", "PANIC")
         is_lost = is_fatal or error.sqlstate.startswith(("08", "57"))
     # Of a lost connection nobody knows whether it committed: the key will tell.
-    return DatabaseLost() if is_lost and known is not DatabaseBusy else known()
+    return DatabaseLost() if is_lost and not issubclass(known, DatabaseBusy) else known()
 
 
 async def in_time(waiting: "asyncio.Future[T]") -> T:
@@ -3080,8 +3080,10 @@ class Health(BaseModel):
 async def get_health(database: Database) -> Health:
     """Tell whether the server and its database answer, and the last write was stored."""
     [found] = await database.run_read(lambda books: books.rows(books.is_writable))
-    if database.fault or not found["yes"]:
-        raise database.fault or DatabaseLost
+    if not found["yes"]:
+        raise DatabaseLost
+    if database.fault:
+        raise DatabaseUnavailable(f"The last write was not stored: {database.fault}")
     return Health()
 
 
@@ -3219,7 +3221,9 @@ def filtered(metadata: NoteFilter, table: str, **columns: Any) -> tuple[str, str
         joins += f" JOIN note AS note{number} ON note{number}.owner_id = {table}.id"
         joins += f" AND note{number}.name = :name{number} AND note{number}.value = :value{number}"
         values |= {f"name{number}": name, f"value{number}": value}
-    return joins, condition, "note0.owner_id" if metadata else f"{table}.id", values
+    # Another column's index is the better one to begin with.
+    row_id = "note0.owner_id" if metadata and not condition else f"{table}.id"
+    return joins, condition, row_id, values
 
 
 class AccountChange(RequestBody):

@@ -21,6 +21,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1256,6 +1257,27 @@ def test_any_story_agrees_with_a_dictionary(engine: str, new_database: "NewDatab
     stateful.run_state_machine_as_test(partial(AnyStory, new_database), settings=stories)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("how", ["void", "capture", "deposit"])
+def test_what_has_expired_is_tidied_in_portions_that_stay(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    bank.given(alice=100, bob=0)
+    holds = [bank.promised("alice", "bob", 1, expires_in=1) for _ in range(10)]
+    monkeypatch.setattr(ledger, "EXPIRED_MAX", 3)
+    bank.pass_time(2_000_000)
+    commits = counted_calls(monkeypatch, bank.ledger, "commit")
+    if how == "deposit":
+        assert bank.deposit("alice", 1).json()["available"] == 101
+    else:
+        step = bank.void if how == "void" else bank.capture
+        assert refusal(step(holds[-1])) == (409, "hold_expired")
+    # Each but the last has released three, and that stays though the step was refused.
+    assert len(commits) == 4
+    assert bank.rows("SELECT status, count(*) FROM hold GROUP BY status") == [("EXPIRED", 10)]
+    assert bank.rows("SELECT held FROM account WHERE owner_name = 'alice'") == [(0,)]
+    assert bank.wrong() == []
+
+
 def while_locked(database: str, statement: str, actions: Sequence[Callable[[], Any]]) -> list[Any]:
     """Let actions begin while another session has a lock, and return what they come to."""
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
@@ -2001,6 +2023,7 @@ def test_a_full_disk_refuses_and_loses_nothing(bank: "BankInside") -> None:
         writer.driver.execute(f"PRAGMA max_page_count = {pages}")
     answers = [bank.deposit("alice", 1, key=f"k{n}") for n in range(60)]
     assert refusal(answers[-1]) == (507, "storage_full")
+    assert refusal(bank.get("/health")) == (503, "database_unavailable")
     writer.driver.execute("PRAGMA max_page_count = 1000000")
     for number, answer in enumerate(answers):
         again = bank.deposit("alice", 1, key=f"k{number}")
@@ -2463,6 +2486,20 @@ def test_open_mode_knows_the_names_of_this_machine(untouched: "Bank", host: str)
         ("Host", ["10.0.0.1:8000", "", "testserver", "[localhost]", b"\xe9"]),
         ("Forwarded", ["x"]),
         ("X-Forwarded-For", ["x"]),
+        *[
+            (name, ["x"])
+            for name in (
+                "CF-Connecting-IP",
+                "True-Client-IP",
+                "X-Client-IP",
+                "X-Envoy-External-Address",
+                "X-Cluster-Client-IP",
+                "Fastly-Client-IP",
+                "Client-IP",
+                "X-Original-Forwarded-For",
+                "X-Azure-ClientIP",
+            )
+        ],
         ("x-forwarded", ["x"]),
         ("Via", ["x"]),
         ("Origin", ["http://evil.example", "null", "http://localhost.evil.example"]),
@@ -2617,6 +2654,43 @@ def test_almost_a_key_is_no_key(secured: "Bank") -> None:
 def test_a_hostile_token_is_refused(secured: "Bank", hostile: str) -> None:
     refused = secured.by(f"Bearer {hostile}", "Authorization").get("/accounts")
     assert refusal(refused) == (401, "unauthorized")
+
+
+def test_a_key_counts_beside_the_credentials_of_a_proxy(secured: "Bank") -> None:
+    headers = {"X-API-Key": ADMIN_KEY, "Authorization": "Basic bWU6cHJveHk="}
+    assert secured.send("GET", "/accounts", headers=headers).status_code == 200
+    alone = secured.send("GET", "/accounts", headers={"Authorization": "Basic bWU6cHJveHk="})
+    assert refusal(alone) == (401, "unauthorized")
+
+
+@pytest.mark.parametrize(
+    ("claims", "why"),
+    [({"exp": 1}, "it has expired"), ({"nbf": LATER}, "it is not valid yet"),
+     ({"iat": LATER}, "it is not valid yet"), ({"role": "king"}, "sub or role is wrong"),
+     ({"exp": None}, "sub, role and exp are required"), ({"sub": " "}, "sub or role is wrong")],
+)  # fmt: skip
+def test_who_brings_a_bad_token_is_told_why(secured: "Bank", claims: Any, why: str) -> None:
+    given = {name: value for name, value in claims.items() if value is not None}
+    payload = {"sub": "app", "role": "admin", "exp": LATER, **claims}
+    made = jwt.encode({n: v for n, v in payload.items() if v is not None}, SECRET, "HS256")
+    refused = secured.by(made).get("/accounts")
+    assert (refused.status_code, refused.json()["detail"]) == (
+        401,
+        f"The token is not valid: {why}",
+    )
+    assert all(
+        str(value) not in refused.json()["detail"] for value in given.values() if value != " "
+    )
+    forged = secured.by(f"{made[:-8]}AAAAAAAA").get("/accounts").json()["detail"]
+    assert forged in ("The token is not valid: its signature is wrong",)
+
+
+def test_the_clock_of_who_makes_tokens_may_be_a_little_ahead(secured: "Bank") -> None:
+    now = int(time.time())
+    assert secured.by(token(iat=now + 5)).get("/accounts").status_code == 200
+    assert secured.by(token(iat=now + 60)).get("/accounts").status_code == 401
+    # Its end is its end.
+    assert secured.by(token(exp=now - 1)).get("/accounts").status_code == 401
 
 
 def test_a_token_says_who_calls_and_as_what(secured: "Bank") -> None:
@@ -3181,6 +3255,8 @@ def test_a_server_without_file_descriptors_says_so_and_goes_on(database: str) ->
         for _ in range(100):
             stack.enter_context(socket.create_connection(server.bank.address(), timeout=30))
         wait_until(lambda: "hardly more files can be opened" in server.log.read_text())
+        # Who is idle gives way to who has something to ask.
+        assert server.bank.given(alice=5).funds("alice") == (5, 0, 5)
         stack.close()
         wait_until(lambda: is_answered(server.bank))
 
@@ -4545,6 +4621,136 @@ def test_results_are_typed(tmp_path: Path) -> None:
     assert "Success" in ran.stdout
 
 
+NOTED = ({"metadata[of]": "x"}, {"metadata[no]": "1"})
+LISTS: dict[str, tuple[dict[str, str], ...]] = {
+    "/accounts": ({"owner_name": "alice"}, {"name": "none"}, {"external_id": "a"}, *NOTED),
+    "/transactions": ({"account_id": "alice"}, {"external_id": "t"}, *NOTED),
+    "/holds": ({"account_id": "alice"}, {"account_id": "bob"}, {"status": "PENDING"}),
+    "/audit": ({"account_id": "alice"},),
+    "/events": (),
+}
+
+
+def every_list(bank: "Bank") -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield each list with each of its filters, alone and together."""
+    for path, filters in LISTS.items():
+        for count in range(len(filters) + 1):
+            for chosen in itertools.combinations(filters, count):
+                merged = {name: value for each in chosen for name, value in each.items()}
+                if "account_id" in merged:
+                    merged["account_id"] = bank.ids[merged["account_id"]]
+                yield path, {**merged, "limit": "3"}
+
+
+def with_lists(bank: "BankInside") -> "BankInside":
+    """Fill every list with some rows."""
+    bank.given(alice=100, bob=0)
+    for number in range(5):
+        noted: Any = {"metadata": {"of": "x", "no": str(number)}}
+        bank.post("/accounts", owner_name="alice", external_id=f"a{number}"[: 1 + number], **noted)
+        bank.transfer("alice", "bob", 1, external_id=f"t{number}"[: 1 + number], **noted)
+        bank.promised("alice", "bob", 1)
+        bank.void(bank.promised("bob", "alice", 1))
+    return bank
+
+
+def read_anew(bank: "BankInside", bound: str) -> None:
+    """Close connections that read, which know their bounds already."""
+    for connection in bank.ledger.database._reading.pop(bound, []):
+        connection.driver.close()
+
+
+def test_a_list_that_takes_long_leaves_the_event_loop_and_tells_the_same(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_lists(bank)
+    asked = list(every_list(bank))
+    assert len(asked) > 50
+    shown = [bank.get(path, **filters).json() for path, filters in asked]
+    assert all("items" in page for page in shown)
+    turns = counted_calls(monkeypatch, bank.ledger.database, "long_turn")
+    monkeypatch.setattr(ledger, "SHORT_STEPS_MAX", 0)
+    monkeypatch.setattr(ledger, "STEP_INSTRUCTIONS", 1)
+    monkeypatch.setitem(ledger.READ_SECONDS_MAX, "short", 0.001)
+    read_anew(bank, "short")
+    assert [bank.get(path, **filters).json() for path, filters in asked] == shown
+    # On PostgreSQL it is time that counts, and some are quick.
+    assert len(turns) > len(asked) or not bank.ledger.database.inline
+
+
+@on_sqlite
+def test_every_list_reads_few_rows_on_the_event_loop(bank: "BankInside") -> None:
+    with_lists(bank)
+    for path, filters in every_list(bank):
+        bank.get(path, **filters)
+        [connection] = bank.ledger.database._reading["short"]
+        assert connection.steps <= 3, (path, filters)
+
+
+@on_sqlite
+def test_a_read_that_takes_too_long_is_ended(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank.given(alice=1)
+    monkeypatch.setattr(ledger, "STEP_INSTRUCTIONS", 1)
+    monkeypatch.setitem(ledger.READ_SECONDS_MAX, "long", 0)
+    read_anew(bank, "long")
+    refused = bank.get("/balances")
+    assert refusal(refused) == (503, "database_busy")
+    assert refused.headers["Retry-After"] == "1"
+    assert bank.deposit("alice", 1).status_code == 200
+
+
+@on_sqlite
+def test_long_reads_let_a_large_log_begin_anew(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database: Any = bank.given(alice=1).ledger.database
+    monkeypatch.setattr(ledger, "LOG_BYTES_MAX", 0)
+    monkeypatch.setattr(ledger, "LOG_SECONDS_MAX", 0.05)
+    began: list[str] = []
+
+    def read_too() -> None:
+        with database.long_turn():
+            began.append("other")
+
+    with ThreadPoolExecutor(1) as thread:
+        with database.long_turn():
+            other = thread.submit(read_too)
+            time.sleep(0.2)
+            began.append("first")
+        other.result()
+    # The second one waits until nobody reads.
+    assert began == ["first", "other"]
+
+
+@on_sqlite
+def test_a_log_that_has_grown_is_cut(bank: "BankInside", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "CHECKPOINT_ROWS", 0)
+    database: Any = bank.given(alice=1).ledger.database
+    database._writing[0].driver.execute("PRAGMA journal_size_limit = 100000")
+    with database.read() as reading:
+        reading.rows("SELECT 1 FROM account")
+        for _ in range(60):
+            bank.deposit("alice", 1)
+    grown = Path(f"{database.path}-wal").stat().st_size
+
+    def is_cut() -> bool:
+        bank.deposit("alice", 1)
+        return Path(f"{database.path}-wal").stat().st_size <= 100_000
+
+    assert grown > 100_000
+    wait_until(is_cut)
+
+
+@on_sqlite
+def test_who_is_unfrozen_or_closed_finds_his_cashbacks_by_an_index(bank: "BankInside") -> None:
+    for status in ("WAITING", "SCHEDULED"):
+        query = f"SELECT 1 FROM scheduled_cashback WHERE {ledger.TO_COME} AND status = '{status}'"
+        [plan] = bank.rows(f"EXPLAIN QUERY PLAN {query.replace(':id', '1')}")
+        assert "USING INDEX cashback_to_come" in plan[-1]
+
+
 # ----- Dialect: /bank, the banking kata
 # Accounts under the caller's own names, by the caller's own clock.
 
@@ -4753,14 +4959,7 @@ def test_a_long_history_is_read_like_a_short_one(
 ) -> None:
     kata_accounts(demo, "alice", balance=100)
     show = partial(demo.get, "/bank/accounts/alice/transactions", timestamp=1)
-    short, turns = show(), []
-    turn = demo.ledger.database.long_turn
-
-    def watched() -> Any:
-        turns.append(turn())
-        return turns[-1]
-
-    monkeypatch.setattr(demo.ledger.database, "long_turn", watched)
+    short, turns = show(), counted_calls(monkeypatch, demo.ledger.database, "long_turn")
     monkeypatch.setattr(ledger, "SHORT_ROWS_MAX", 0)
     monkeypatch.setattr(ledger, "PART_BYTES", 100)
     monkeypatch.setattr(ledger, "REQUEST_SECONDS_MAX", 1)
@@ -5460,6 +5659,129 @@ def test_a_mistake_of_the_server_is_logged_and_answered_in_one_line(
     assert f"the server made a mistake in request {refused.headers['X-Request-ID']}" in caplog.text
     assert "ZeroDivisionError" in caplog.text
     assert bank.app.state.log.lines[-1]["status"] == 500
+
+
+def test_nothing_of_ours_is_framed(untouched: "Bank") -> None:
+    for path in ("/", "/docs", "/openapi.json", "/accounts", "/no"):
+        assert untouched.get(path).headers["X-Frame-Options"] == "DENY"
+
+
+@on_sqlite
+def test_a_large_body_is_read_only_of_who_may_send_it(database: str) -> None:
+    with serving(database, LEDGER_ADMIN_KEY=ADMIN_KEY) as server:
+        head = f"POST /transfers/bulk HTTP/1.1\r\n{HEAD.decode()}"
+        for length in ("Content-Length: 300000", "Transfer-Encoding: chunked"):
+            with socket.create_connection(server.bank.address(), timeout=30) as wire:
+                wire.sendall(f"{head}{length}\r\n\r\n".encode())
+                if "chunked" in length:
+                    wire.sendall(b"11170\r\n" + b" " * 70_000)
+                assert wire.recv(99).startswith(b"HTTP/1.1 401")
+
+
+def test_unfinished_bodies_take_room_that_all_share(database: str) -> None:
+    with opened(database) as bank:
+        bank.given(alice=0)
+        bank.app.state.receiving = ledger.Room(1_000)
+
+        async def send_in_parts(size: int) -> httpx.Response:
+            async def parts() -> AsyncIterator[bytes]:
+                yield b'{"amount": 1, "memo": "'
+                yield b"m" * 150 + b" " * 0
+                yield b'"}' + b" " * size
+
+            path = f"/accounts/{bank.ids['alice']}/deposit"
+            headers = {"Idempotency-Key": new_key(), "Content-Type": "application/json"}
+            return await bank.ask("POST", path, content=parts(), headers=headers)
+
+        assert bank.runner.run(send_in_parts(0)).status_code == 200
+        refused = bank.runner.run(send_in_parts(2_000))
+        assert refusal(refused) == (503, "database_busy")
+        assert bank.app.state.receiving.bytes_free == 1_000
+        # What comes at once waits for nobody.
+        assert bank.deposit("alice", 1, memo="m" * 200).status_code == 200
+
+
+def test_answers_that_are_sent_take_room_that_all_share(
+    demo: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "PART_BYTES", 100)
+    demo.app.state.sending = room = ledger.Room(1_000)
+    demo.given({f"person {number}": 0 for number in range(9)})
+    refused = demo.get("/accounts", limit=9)
+    assert refusal(refused) == (503, "database_busy")
+    assert refused.headers["Retry-After"] == "1"
+    assert demo.get("/accounts", limit=1).status_code == 200
+    assert room.bytes_free == 1_000
+    # A change that was made is told, however much that is.
+    made = bulk(demo, *[item(demo, "person 1", "person 2", 1)] * 9, atomic=False)
+    assert (made.status_code, len(made.json()["results"])) == (200, 9)
+
+
+@pytest.mark.parametrize("path", ["/transactions", "/accounts", "/audit"])
+def test_a_page_is_bounded_in_bytes(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    bank.given(alice=100, bob=0)
+    metadata = {f"name {number}": "x" * 500 for number in range(4)}
+    for _ in range(8):
+        bank.post("/accounts", owner_name="carol", metadata=metadata)
+        bank.transfer("alice", "bob", 1, metadata=metadata)
+    [whole] = bank.pages(path, limit=200)
+    monkeypatch.setattr(ledger, "PAGE_BYTES_MAX", 6_000)
+    pages = list(bank.pages(path, limit=200))
+    assert [row for page in pages for row in page] == whole
+    assert len(pages) > 3
+    assert all(page for page in pages)
+
+
+@on_sqlite
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="it reads /proc")
+@pytest.mark.parametrize("how", ["reset", "unread"])
+def test_connections_take_little_memory(database: str, how: str) -> None:
+    with serving(database) as server, ExitStack() as stack:
+        for _ in range(20):
+            server.bank.get("/docs/swagger-ui-bundle.js")
+        before = resident(server)
+        for _ in range(400):
+            wire = stack.enter_context(socket.create_connection(server.bank.address()))
+            if how == "unread":
+                wire.sendall(b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            else:
+                padding = b"".join(b"x-%d: %s\r\n" % (n, b"y" * 5_000) for n in range(11))
+                wire.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n%s\r\n" % padding)
+                assert wire.recv(15) == b"HTTP/1.1 200 OK"
+                wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                wire.close()
+        assert server.bank.get("/health").status_code == 200
+        # Of 60 kB or 1.5 MB each: some 24 and 600 MB, if they were kept.
+        assert resident(server) - before < (12 if how == "reset" else 100) * 2**20
+
+
+def resident(server: "Server") -> int:
+    """Return how much memory a server takes."""
+    pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@on_sqlite
+def test_an_idle_connection_is_kept_for_longer_than_a_request_may_take(database: str) -> None:
+    assert ledger.KEEP_ALIVE_SECONDS > 60  # As nginx keeps its own.
+    start = partial(as_fork, target=run_patient)
+    with serving(database, start=start) as server, ExitStack() as stack:
+        call = socket.create_connection(server.bank.address(), timeout=30)
+        wire = stack.enter_context(call)
+        for pause in (0, 2):
+            time.sleep(pause)
+            wire.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b'{"status":"ok"}'):
+                answer += wire.recv(65_536)
+
+
+def run_patient(*given: Any) -> None:
+    """Serve callers who have a second for a request, and many for the next one."""
+    ledger.REQUEST_SECONDS_MAX, ledger.KEEP_ALIVE_SECONDS = 1, 60
+    run_main(*given)
 
 
 # The application as one of FastAPI's: what its users add to it, and where they put it.
@@ -6974,6 +7296,19 @@ def findings(database: ledger.Database, *, rows_only: bool = False) -> list[str]
         # The check of the schema takes longest, and comes last.
         results = itertools.islice(ledger.check(connection), 6 if rows_only else None)
         return [found for _, _, wrong in results for found in wrong]
+
+
+def counted_calls(patch: pytest.MonkeyPatch, owner: object, name: str) -> list[Any]:
+    """Return a list that grows with each call of a method from now on."""
+    calls: list[Any] = []
+    method = getattr(owner, name)
+
+    def call(*given: Any) -> Any:
+        calls.append(given)
+        return method(*given)
+
+    patch.setattr(owner, name, call)
+    return calls
 
 
 def printed(database: str, *arguments: str) -> str:
