@@ -89,6 +89,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
 from importlib import resources
+from io import TextIOWrapper
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
@@ -102,7 +103,8 @@ from typing import (
     TextIO,
     TypeVar,
 )
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 import jwt
@@ -1551,6 +1553,8 @@ class Database:
         self.kinds = prometheus.Counter("ledger_transactions", "Posted, by kind", ["kind"], **new)
         waiting = "Events that receivers have not had, up to 10,000"
         self.undelivered = prometheus.Gauge("ledger_undelivered_events", waiting, **new)
+        behind = "Seconds by which this machine's clock is behind"
+        self.behind = prometheus.Gauge("ledger_clock_behind_seconds", behind, ["what"], **new)
 
     def prepare(self) -> None:
         """Make the place of a new ledger, or raise StartupError."""
@@ -2080,7 +2084,7 @@ def complete_schema(database: Database) -> None:
             create_triggers(connection)
         known = {row["code"] for row in connection.rows("SELECT code FROM asset")}
         book = Book(connection)
-        book.follow([])
+        book.follow(connection.rows(NEWEST[0]))
         for code in ASSETS.keys() - known:
             book.insert("asset", ASSETS[code].model_dump())
         stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
@@ -3200,12 +3204,21 @@ def find_account(connection: Connection, reference: str) -> Row:
     return found[0]
 
 
+# The ledger's own time, by which writes go too: this machine's clock, or the newest event's.
+NOW = f"(SELECT max(ts) FROM (SELECT :now AS ts UNION ALL SELECT ts FROM ({NEWEST[0]}) AS e) AS t)"  # noqa: S608
+CLOCKS = f"SELECT {NOW} AS now, {NOW} - :now AS event, {{0}} - :now AS server"
+IS_OVER_NOW = IS_OVER.replace(":now", NOW)
 # Of two columns of one name, the later one counts: what expired holds still hold is available.
-EXPIRED = f"SELECT SUM(amount) FROM hold WHERE account_id = account.id AND {IS_OVER}"  # noqa: S608
+EXPIRED = f"SELECT SUM(amount) FROM hold WHERE account_id = account.id AND {IS_OVER_NOW}"  # noqa: S608
 STILL_HELD = f"CASE held WHEN 0 THEN 0 ELSE held - COALESCE(({EXPIRED}), 0) END"
 ACCOUNTS = f"SELECT account.*, CAST({STILL_HELD} AS bigint) AS held FROM account"  # noqa: S608
-HOLD_STATUS = f"CASE WHEN {IS_OVER} THEN 'EXPIRED' ELSE status END"
+HOLD_STATUS = f"CASE WHEN {IS_OVER_NOW} THEN 'EXPIRED' ELSE status END"
 HOLDS = f"SELECT hold.*, {HOLD_STATUS} AS status FROM hold"  # noqa: S608
+
+
+def read_clocks(connection: Connection) -> Row:
+    """Return the ledger's own time, and how far this machine's clock is behind the others."""
+    return connection.rows(CLOCKS.format(connection.clock), now=utc_now())[0]
 
 
 def filtered(metadata: NoteFilter, table: str, **columns: Any) -> tuple[str, str, str, Row]:
@@ -3326,7 +3339,8 @@ def get_balance(
     connection: Connection, account_id: AccountId, at: Moment | None = None
 ) -> BalancePublic:
     """Show a balance as it was at a time, or as it is now."""
-    account, moment = find_account(connection, account_id), utc_now() if at is None else at
+    account = find_account(connection, account_id)
+    moment = read_clocks(connection)["now"] if at is None else at
     if at is not None and at < account["created_at"]:
         raise AccountNotFound(f"There was no account {account_id} yet")
     last = last_before(connection, account, None if at is None else at + 1)
@@ -3588,12 +3602,12 @@ class PaymentPublic(BaseModel):
 def create_payment(book: Book, body: PaymentCreate) -> PaymentPublic:
     """Pay at once, and get 2 % back after 24 hours."""
     cashback = pay(book, **vars(body))
-    return payment_public(cashback, book.account(body.account_id))
+    return payment_public(cashback, book.account(body.account_id), at=book.now)
 
 
-def payment_public(cashback: Row, account: AccountPublic) -> PaymentPublic:
+def payment_public(cashback: Row, account: AccountPublic, *, at: int) -> PaymentPublic:
     """Return a payment as callers see it; what waits for a frozen account is SCHEDULED to them."""
-    status = "CREDITED" if is_received(cashback, at=utc_now()) else "SCHEDULED"
+    status = "CREDITED" if is_received(cashback, at=at) else "SCHEDULED"
     status = "CANCELLED" if cashback["status"] == "CANCELLED" else status
     shown = CashbackPublic(amount=cashback["amount"], due_at=cashback["due_at"], status=status)
     return PaymentPublic(payment_id=cashback["payment_id"], account=account, cashback=shown)
@@ -3613,8 +3627,8 @@ def get_payment(connection: Connection, payment_id: Uuid) -> PaymentPublic:
     found = connection.rows(query, id=payment_id)
     if not found:
         raise PaymentNotFound(f"There is no payment {payment_id}")
-    account = find_account(connection, found[0]["account_id"])
-    return payment_public(found[0], AccountPublic(**account))
+    account = AccountPublic(**find_account(connection, found[0]["account_id"]))
+    return payment_public(found[0], account, at=read_clocks(connection)["now"])
 
 
 # What the audit log calls the kinds of events that it does not call by their names.
@@ -4354,7 +4368,7 @@ def create_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletM
 
 # In the order in which a request tries their routes: the heaviest traffic comes first.
 DIALECTS = (api, wallets, bank, atm)
-POLL_SECONDS = 1.0
+POLL_SECONDS, EVENT_SECONDS_MAX, SERVER_SECONDS_MAX = 1.0, 300, 60
 ALL_HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"x-frame-options": b"DENY",
@@ -4648,6 +4662,10 @@ def create_app(
     settings: Settings, dialects: Sequence[APIRouter] = DIALECTS, *, for_others: bool = False
 ) -> FastAPI:
     """Open the ledger and return its application; `for_others` than this machine it needs keys."""
+    try:
+        _ = client_for("http://example.com"), client_for("https://example.com")
+    except Exception as error:
+        raise StartupError(f"the environment's proxy or certificates: {error}") from None
     database = database_at(settings.database_url)
     try:
         database.open(make=True)
@@ -4762,18 +4780,40 @@ def prepare_process() -> None:
 
 async def work_for_ever(ledger: Ledger) -> None:
     """Post receipts, and credit what falls due by the server's clock, within a second or so."""
+    database, told = ledger.database, ""
     async with asyncio.TaskGroup() as tasks:
         while True:
             try:
                 if ledger.database.fault:
                     await ledger.submit(Command("system", "{}", probe_disk))
+                clocks = await database.run_read(read_clocks)
+                if (warning := clock_warning(database, clocks)) != told:
+                    log.warning(warning or "this machine's clock is right again")
+                    told = warning
                 await start_deliveries(ledger, tasks)
-                await ledger.credit_due("SERVER", utc_now())
+                await ledger.credit_due("SERVER", clocks["now"])
             except LedgerError as error:
                 log.warning("receipts and cashbacks wait: %s", error)
             except Exception:
                 log.exception("receipts or cashbacks met a mistake, and will be tried again")
             await asyncio.sleep(POLL_SECONDS)
+
+
+CLOCK_WARNING = (
+    "this machine's clock is {event:,} s behind the newest event, {server:,} s behind the database "
+    "server: holds and cashbacks go by the latest of the three (see deploy/README.md, Clocks)"
+)
+
+
+def clock_warning(database: Database, clocks: Row) -> str:
+    """Return what to say of a clock that is wrong, if it is, and note it for the metrics."""
+    apart = {other: clocks[other] // 1_000_000 for other in ("event", "server")}
+    for other, seconds in apart.items():
+        database.behind.labels(other).set(seconds)
+    if apart["event"] <= EVENT_SECONDS_MAX and abs(apart["server"]) <= SERVER_SECONDS_MAX:
+        return ""
+    # Of each one digit, so that what is said does not change with every second.
+    return CLOCK_WARNING.format(**{o: round(s, 1 - len(str(abs(s)))) for o, s in apart.items()})
 
 
 def __getattr__(name: str) -> FastAPI:
@@ -4800,7 +4840,8 @@ def __dir__() -> list[str]:
 
 RECEIPT_SECONDS_MAX, SAVE_SECONDS, TURN_SECONDS, PAUSE_SECONDS_MAX = 10, 2, 20, 3_600
 PAUSE_SECONDS = {0: 0, 1: 5, 2: 30, 3: 300, 4: 1_800}  # By the number of failures until now.
-TO_SERVE = "SELECT * FROM webhook WHERE due_at <= {0} AND position < (SELECT max(id) FROM event)"
+TO_SERVE = """SELECT webhook.*, due_at - {0} AS waiting FROM webhook
+    WHERE due_at >= 0 AND position < (SELECT max(id) FROM event)"""
 TAKE_TURN = """UPDATE webhook SET position = :position, failures = :failures,
     due_at = {0} + :microseconds WHERE id = :id AND due_at = :due_at RETURNING due_at"""
 UNDELIVERED = """SELECT count(*) AS n FROM (SELECT 1 FROM webhook JOIN event ON event.id > position
@@ -4818,7 +4859,10 @@ async def start_deliveries(ledger: Ledger, tasks: asyncio.TaskGroup) -> None:
     )
     ledger.database.undelivered.set(undelivered["n"])
     for webhook in webhooks:
-        tasks.create_task(deliver(ledger, webhook))
+        longest = max(TURN_SECONDS, PAUSE_SECONDS.get(webhook["failures"], PAUSE_SECONDS_MAX))
+        # What would wait for longer was told so by a clock that was set back since.
+        if not 0 < webhook["waiting"] <= longest * 1_000_000:
+            tasks.create_task(deliver(ledger, webhook))
 
 
 async def deliver(ledger: Ledger, webhook: Row) -> None:
@@ -4852,7 +4896,7 @@ async def take_turn(ledger: Ledger, webhook: Row, seconds: int) -> bool:
 async def post_page(ledger: Ledger, webhook: Row) -> bool:
     """Post some events, in order, or raise what comes in between; tell if there may be more."""
     page, began = await list_events(ledger.database, after=webhook["position"]), time.monotonic()
-    async with httpx.AsyncClient(verify=tls(), timeout=RECEIPT_SECONDS_MAX) as client:
+    async with client_for(webhook["url"]) as client:
         for event in page.items:
             shown = event.model_dump(mode="json", by_alias=True)
             parts = [shown["data"], *shown["data"].get("entries", ())]
@@ -4863,6 +4907,18 @@ async def post_page(ledger: Ledger, webhook: Row) -> bool:
             if time.monotonic() > began + SAVE_SECONDS:
                 return True
     return len(page.items) == PAGE_SIZE
+
+
+def client_for(url: str) -> httpx.AsyncClient:
+    """Return what posts to a URL: through the environment's proxy, if it is another machine's."""
+    parts, proxies = urlsplit(url), getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or is_local(parts.netloc) or proxy_bypass(parts.netloc):
+        proxy = None
+    elif "://" not in proxy:
+        proxy = f"http://{proxy}"
+    options: Any = {"verify": tls(), "timeout": RECEIPT_SECONDS_MAX, "trust_env": False}
+    return httpx.AsyncClient(proxy=proxy, **options)
 
 
 async def post_receipt(ledger: Ledger, client: httpx.AsyncClient, webhook: Row, shown: Row) -> None:
@@ -4986,7 +5042,7 @@ class Log(logging.Handler):
 # ----- Command line
 # What the operator types.
 
-RECEIVER_URL = r"(?i)https?://([a-z0-9][a-z0-9.-]*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?([/?][!-~]*)?"
+RECEIVER_URL = r"(?ia)https?://(\w[\w.-]*|\[[0-9a-f:.]+\])(?::(\d{1,5}))?([/?][!-~]*)?"
 OPEN_MODE = "open: every caller on this machine may do everything"
 KEY_MODE = "keys: every caller needs an API key or a token"
 
@@ -5003,11 +5059,16 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"ledger.py serves on {address}")
     print(f"  docs      {address}/docs")
-    print(f"  database  {app.state.ledger.database.name}")
+    database = app.state.ledger.database
+    print(f"  database  {database.name}")
+    with database.read() as connection:
+        if warning := clock_warning(database, read_clocks(connection)):
+            print(f"  clock     {warning}")
     print(f"  mode      {OPEN_MODE if app.state.callers.open_mode else KEY_MODE}", flush=True)
     config = uvicorn.Config(
         app,
         log_config=None,
+        workers=1,  # Whatever WEB_CONCURRENCY says.
         access_log=False,
         proxy_headers=False,
         server_header=False,
@@ -5206,13 +5267,16 @@ def run_key_list(settings: Settings, options: argparse.Namespace) -> None:
 
 def run_webhook_add(settings: Settings, options: argparse.Namespace) -> None:
     """Post what happens from now on to a URL; print the secret that signs it, this once."""
-    if not re.fullmatch(RECEIVER_URL, options.url):
+    parts = re.fullmatch(RECEIVER_URL, options.url)
+    if not parts or not 0 < int(parts[2] or 1) < 65_536:
         raise StartupError("the URL must be like https://example.com/receipts")
     secret = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
     add = partial(add_webhook, secret=secret)  # Which no event tells.
     with opened(settings) as database:
         administer(database, add, url=options.url, account_id=options.account)
-    print(secret)
+    print(secret, flush=True)
+    where = f"{parts[1]} leads, inside your own network too: see deploy/README.md, Receivers"
+    print(f"receipts go from this machine to wherever {where}", file=sys.stderr)
 
 
 def run_webhook_remove(settings: Settings, options: argparse.Namespace) -> None:
@@ -5231,6 +5295,11 @@ def run_webhook_list(settings: Settings, options: argparse.Namespace) -> None:
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line's options; without a command, it serves."""
+
+    def utf8(name: str) -> str:
+        """Return a name as it was typed, also where the locale is of other bytes."""
+        return name.encode(errors="surrogateescape").decode(errors="surrogateescape")
+
     parser = argparse.ArgumentParser(prog="ledger.py", description="A double-entry ledger.")
     commands = parser.add_subparsers(title="commands")
     serving = add_command(commands, "serve", serve)
@@ -5251,10 +5320,10 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     key_help = "make, show and end the API keys of callers"
     keys = commands.add_parser("key", help=key_help).add_subparsers(required=True)
     adding = add_command(keys, "add", run_key_add)
-    adding.add_argument("--name", required=True)
+    adding.add_argument("--name", required=True, type=utf8)
     adding.add_argument("--role", required=True, choices=ROLES)
     add_command(keys, "list", run_key_list)
-    add_command(keys, "revoke", run_key_revoke).add_argument("name", metavar="NAME")
+    add_command(keys, "revoke", run_key_revoke).add_argument("name", metavar="NAME", type=utf8)
     receivers = commands.add_parser("webhook", help="the receivers of what happens")
     webhooks = receivers.add_subparsers(required=True)
     adding = add_command(webhooks, "add", run_webhook_add)
@@ -5277,15 +5346,25 @@ def add_command(commands: Any, name: str, run: Callable[..., Any]) -> argparse.A
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return the exit status."""
-    log.handlers = [logging.NullHandler()]  # What is wrong is said once, in the line below.
+    log.handlers, status = [logging.NullHandler()], 1  # What is wrong is said once, below.
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # No file of the ledger may get its number; and who writes there himself is told.
+            os.open(os.devnull, os.O_RDONLY)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace", write_through=False)
     try:
         options = parse_options(arguments)
         settings = Settings.read(os.environ, database_url=options.database_url)
-        return options.run(settings, options) or 0
+        status = options.run(settings, options) or 0
+        sys.stdout.flush()
     except (StartupError, LedgerError, OSError, UnicodeError, *DRIVER_ERRORS) as refusal:
         show_progress()
         print(f"ledger: {one_line(refusal)}", file=sys.stderr)
-        return 1
+        # Who had read enough of what a command printed last gets the status all the same.
+        status = status if isinstance(refusal, BrokenPipeError) else 1
+    return status
 
 
 def one_line(error: BaseException) -> str:
@@ -5556,4 +5635,9 @@ PAGE_RESPONSE = HTMLResponse(PAGE, headers={"content-security-policy": PAGE_POLI
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    finally:
+        # What could not be written is not tried again, which would end with another status.
+        with suppress(OSError):
+            sys.stdout.close()
