@@ -102,6 +102,7 @@ from typing import (
     Self,
     TextIO,
     TypeVar,
+    get_args,
 )
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -171,18 +172,20 @@ class LedgerError(Exception):
     code: str
     detail = ""
     kinds: ClassVar[dict[str, type["LedgerError"]]] = {}  # By their codes.
+    about = "account_id"  # The member that tells the id of what it is about.
 
-    def __init_subclass__(cls, *, status: int = 0, detail: str = "") -> None:
+    def __init_subclass__(cls, *, status: int = 0, detail: str = "", about: str = "") -> None:
         """Take the code from the class's name: InsufficientFunds is insufficient_funds."""
-        cls.detail = detail or cls.detail
+        cls.detail, cls.about = detail or cls.detail, about or cls.about
         if status:
             cls.status = status
             cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
             cls.kinds[cls.code] = cls
 
-    def __init__(self, detail: str = "", **members: Any) -> None:
+    def __init__(self, detail: str = "", about: str = "", /, **members: Any) -> None:
         super().__init__(detail or self.detail)
-        self.members = members
+        # The name@ASSET by which a dialect knows an account is no id.
+        self.members = {self.about: about, **members} if about and "@" not in about else members
 
     def to_answer(self) -> "Answer":
         """Return the problem document (RFC 9457) that the caller gets."""
@@ -339,7 +342,7 @@ class Event(TransactionBase, table=True):
 
 
 class EntryBase(Public):
-    """What callers see of an entry itself; `balance` is the one after it."""
+    """What callers see of an entry itself: its number in the account, and the balance after it."""
 
     id: str
     account_id: str = Field(primary_key=True, foreign_key="account.id")
@@ -347,6 +350,7 @@ class EntryBase(Public):
     amount: int
     type: str
     balance: int
+    seq: int = Field(primary_key=True)
 
 
 class Entry(EntryBase, table=True):
@@ -358,8 +362,6 @@ class Entry(EntryBase, table=True):
         sa.CheckConstraint("amount >= 1"),
         STRICT,
     )
-
-    seq: int = Field(primary_key=True)
 
 
 # ----- Posting
@@ -442,10 +444,11 @@ class Book:
         if external_id is None:
             return
         # Without writing what was gathered, which takes long if it is done for each of many.
-        gathered = any(row["external_id"] == external_id for row in self.inserts[table])
+        gathered = [row for row in self.inserts[table] if row["external_id"] == external_id]
         query = f"SELECT id FROM {table} WHERE external_id = :external_id"  # noqa: S608
-        if gathered or self.connection.rows(query, external_id=external_id):
-            raise ExternalIdExists("This external_id is in use")
+        for row in gathered or self.connection.rows(query, external_id=external_id):
+            user = {f"{'transaction' if table == 'event' else table}_id": row["id"]}
+            raise ExternalIdExists("This external_id is in use", **user)
 
     def account(self, reference: str) -> Account:
         """Return a customer's account by its id or its name@ASSET, or raise AccountNotFound."""
@@ -454,7 +457,7 @@ class Book:
         account = self.accounts.get(reference)
         # No caller may reach a system account.
         if account is None or account.kind != "CUSTOMER":
-            raise AccountNotFound(f"There is no account {reference}")
+            raise AccountNotFound(f"There is no account {reference}", reference)
         return account
 
     def system_account(self, name: str, asset: str) -> Account:
@@ -465,8 +468,8 @@ class Book:
     def open(self, owner_name: str, asset: str, name: str | None, **columns: Any) -> Account:
         """Add an empty account, or raise AccountExists or ExternalIdExists."""
         self.lock([f"{name}@{asset}"] if name else [])
-        if name and f"{name}@{asset}" in self.accounts:
-            raise AccountExists(f"There is an account {name} already")
+        if name and (other := self.accounts.get(f"{name}@{asset}")):
+            raise AccountExists(f"There is an account {name} already", other.id)
         self.require_new("account", columns.get("external_id"))
         columns |= {"id": self.new_id(), "name": name, "owner_name": owner_name, "asset": asset}
         account = Account(**columns, created_at=self.now)
@@ -608,7 +611,8 @@ def require_balanced(legs: Sequence[Leg]) -> None:
     for account, amount in legs:
         amounts[account.asset].append(amount)
     if len({account.id for account, _ in legs}) < len(legs):
-        raise AccountRepeated("An account may stand in one entry alone")
+        [(repeated, _)] = Counter(account.id for account, _ in legs).most_common(1)
+        raise AccountRepeated("An account may stand in one entry alone", repeated)
     for asset, given in amounts.items():
         if sum(given) or 0 in given:
             debits = -sum(amount for amount in given if amount < 0)
@@ -621,9 +625,9 @@ def require_balanced(legs: Sequence[Leg]) -> None:
 def require_active(account: Account) -> None:
     """Refuse an account that moves no money."""
     if account.status == "FROZEN":
-        raise AccountFrozen(f"Account {account.id} is frozen")
+        raise AccountFrozen(f"Account {account.id} is frozen", account.id)
     if account.status == "CLOSED":
-        raise AccountClosed(f"Account {account.id} is closed")
+        raise AccountClosed(f"Account {account.id} is closed", account.id)
 
 
 def require_funds(leg: Leg) -> None:
@@ -634,9 +638,10 @@ def require_funds(leg: Leg) -> None:
         available = account.balance - account.held
         why = f"Of account {account.id}, {available} is available, and {-amount} is needed"
         sums = {"balance": account.balance, "available": available, "requested": -amount}
-        raise InsufficientFunds(why, **sums)
+        raise InsufficientFunds(why, account.id, **sums)
     if abs(balance) > BALANCE_MAX:
-        raise BalanceLimit(f"A balance may not leave the range of {BALANCE_MAX} minor units")
+        why = f"A balance may not leave the range of {BALANCE_MAX} minor units"
+        raise BalanceLimit(why, account.id)
 
 
 # ----- Operations
@@ -647,22 +652,22 @@ def require_funds(leg: Leg) -> None:
 # fmt: off
 class SameAccount(LedgerError, status=400): ...
 class AssetNotFound(LedgerError, status=404): ...
-class TransactionNotFound(LedgerError, status=404): ...
-class HoldNotFound(LedgerError, status=404): ...
+class TransactionNotFound(LedgerError, status=404, about="transaction_id"): ...
+class HoldNotFound(LedgerError, status=404, about="hold_id"): ...
 class AccountNotEmpty(LedgerError, status=409): ...
 class InvalidStateTransition(LedgerError, status=409): ...
 class AssetMismatch(LedgerError, status=409): ...
 class AssetClosedLoop(LedgerError, status=409): ...
 class CashbackPending(LedgerError, status=409): ...
-class AlreadyReversed(LedgerError, status=409): ...
-class CashbackCredited(LedgerError, status=409): ...
-class NotReversible(LedgerError, status=409): ...
+class AlreadyReversed(LedgerError, status=409, about="transaction_id"): ...
+class CashbackCredited(LedgerError, status=409, about="transaction_id"): ...
+class NotReversible(LedgerError, status=409, about="transaction_id"): ...
 class BulkFailed(LedgerError, status=409): ...
 class HoldsPending(LedgerError, status=409): ...
-class HoldCaptured(LedgerError, status=409): ...
-class HoldVoided(LedgerError, status=409): ...
-class HoldExpired(LedgerError, status=409): ...
-class AmountExceedsHold(LedgerError, status=409): ...
+class HoldCaptured(LedgerError, status=409, about="hold_id"): ...
+class HoldVoided(LedgerError, status=409, about="hold_id"): ...
+class HoldExpired(LedgerError, status=409, about="hold_id"): ...
+class AmountExceedsHold(LedgerError, status=409, about="hold_id"): ...
 # fmt: on
 
 
@@ -710,27 +715,28 @@ def open_account(
     return account
 
 
-def require_open_loop(asset: str) -> None:
+def require_open_loop(asset: str, account_id: str = "") -> None:
     """Refuse an asset that only its own operations move."""
     if ASSETS[asset].closed_loop:
-        raise AssetClosedLoop(f"{asset} is moved by top-up, bonus and spend alone")
+        raise AssetClosedLoop(f"{asset} is moved by top-up, bonus and spend alone", account_id)
 
 
 def payer_and_payee(book: Book, source: str, dest: str) -> tuple[Account, Account]:
     """Return two accounts of one asset, between which money may move."""
     if source == dest:
-        raise SameAccount("Cannot transfer to the same account")
+        raise SameAccount("Cannot transfer to the same account", source)
     payer, payee = book.account(source), book.account(dest)
-    require_open_loop(payer.asset)
+    require_open_loop(payer.asset, payer.id)
     if payer.asset != payee.asset:
-        raise AssetMismatch("The accounts hold different assets")
+        why = "The accounts hold different assets"
+        raise AssetMismatch(why, payer.id, dest_account_id=payee.id)
     return payer, payee
 
 
 def deposit(book: Book, reference: str, *, amount: int, **event: Any) -> Account:
     """Take money in: DEBIT cash, CREDIT the account."""
     account = book.account(reference)
-    require_open_loop(account.asset)
+    require_open_loop(account.asset, account.id)
     cash = book.system_account("cash", account.asset)
     book.post("DEPOSIT", [Leg(cash, -amount), Leg(account, +amount)], **event)
     return account
@@ -739,7 +745,7 @@ def deposit(book: Book, reference: str, *, amount: int, **event: Any) -> Account
 def withdraw(book: Book, reference: str, *, amount: int, **event: Any) -> Account:
     """Pay money out: DEBIT the account, CREDIT cash."""
     account = book.account(reference)
-    require_open_loop(account.asset)
+    require_open_loop(account.asset, account.id)
     cash = book.system_account("cash", account.asset)
     book.post("WITHDRAWAL", [Leg(account, -amount), Leg(cash, +amount)], **event)
     return account
@@ -793,7 +799,7 @@ class ScheduledCashback(CashbackPublic, table=True):
 def pay(book: Book, account_id: str, *, amount: int, payee: str = "merchants", **event: Any) -> Row:
     """Pay, and promise a cashback: DEBIT the account, CREDIT the payee; return the promise."""
     account = book.account(account_id)
-    require_open_loop(account.asset)
+    require_open_loop(account.asset, account.id)
     contra = book.system_account(payee, account.asset)
     payment_id = book.post("PAYMENT", [Leg(account, -amount), Leg(contra, +amount)], **event)
     effective_at, number = book.command.effective_at, None
@@ -858,7 +864,8 @@ def change_status(book: Book, reference: str, status: str) -> Account:
     """Freeze, unfreeze or close an account; it is closed only if nothing is left or to come."""
     account = book.account(reference)
     if status not in STATUS_STEPS[account.status]:
-        raise InvalidStateTransition(f"No account goes from {account.status} to {status}")
+        why = f"No account goes from {account.status} to {status}"
+        raise InvalidStateTransition(why, account.id)
     if status == "CLOSED":
         require_nothing_left(book, account)
     book.record(STATUS_STEPS[account.status][status], account)
@@ -875,15 +882,17 @@ def require_nothing_left(book: Book, account: Account) -> None:
     """Refuse to close an account with holds, with money in it, or with money to come."""
     either = "account_id = :id OR dest_account_id = :id"
     holds = f"SELECT id FROM hold WHERE ({either}) AND {PENDING} AND expires_at > :now"  # noqa: S608
-    if book.ask(holds, id=account.id, now=book.now):
-        raise HoldsPending(f"Account {account.id} has a pending hold: capture or void it first")
+    for hold in book.ask(holds, id=account.id, now=book.now):
+        why = f"Account {account.id} has a pending hold: capture or void it first"
+        raise HoldsPending(why, account.id, hold_id=hold["id"])
     if account.balance:
         held = f"Account {account.id} holds {account.balance}: only an empty one can be closed"
-        raise AccountNotEmpty(held, balance=account.balance)
+        raise AccountNotEmpty(held, account.id, balance=account.balance)
     to_come = f"{TO_COME} AND status IN ('SCHEDULED', 'WAITING') AND amount > 0"
     promises = f"SELECT 1 AS one FROM scheduled_cashback WHERE {to_come} LIMIT 1"  # noqa: S608
     if book.ask(promises, id=account.id):
-        raise CashbackPending(f"Account {account.id} has cashback to come: close it later")
+        why = f"Account {account.id} has cashback to come: close it later"
+        raise CashbackPending(why, account.id)
 
 
 def open_wallets(book: Book, *, owner_name: str, name: str) -> None:
@@ -903,7 +912,7 @@ def journal(book: Book, entries: Iterable[tuple[str, int]], **event: Any) -> str
     """Post entries between customers: each is an account and a signed amount."""
     legs = [Leg(book.account(reference), amount) for reference, amount in entries]
     for leg in legs:
-        require_open_loop(leg.account.asset)
+        require_open_loop(leg.account.asset, leg.account.id)
     return book.post("JOURNAL", legs, **event)
 
 
@@ -918,12 +927,13 @@ def reverse(book: Book, transaction_id: str, **event: Any) -> str:
     query = f"SELECT kind, {REVERSED_BY} FROM event WHERE id = :id AND kind < 'a'"  # noqa: S608
     found = book.ask(query, id=transaction_id)
     if not found:
-        raise TransactionNotFound(f"There is no transaction {transaction_id}")
+        raise TransactionNotFound(f"There is no transaction {transaction_id}", transaction_id)
     kind, reversed_by = found[0].values()
     if kind == "REVERSAL":
-        raise NotReversible("A reversal cannot be reversed")
+        raise NotReversible("A reversal cannot be reversed", transaction_id)
     if reversed_by:
-        raise AlreadyReversed("This transaction was reversed before", reversed_by=reversed_by)
+        why = "This transaction was reversed before"
+        raise AlreadyReversed(why, transaction_id, reversed_by=reversed_by)
     if kind == "PAYMENT":
         cancel_cashback(book, transaction_id)
     signs = {"DEBIT": +1, "CREDIT": -1}
@@ -938,7 +948,8 @@ def cancel_cashback(book: Book, payment_id: str) -> None:
     [cashback] = book.ask(query, id=payment_id)
     credited = cashback["transaction_id"]
     if credited and not book.ask("SELECT id FROM event WHERE reverses = :id", id=credited):
-        raise CashbackCredited(f"Reverse the cashback first: transaction {credited}")
+        why = f"Reverse the cashback first: transaction {credited}"
+        raise CashbackCredited(why, payment_id, credited_by=credited)
     book.change("scheduled_cashback", cashback, status="CANCELLED")
 
 
@@ -1048,7 +1059,7 @@ def capture(book: Book, hold_id: str, *, amount: int | None) -> Row:
     hold = pending_hold(book, hold_id)
     moved = amount or hold["amount"]
     if moved > hold["amount"]:
-        raise AmountExceedsHold(f"The hold is of {hold['amount']}", amount=hold["amount"])
+        raise AmountExceedsHold(f"The hold is of {hold['amount']}", hold_id, amount=hold["amount"])
     book.release(hold, status="CAPTURED", captured_amount=moved)
     source, dest = book.accounts[hold["account_id"]], book.accounts[hold["dest_account_id"]]
     legs = [Leg(source, -moved), Leg(dest, +moved)]
@@ -1073,12 +1084,12 @@ def pending_hold(book: Book, hold_id: str) -> Row:
         book.lock([hold["account_id"], hold["dest_account_id"]])
     found = book.ask(query, id=hold_id)
     if not found:
-        raise HoldNotFound(f"There is no hold {hold_id}")
+        raise HoldNotFound(f"There is no hold {hold_id}", hold_id)
     [hold] = found
     is_over = hold["status"] == "PENDING" and hold["expires_at"] <= book.now
     status = "EXPIRED" if is_over else hold["status"]
     if status != "PENDING":
-        raise HOLD_ENDS[status](f"This hold is {status}")
+        raise HOLD_ENDS[status](f"This hold is {status}", hold_id)
     return hold
 
 
@@ -2101,10 +2112,10 @@ REFERENCES = [
     for here, there in [(k.parent, k.column) for t in TABLES.values() for k in t.foreign_keys]
 ]
 # What happens: the kinds of transactions, and those of other events with what followers call them.
-TRANSACTIONS = (
+TransactionKind = Literal[
     "DEPOSIT", "WITHDRAWAL", "TRANSFER", "PAYMENT", "CASHBACK", "TOP_UP", "BONUS", "SPEND",
     "JOURNAL", "CAPTURE", "REVERSAL",
-)  # fmt: skip
+]  # fmt: skip
 EVENT_TYPES = {
     "open_account": "account.opened", "open_wallets": "account.opened", "freeze": "account.frozen",
     "update_account": "account.updated", "unfreeze": "account.unfrozen", "close": "account.closed",
@@ -2214,7 +2225,7 @@ CHECKS = {
             for table in ("account", "event", "entry", "hold")
         ],
         "SELECT 'event ' || id || ' is a ' || kind AS wrong FROM event "  # noqa: S608
-        f"WHERE kind NOT IN {(*TRANSACTIONS, *EVENT_TYPES)}",
+        f"WHERE kind NOT IN {(*get_args(TransactionKind), *EVENT_TYPES)}",
     ),
 }
 
@@ -2271,8 +2282,13 @@ def parse_details(arguments: Any) -> Any:
         return arguments
     with suppress(ValueError):
         if isinstance(details := json.loads(arguments), dict):
-            return details
+            return details | ({"url": origin(str(details["url"]))} if "url" in details else {})
     return {"damaged": arguments}
+
+
+def origin(url: str) -> str:
+    """Return what is told of a receiver's URL; the rest of it may be a secret."""
+    return re.sub(r"(?s)^(\w+://)?(?:[^/?#]*@)?([^/?#]*).*", r"\1\2", url)
 
 
 def show_progress(doing: str = "") -> None:
@@ -2336,7 +2352,7 @@ class IdempotencyKeyInvalid(LedgerError, status=400): ...
 class InvalidCursor(LedgerError, status=400): ...
 class MalformedRequest(LedgerError, status=400, detail="This is not HTTP/1.1"): ...
 class NotFound(LedgerError, status=404): ...
-class PaymentNotFound(LedgerError, status=404): ...
+class PaymentNotFound(LedgerError, status=404, about="transaction_id"): ...
 class MethodNotAllowed(LedgerError, status=405): ...
 class BodyTooLarge(LedgerError, status=413): ...
 class UriTooLong(LedgerError, status=414): ...
@@ -2976,7 +2992,8 @@ class LedgerRoute(APIRoute):
         if type(error) in self.reworded:
             if self.exponent is not None:
                 for name, value in error.members.items():
-                    error.members[name] = decimal_text(value, self.exponent)
+                    if isinstance(value, int):  # The others are ids.
+                        error.members[name] = decimal_text(value, self.exponent)
             error.status, detail = self.reworded[type(error)]
             error.args = (detail.format(**error.members),)
         return error
@@ -3200,7 +3217,7 @@ def find_account(connection: Connection, reference: str) -> Row:
     among = {"name": name, "asset": asset, "now": utc_now()}
     found = connection.rows(f"{ACCOUNTS} WHERE {where}", **among)
     if not found:
-        raise AccountNotFound(f"There is no account {reference}")
+        raise AccountNotFound(f"There is no account {reference}", reference)
     return found[0]
 
 
@@ -3324,11 +3341,13 @@ def last_before(connection: Connection, account: Row, moment: int | None) -> Row
 
 
 class BalancePublic(BaseModel):
-    """An account's balance at a time, after its entry number `seq`."""
+    """An account's balance at a time, after its entry number `seq`; what is held of it now."""
 
     account_id: str
     asset: str
     balance: int
+    held: int | None = None
+    available: int | None = None
     seq: int
     at: Timestamp
 
@@ -3338,13 +3357,15 @@ class BalancePublic(BaseModel):
 def get_balance(
     connection: Connection, account_id: AccountId, at: Moment | None = None
 ) -> BalancePublic:
-    """Show a balance as it was at a time, or as it is now."""
+    """Show a balance as it was at a time, or as it is now, with what is held and available."""
     account = find_account(connection, account_id)
     moment = read_clocks(connection)["now"] if at is None else at
     if at is not None and at < account["created_at"]:
-        raise AccountNotFound(f"There was no account {account_id} yet")
+        raise AccountNotFound(f"There was no account {account_id} yet", account_id)
     last = last_before(connection, account, None if at is None else at + 1)
     shown = {"account_id": account_id, "asset": account["asset"], "at": moment}
+    if at is None:  # What was held before nobody knows who does not look at each hold since.
+        shown |= AccountPublic(**account).model_dump(include={"held", "available"})
     return BalancePublic(**shown, balance=last["balance"], seq=last["seq"])
 
 
@@ -3380,11 +3401,17 @@ def get_trial_balance(connection: Connection) -> TrialBalance:
     return TrialBalance(items=items)
 
 
-class TransactionPublic(TransactionBase):
-    """A transaction and its entries, which sum to zero."""
+class TransactionPosted(TransactionBase):
+    """A transaction as it was posted; a CAPTURE is of a hold. Its entries sum to zero."""
+
+    hold_id: str | None
+    entries: list[EntryPublic]
+
+
+class TransactionPublic(TransactionPosted):
+    """A transaction, and what reversed it later."""
 
     reversed_by: str | None
-    entries: list[EntryPublic]
 
 
 @api.get("/transactions/{transaction_id}", tags=["transactions"])
@@ -3399,17 +3426,28 @@ def find_transaction(rows: Callable[..., list[Row]], transaction_id: str) -> Tra
     query = f"SELECT event.*, {REVERSED_BY} FROM event WHERE id = :id AND kind < 'a'"  # noqa: S608
     found = rows(query, id=transaction_id)
     if not found:
-        raise TransactionNotFound(f"There is no transaction {transaction_id}")
-    return with_entries(rows, found)[0]
+        raise TransactionNotFound(f"There is no transaction {transaction_id}", transaction_id)
+    return TransactionPublic(**with_entries(rows, found)[0])
 
 
-def with_entries(rows: Callable[..., list[Row]], events: list[Row]) -> list[TransactionPublic]:
-    """Return transactions with their entries."""
+def with_entries(rows: Callable[..., list[Row]], events: list[Row]) -> list[Row]:
+    """Return transactions with their entries, and captures with their holds."""
     entries = defaultdict(list)
     query = f"{ENTRIES} WHERE transaction_id = ANY(:ids) ORDER BY entry.id"
     for row in rows(query, ids=[event["id"] for event in events]):
-        entries[row["transaction_id"]].append(EntryPublic(**row))
-    return [TransactionPublic(**event, entries=entries[event["id"]]) for event in events]
+        entries[row["transaction_id"]].append(row)
+    for event in events:
+        asked = parse_details(event["arguments"]) if event["kind"] == "CAPTURE" else {}
+        event |= {"hold_id": asked.get("hold_id"), "entries": entries[event["id"]]}
+    return events
+
+
+# From a time on, and before another. No id's own time is before its event's; which of two that
+# servers have written at one moment has the lower id, their times do not say.
+FROM = " AND ts >= :from AND event.id >= :from_id"
+TO = """ AND ts < :to AND event.id < (SELECT min(id) FROM (SELECT :id AS id UNION ALL
+    SELECT * FROM (SELECT id FROM event WHERE id >= :to_id AND ts >= :to + 100000
+    ORDER BY id LIMIT 1) AS later) AS ends)"""
 
 
 @api.get("/transactions", tags=["transactions"])
@@ -3420,14 +3458,22 @@ def list_transactions(
     cursor: Cursor = None,
     account_id: AccountId | None = None,
     external_id: Printable | None = None,
+    kind: TransactionKind | None = None,
+    start: Annotated[Moment | None, Query(alias="from")] = None,
+    to: Moment | None = None,
     metadata: NoteFilter = (),
 ) -> Page[TransactionPublic]:
     """List transactions, newest first; `metadata[NAME]=VALUE` finds by notes."""
-    joins, where, row_id, values = filtered(metadata, "event", external_id=external_id)
+    joins, where, row_id, values = filtered(metadata, "event", external_id=external_id, kind=kind)
     source, seq, order = "event", "0", row_id
     if account_id is not None:
         source, seq, order = "entry JOIN event ON event.id = transaction_id", "entry.seq", "seq"
         where, values["account"] = f"{where} AND entry.account_id = :account", account_id
+    for name, moment, condition in (("from", start, FROM), ("to", to, TO)):
+        if moment is not None:
+            milliseconds = max(0, moment // 1_000)
+            values[f"{name}_id"] = f"{milliseconds >> 16:08x}-{milliseconds & 0xFFFF:04x}"
+            where, values[name] = where + condition, moment
     query = f"SELECT event.*, {seq} AS seq, {REVERSED_BY}, {ENTRY_COUNT} FROM {source}{joins} "  # noqa: S608
     query += f"WHERE kind < 'a' AND {row_id} < :id{where} ORDER BY {order} DESC"
     page = read_page(connection, query, limit, cursor, NEWEST_FIRST, **values)
@@ -3556,7 +3602,7 @@ def get_hold(connection: Connection, hold_id: Uuid) -> HoldPublic:
     """Show a hold."""
     found = connection.rows(f"{HOLDS} WHERE id = :id", id=hold_id, now=utc_now())
     if not found:
-        raise HoldNotFound(f"There is no hold {hold_id}")
+        raise HoldNotFound(f"There is no hold {hold_id}", hold_id)
     return HoldPublic(**found[0])
 
 
@@ -3626,7 +3672,7 @@ def get_payment(connection: Connection, payment_id: Uuid) -> PaymentPublic:
     query = "SELECT * FROM scheduled_cashback WHERE payment_id = :id AND clock = 'SERVER'"
     found = connection.rows(query, id=payment_id)
     if not found:
-        raise PaymentNotFound(f"There is no payment {payment_id}")
+        raise PaymentNotFound(f"There is no payment {payment_id}", payment_id)
     account = AccountPublic(**find_account(connection, found[0]["account_id"]))
     return payment_public(found[0], account, at=read_clocks(connection)["now"])
 
@@ -3686,13 +3732,13 @@ After = Annotated[str | None, Query(description="The `next` of the page before")
 
 
 class EventPublic(BaseModel):
-    """What happened, and the transaction, account or hold that it is about, as that is now."""
+    """What happened, and the transaction, account or hold as it was then: the same for ever."""
 
     id: str
     type: str
     ts: Timestamp
     caller: str
-    data: TransactionPublic | AccountPublic | HoldPublic | Row
+    data: TransactionPosted | AccountPublic | HoldPublic | Row
 
 
 class Events(BaseModel):
@@ -3725,8 +3771,7 @@ def find_events(connection: Connection, after: str | None, until: str, limit: in
     # PostgreSQL cannot even ask for a NUL.
     if after is not None and not connection.rows(known, id=after.replace("\0", "-")):
         raise InvalidCursor("Invalid cursor")
-    query = f"""SELECT event.*, {REVERSED_BY}, {ENTRY_COUNT},
-        CASE WHEN kind < 'a' THEN id WHEN kind = 'hold' THEN
+    query = f"""SELECT event.*, {ENTRY_COUNT}, CASE kind WHEN 'hold' THEN
         (SELECT max(id) FROM hold WHERE account_id = event.account_id AND id < event.id)
         ELSE account_id END AS about FROM event WHERE id > :after AND id <= :until
         ORDER BY id LIMIT :limit"""  # noqa: S608
@@ -3734,14 +3779,34 @@ def find_events(connection: Connection, after: str | None, until: str, limit: in
     for row in rows:
         row["type"] = EVENT_TYPES.get(row["kind"], "transaction.posted")
         row["data"] = parse_details(row["arguments"])
-        row["about"] = row["data"].get("hold_id") if row["kind"] == "void" else row["about"]
-    ids = [row["about"] for row in rows]
-    transactions = with_entries(connection.rows, [row for row in rows if row["kind"] < "a"])
-    objects: dict[str, Any] = {transaction.id: transaction for transaction in transactions}
-    for query, shown in ((ACCOUNTS, AccountPublic), (HOLDS, HoldPublic)):
-        found = connection.rows(f"{query} WHERE id = ANY(:ids)", ids=ids, now=utc_now())
-        objects |= {row["id"]: shown(**row) for row in found}
-    return [row | {"data": objects.get(row["about"], row["data"])} for row in rows]
+        row["about"] = row["data"].get("hold_id", row["about"])
+    with_entries(connection.rows, [row for row in rows if row["kind"] < "a"])
+    stored: dict[str, Row] = {}
+    for table in ("account", "hold"):
+        query = f"SELECT * FROM {table} WHERE id = ANY(:ids)"  # noqa: S608
+        found = connection.rows(query, ids=[row["about"] for row in rows])
+        stored |= {row["id"]: row for row in found}
+    return [row | {"data": fact(row, stored.get(row["about"], {}))} for row in rows]
+
+
+def fact(event: Row, stored: Row) -> Any:
+    """Return what an event tells: a thing as it was made or ended, or what it was changed to."""
+    kind, told = event["kind"], event["data"]
+    if kind < "a":
+        return TransactionPosted(**event)
+    asked = told.get("body", {})
+    status = {"freeze": "FROZEN", "unfreeze": "ACTIVE", "close": "CLOSED"}.get(kind)
+    if status or kind == "update_account":
+        return {"id": event["account_id"]} | ({"status": status} if status else asked)
+    if not stored:
+        return told
+    if kind in ("hold", "void"):
+        then = {"status": "VOIDED" if kind == "void" else "PENDING", "transaction_id": None}
+        return HoldPublic(**stored | then | {"captured_amount": 0})
+    owner = asked.get("owner_name") or (stored["name"] or "").partition(":")[2]
+    notes = json.dumps(asked["metadata"]) if "metadata" in asked else None
+    then = {"owner_name": owner or stored["owner_name"], "notes": notes}
+    return AccountPublic(**stored | then | {"status": "ACTIVE", "balance": 0, "held": 0})
 
 
 # ----- The library
@@ -4774,8 +4839,9 @@ def prepare_process() -> None:
     # Without these two lines, the collector costs a fifth of the rate.
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)
-    # Its lines would hold paths, and so names.
-    logging.getLogger("uvicorn.access").disabled = True
+    for other in ("uvicorn.access", "httpx"):
+        # Their lines would hold paths, and so names, and the tokens of receivers.
+        logging.getLogger(other).disabled = True
 
 
 async def work_for_ever(ledger: Ledger) -> None:
@@ -4872,7 +4938,8 @@ async def deliver(ledger: Ledger, webhook: Row) -> None:
             pass
     except Exception as error:  # Whatever a stranger's server does, the receipt is sent again.
         webhook["failures"] += 1
-        log.warning("a receipt waits: %s", getattr(error, "response", type(error).__name__))
+        why = getattr(error, "response", type(error).__name__)
+        log.warning("a receipt waits: %s from %s", why, origin(webhook["url"]))
     finally:
         with suppress(Exception):  # Else the turn ends by itself.
             pause = PAUSE_SECONDS.get(webhook["failures"], PAUSE_SECONDS_MAX)
@@ -5211,8 +5278,9 @@ def plain(text: str) -> str:
 
 
 def write_csv(entries: Iterable[Row], out: TextIO) -> None:
-    """Write a row an entry, with the columns of a statement, and no memo like a formula."""
-    table = csv.DictWriter(out, EntryPublic.model_fields, extrasaction="ignore")
+    """Write a row an entry, of what a statement shows but `seq`, and no memo like a formula."""
+    columns = [name for name in EntryPublic.model_fields if name != "seq"]
+    table = csv.DictWriter(out, columns, extrasaction="ignore")
     table.writeheader()
     for entry in entries:
         memo = re.sub(r"^(?=[\s=+@\uff0b\uff0d\uff1d\uff20-])", "'", entry["ref"] or "")
@@ -5521,10 +5589,12 @@ async function latest() {
   const { items } = await get("/events", before ? { after: before.id } : {}, 403, 404);
   const events = items?.reverse() ?? (await get("/transactions", { limit: 10 })).items.map(
     (data) => ({ ts: data.ts, data }));
-  await meet(events.flatMap(({ data }) => data.entries ?? []));
+  await meet(events.flatMap(({ type, data }) =>
+    data.entries ?? (/^account/.test(type) ? { account_id: data.id } : [])));
   return table("Latest", ["What", "Amount", "Balance"], events.flatMap(({ ts, type, data }) => [
     [[data.entries ? posted(data.id, words(data.kind)) : words(type), bdi(data.memo),
-      link(`account/${data.id}`, data.owner_name), time(ts)]], ...entryRows(data.entries ?? [])]));
+      link(`account/${data.id}`, known.get(data.id)?.owner_name), time(ts)]],
+    ...entryRows(data.entries ?? [])]));
 }
 const overview = async () => [heading("Overview"), ...await Promise.all(
   [balances(), accounts({ limit: 20 }), latest()])];
