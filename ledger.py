@@ -241,12 +241,14 @@ Timestamp = Annotated[
 ]
 STRICT = {"sqlite_strict": True}
 NO_ROWID = STRICT | {"sqlite_with_rowid": False}
-NO_ENTRIES = "kind >= 'a'"  # Capitals, which transactions have, come before.
+# Capitals, which the kinds of transactions have, come before.
+IS_TRANSACTION, NO_ENTRIES = "kind < 'a'", "kind >= 'a'"
 HAS_EXTERNAL_ID = "external_id IS NOT NULL"
-# The caller's own metadata is stored as JSON, and callers see an object.
+# The caller's own metadata is stored as JSON, in columns called notes, because SQLModel's classes
+# have something else that is called metadata; callers see an object.
 AS_OBJECT = pydantic.PlainSerializer(lambda text: json.loads(text) if text else {}, dict[str, str])
 AS_TEXT = BeforeValidator(lambda given: json.dumps(given) if isinstance(given, dict) else given)
-Notes = Annotated[str | None, AS_TEXT, AS_OBJECT, pydantic.Field(alias="metadata")]
+StoredMetadata = Annotated[str | None, AS_TEXT, AS_OBJECT, pydantic.Field(alias="metadata")]
 
 
 def partial_index(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
@@ -278,7 +280,7 @@ class AccountPublic(Public):
     balance: int = 0
     held: int = 0
     external_id: str | None = None
-    notes: Notes = None
+    notes: StoredMetadata = None
     created_at: Timestamp
 
     @pydantic.computed_field
@@ -319,7 +321,7 @@ class TransactionBase(Public):
     memo: str | None = None
     ts: Timestamp
     external_id: str | None = None
-    notes: Notes = None
+    notes: StoredMetadata = None
     reverses: str | None = Field(default=None, foreign_key="event.id")
 
 
@@ -362,6 +364,20 @@ class Entry(EntryBase, table=True):
         sa.CheckConstraint("amount >= 1"),
         STRICT,
     )
+
+
+CHANGING_COLUMNS = {
+    "account": ("status", "balance", "held", "last_seq"),
+    "hold": ("status", "captured_amount", "transaction_id"),
+    "scheduled_cashback": ("status", "transaction_id"),
+    "api_key": ("revoked_at",),
+    "webhook": ("position", "failures", "due_at"),
+}
+# Not among those, because with each of them SQLite would write the index of names anew.
+NAMING_COLUMNS = {"account": ("owner_name", "notes")}
+CHANGEABLE = {
+    table: {*columns, *NAMING_COLUMNS.get(table, ())} for table, columns in CHANGING_COLUMNS.items()
+}
 
 
 # ----- Posting
@@ -431,10 +447,10 @@ class Book:
         row |= {"account_id": account and account.id, "arguments": self.command.arguments}
         row |= {"external_id": None, "notes": None, "reverses": None} | event
         self.insert("event", row)
-        self.index_notes(row)
+        self.index_metadata(row)
         return str(row["id"])
 
-    def index_notes(self, row: Row) -> None:
+    def index_metadata(self, row: Row) -> None:
         """Let an account or an event be found by each member of its metadata."""
         for name, value in json.loads(row["notes"]).items() if row["notes"] else ():
             self.insert("note", {"name": name, "value": value, "owner_id": row["id"]})
@@ -475,7 +491,7 @@ class Book:
         account = Account(**columns, created_at=self.now)
         self.remember(account)
         self.insert("account", dict(vars(account)))
-        self.index_notes(vars(account))
+        self.index_metadata(vars(account))
         return account
 
     def lock(self, references: Iterable[str], *queries: tuple[str, Row]) -> list[list[Row]]:
@@ -540,7 +556,9 @@ class Book:
         self._undo.append(rows.pop)
 
     def change(self, table: str, row: Row, **values: Any) -> None:
-        """Change a loaded row, which the batch will write."""
+        """Change a loaded row, which the batch will write, or raise where it never does."""
+        if not CHANGEABLE[table].issuperset(values):
+            raise LookupError(f"{table} is not changed in this way: {', '.join(values)}")
         self._undo.append(partial(row.update, row.copy()))
         row.update(values)
         changed = self.updates[table]
@@ -924,7 +942,7 @@ def reverse(book: Book, transaction_id: str, **event: Any) -> str:
     entries = book.ask("SELECT * FROM entry WHERE transaction_id = :id", id=transaction_id)
     # Its accounts first, as everywhere: while they are locked, nobody else reverses it.
     book.lock([entry["account_id"] for entry in entries])
-    query = f"SELECT kind, {REVERSED_BY} FROM event WHERE id = :id AND kind < 'a'"  # noqa: S608
+    query = f"SELECT kind, {REVERSED_BY} FROM event WHERE id = :id AND {IS_TRANSACTION}"  # noqa: S608
     found = book.ask(query, id=transaction_id)
     if not found:
         raise TransactionNotFound(f"There is no transaction {transaction_id}", transaction_id)
@@ -972,7 +990,7 @@ def change_account(book: Book, reference: str, **changes: Any) -> Account:
     book.connection.update("account", NAMING_COLUMNS["account"], [vars(account)])
     if "notes" in changes:
         book.connection.execute("DELETE FROM note WHERE owner_id = :id", id=account.id)
-        book.index_notes(vars(account))
+        book.index_metadata(vars(account))
     return account
 
 
@@ -1015,7 +1033,7 @@ class HoldPublic(Public):
     transaction_id: str | None = Field(default=None, foreign_key="event.id")
     memo: str | None = None
     external_id: str | None = None
-    notes: Notes = None
+    notes: StoredMetadata = None
     created_at: Timestamp
     expires_at: Timestamp
 
@@ -1145,7 +1163,7 @@ def stored_key(caller: str, operation: str, key: str) -> str:
     return f"{caller.replace('%', '%25').replace('|', '%7C')}|{operation}|{key}"
 
 
-def execute(command: Command, book: Book, known: dict[str, Row]) -> Answer:
+def execute_command(command: Command, book: Book, known: dict[str, Row]) -> Answer:
     """Execute one command of a batch, or replay the answer that its key was given before."""
     fingerprint = hashlib.sha256(command.arguments.encode()).hexdigest()
     if stored := known.get(command.key or ""):
@@ -1191,7 +1209,9 @@ class Ledger:
             [rows] = book.lock(references, (stored, {"keys": keys}))
             known = {row["id"]: row for row in rows}
             is_tidy = book.is_tidy
-            answers = [execute(command, book, known) for command in commands] if is_tidy else []
+            answers = (
+                [execute_command(command, book, known) for command in commands] if is_tidy else []
+            )
             connection.save(book.inserts, book.updates)
         # The end of "with" has committed; only now is anybody answered.
         if not is_tidy:
@@ -1337,6 +1357,7 @@ class ManyExpired(DatabaseBusy, detail="Many holds have expired at once: try aga
 class DatabaseUnavailable(LedgerError, status=503, detail="The database refuses: try again"): ...
 class DatabaseLost(DatabaseUnavailable, detail="The database cannot be written to: try again"): ...
 class DiskFailed(DatabaseUnavailable, detail="The disk fails, and nothing was done"): ...
+class InternalError(LedgerError, status=500, detail="The server made a mistake, and logged it"): ...
 class StorageFull(LedgerError, status=507, detail="The disk is full, and nothing was done"): ...
 # fmt: on
 
@@ -1351,6 +1372,7 @@ KNOWN_ERRORS: dict[int | str, type[LedgerError]] = {
     sqlite3.SQLITE_IOERR: DiskFailed,
     sqlite3.SQLITE_CANTOPEN: DiskFailed,
     sqlite3.SQLITE_READONLY: DiskFailed,
+    sqlite3.SQLITE_CONSTRAINT: InternalError,  # It can never succeed: a rule was not kept above.
     # By SQLSTATE; a unique violation is what a key brings that is used on two servers.
     "23505": DatabaseConflict,
     "40001": DatabaseConflict,  # A serialization failure.
@@ -1362,15 +1384,6 @@ KNOWN_ERRORS: dict[int | str, type[LedgerError]] = {
     "58030": DiskFailed,
     "25006": DatabaseLost,  # A server that only reads, as one that became a standby.
 }
-CHANGING_COLUMNS = {
-    "account": ("status", "balance", "held", "last_seq"),
-    "hold": ("status", "captured_amount", "transaction_id"),
-    "scheduled_cashback": ("status", "transaction_id"),
-    "api_key": ("revoked_at",),
-    "webhook": ("position", "failures", "due_at"),
-}
-# Not among those, because with each of them SQLite would write the index of names anew.
-NAMING_COLUMNS = {"account": ("owner_name", "notes")}
 
 
 class Connection:
@@ -1386,7 +1399,8 @@ class Connection:
     tables = "SELECT name FROM sqlite_schema WHERE type = 'table'"
     schema = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
     clock = ":now"  # Which is given; a server has its own, for all who call it.
-    mark = ""  # What lets others see that a write is under way.
+    mark = ""  # What lets others see that a write is under way, and those that they see so.
+    writes = "SELECT 1 AS write WHERE 1 = 0"
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -1492,6 +1506,9 @@ class PostgresConnection(Connection):
     WHERE NOT tgisinternal"""
     clock = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS bigint)"
     mark = f"SELECT pg_advisory_xact_lock_shared({WRITE_LOCK})"
+    writes = f"""SELECT virtualtransaction AS write FROM pg_locks WHERE locktype = 'advisory'
+    AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {WRITE_LOCK} AND objsubid = 1
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""  # noqa: S608
 
     @staticmethod
     @lru_cache
@@ -1734,7 +1751,10 @@ def translate_error(error: Any) -> LedgerError:
     if isinstance(error, sqlite3.Error):
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
         return KNOWN_ERRORS.get(code, DatabaseUnavailable)()
-    known = KNOWN_ERRORS.get(error.sqlstate, DatabaseUnavailable)
+    is_constraint = (error.sqlstate or "").startswith("23")
+    known = KNOWN_ERRORS.get(
+        error.sqlstate, InternalError if is_constraint else DatabaseUnavailable
+    )
     if error.sqlstate is None:
         is_lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
     else:
@@ -2126,9 +2146,9 @@ EVENT_TYPES = {
 # Each rule with the rows that it is for, and the queries that find one that breaks it.
 CHECKS = {
     "every transaction has entries, which sum to zero": (
-        "event WHERE kind < 'a'",
-        """SELECT 'transaction ' || id || ' has no entries' AS wrong FROM event
-        WHERE kind < 'a' AND NOT EXISTS (SELECT 1 FROM entry WHERE transaction_id = event.id)""",
+        f"event WHERE {IS_TRANSACTION}",
+        f"""SELECT 'transaction ' || id || ' has no entries' AS wrong FROM event WHERE
+        {IS_TRANSACTION} AND NOT EXISTS (SELECT 1 FROM entry WHERE transaction_id = event.id)""",  # noqa: S608
         # In two parts, because a sum may leave 64 bits where no amount does.
         """WITH line AS (
             SELECT transaction_id, asset, CASE type WHEN 'CREDIT' THEN amount ELSE -amount END
@@ -2359,7 +2379,6 @@ class UriTooLong(LedgerError, status=414): ...
 class UnsupportedMediaType(LedgerError, status=415): ...
 class InvalidRequest(LedgerError, status=422, detail="The request does not fit: see errors"): ...
 class HeadersTooLarge(LedgerError, status=431): ...
-class InternalError(LedgerError, status=500): ...
 # fmt: on
 
 
@@ -2509,7 +2528,7 @@ RECEIVING_BYTES_MAX = SENDING_BYTES_MAX = 33_554_432  # For all callers together
 PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
 NEWEST_FIRST, OLDEST_FIRST = f"{10**18 - 1}_g", "0_"  # Where the pages of a list start.
 ERRORS_LISTED_MAX = 20
-NOTE_FILTER = re.compile(r"metadata\[.*\]", re.DOTALL)
+METADATA_PARAMETER_NAME = re.compile(r"metadata\[.*\]", re.DOTALL)
 ALICE, BOB = (f"01a1fefb-c2f0-7ab1-8d0e-391f6d6292{end}" for end in ("a4", "b5"))  # Examples.
 
 
@@ -2705,17 +2724,19 @@ OtherAccountId = Annotated[AccountId, pydantic.Field(examples=[BOB])]
 PlainInt = Annotated[int, BeforeValidator(PLAIN_DIGITS)]
 Limit = Annotated[PlainInt, Query(ge=1, le=PAGE_SIZE_MAX)]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
-NoteName = Annotated[PrintableText, pydantic.StringConstraints(min_length=1, max_length=40)]
-NoteText = Annotated[PrintableText, pydantic.StringConstraints(max_length=500)]
+MetadataName = Annotated[PrintableText, pydantic.StringConstraints(min_length=1, max_length=40)]
+MetadataText = Annotated[PrintableText, pydantic.StringConstraints(max_length=500)]
 # As it is stored, and in one order: two objects that differ in it alone mean the same.
 Metadata = Annotated[
-    dict[NoteName, NoteText],
+    dict[MetadataName, MetadataText],
     pydantic.Field(max_length=50),
     AfterValidator(partial(json.dumps, sort_keys=True)),
     AS_OBJECT,
 ]
 # The parameters `metadata[NAME]=VALUE`, which all must hold.
-NoteFilter = Annotated[tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50)]
+MetadataFilter = Annotated[
+    tuple[tuple[MetadataName, MetadataText], ...], pydantic.Field(max_length=50)
+]
 Moment = Annotated[int, BeforeValidator(parse_time), TIME_SCHEMA]
 
 
@@ -2831,7 +2852,7 @@ class LedgerRoute(APIRoute):
         self.result: TypeAdapter[Any] = TypeAdapter(Any if shown_as is Response else shown_as)
         # What FastAPI documents: all but what is not the caller's to give, or has no name.
         documented: Any = partial(endpoint, None)
-        shown = [p for p in others if p.annotation is not NoteFilter]
+        shown = [p for p in others if p.annotation is not MetadataFilter]
         documented.__signature__ = signature.replace(parameters=shown)
         parameters: list[Row] = []
         if self.writes:
@@ -2869,7 +2890,7 @@ class LedgerRoute(APIRoute):
             except Exception as error:
                 asked = request.scope["ledger"]
                 log.exception("the server made a mistake in request %s", asked.id)
-                raise InternalError("The server made a mistake, and logged it") from error
+                raise InternalError from error
             return answer if isinstance(answer, Response) else AnswerResponse(answer, request.scope)
 
         return handle
@@ -2950,9 +2971,15 @@ class LedgerRoute(APIRoute):
         given: Row = {}
         if scope["query_string"]:
             pairs = parse_qsl(scope["query_string"].decode("latin-1"), True)
-            notes = {(name[9:-1], value) for name, value in pairs if NOTE_FILTER.fullmatch(name)}
+            notes = {
+                (name[9:-1], value)
+                for name, value in pairs
+                if METADATA_PARAMETER_NAME.fullmatch(name)
+            }
             given = {"metadata": sorted(notes)} if notes else {}
-            given |= {name: value for name, value in pairs if not NOTE_FILTER.fullmatch(name)}
+            given |= {
+                name: value for name, value in pairs if not METADATA_PARAMETER_NAME.fullmatch(name)
+            }
         # PostgreSQL cannot even ask for a NUL, and no name has one.
         given |= {name: text.replace("\0", "\1") for name, text in scope["path_params"].items()}
         given |= {"body": document} if self.body_field else {}
@@ -3048,7 +3075,13 @@ class Page(BaseModel, Generic[T]):
 
 
 def read_page(
-    connection: Connection, query: str, limit: int, cursor: str | None, start: str, **values: Any
+    connection: Connection,
+    listed: str,
+    query: str,
+    limit: int,
+    cursor: str | None,
+    start: str,
+    **values: Any,
 ) -> Row:
     """Return rows of a query beyond the place that a cursor leads to, its `:seq` and its `:id`.
 
@@ -3056,7 +3089,7 @@ def read_page(
     """
 
     def lead_to(place: str) -> str:
-        checked = json.dumps([query, values, place])
+        checked = json.dumps([listed, values, place])
         return f"{place}.{hashlib.sha256(checked.encode()).hexdigest()[:16]}"
 
     place = start if cursor is None else cursor.rpartition(".")[0]
@@ -3121,13 +3154,13 @@ class EventCreate(Named):
     memo: Printable | None = None
 
 
-class CashCreate(EventCreate):
-    """An amount that comes in or goes out."""
+class AmountCreate(EventCreate):
+    """An amount to be moved."""
 
     amount: Amount
 
 
-class TransferCreate(CashCreate):
+class TransferCreate(AmountCreate):
     """A transfer between two accounts of one asset."""
 
     source_account_id: AccountId
@@ -3158,14 +3191,14 @@ def create_transfer(book: Book, body: TransferCreate) -> TransferPublic:
 
 @api.post("/accounts/{account_id}/deposit", tags=["accounts"])
 @allow(SERVICES, key="required")
-def create_deposit(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
+def create_deposit(book: Book, account_id: AccountId, body: AmountCreate) -> AccountPublic:
     """Take money in for an account."""
     return deposit(book, account_id, **vars(body))
 
 
 @api.post("/accounts/{account_id}/withdraw", tags=["accounts"])
 @allow(ADMINS, key="required")
-def create_withdrawal(book: Book, account_id: AccountId, body: CashCreate) -> AccountPublic:
+def create_withdrawal(book: Book, account_id: AccountId, body: AmountCreate) -> AccountPublic:
     """Pay money out of an account."""
     return withdraw(book, account_id, **vars(body))
 
@@ -3193,13 +3226,13 @@ def list_accounts(
     owner_name: Printable | None = None,
     name: Annotated[PrintableText, pydantic.StringConstraints(max_length=220)] | None = None,
     external_id: Printable | None = None,
-    metadata: NoteFilter = (),
+    metadata: MetadataFilter = (),
 ) -> Page[AccountPublic]:
     """List the customers' accounts, oldest first; `metadata[NAME]=VALUE` finds by notes."""
     columns = {"owner_name": owner_name, "name": name, "external_id": external_id}
     joins, where, row_id, values = filtered(metadata, "account", **columns)
     query = f"{ACCOUNTS}{joins} WHERE kind = 'CUSTOMER'{where} AND {row_id} > :id ORDER BY {row_id}"
-    page = read_page(connection, query, limit, cursor, OLDEST_FIRST, **values)
+    page = read_page(connection, "accounts", query, limit, cursor, OLDEST_FIRST, **values)
     return Page[AccountPublic](**page)
 
 
@@ -3238,7 +3271,7 @@ def read_clocks(connection: Connection) -> Row:
     return connection.rows(CLOCKS.format(connection.clock), now=utc_now())[0]
 
 
-def filtered(metadata: NoteFilter, table: str, **columns: Any) -> tuple[str, str, str, Row]:
+def filtered(metadata: MetadataFilter, table: str, **columns: Any) -> tuple[str, str, str, Row]:
     """Return what finds the rows of a table that have these notes and these values of columns.
 
     It is what to join, what must hold, the column of ids in whose order an index has them, and
@@ -3323,7 +3356,8 @@ def get_statement(
     before = last_before(connection, account, to)["seq"] + 1
     query = f"{ENTRIES_OF_ACCOUNT} AND seq < :seq AND seq > :after ORDER BY seq DESC"
     values = {"account": account_id, "from": start, "after": after, "to": to}
-    return Page[EntryPublic](**read_page(connection, query, limit, cursor, f"{before}_", **values))
+    page = read_page(connection, "entries", query, limit, cursor, f"{before}_", **values)
+    return Page[EntryPublic](**page)
 
 
 def last_before(connection: Connection, account: Row, moment: int | None) -> Row:
@@ -3423,7 +3457,7 @@ def get_transaction(connection: Connection, transaction_id: Uuid) -> Transaction
 
 def find_transaction(rows: Callable[..., list[Row]], transaction_id: str) -> TransactionPublic:
     """Return a transaction, of the database or of the open batch."""
-    query = f"SELECT event.*, {REVERSED_BY} FROM event WHERE id = :id AND kind < 'a'"  # noqa: S608
+    query = f"SELECT event.*, {REVERSED_BY} FROM event WHERE id = :id AND {IS_TRANSACTION}"  # noqa: S608
     found = rows(query, id=transaction_id)
     if not found:
         raise TransactionNotFound(f"There is no transaction {transaction_id}", transaction_id)
@@ -3461,7 +3495,7 @@ def list_transactions(
     kind: TransactionKind | None = None,
     start: Annotated[Moment | None, Query(alias="from")] = None,
     to: Moment | None = None,
-    metadata: NoteFilter = (),
+    metadata: MetadataFilter = (),
 ) -> Page[TransactionPublic]:
     """List transactions, newest first; `metadata[NAME]=VALUE` finds by notes."""
     joins, where, row_id, values = filtered(metadata, "event", external_id=external_id, kind=kind)
@@ -3475,8 +3509,8 @@ def list_transactions(
             values[f"{name}_id"] = f"{milliseconds >> 16:08x}-{milliseconds & 0xFFFF:04x}"
             where, values[name] = where + condition, moment
     query = f"SELECT event.*, {seq} AS seq, {REVERSED_BY}, {ENTRY_COUNT} FROM {source}{joins} "  # noqa: S608
-    query += f"WHERE kind < 'a' AND {row_id} < :id{where} ORDER BY {order} DESC"
-    page = read_page(connection, query, limit, cursor, NEWEST_FIRST, **values)
+    query += f"WHERE {IS_TRANSACTION} AND {row_id} < :id{where} ORDER BY {order} DESC"
+    page = read_page(connection, "transactions", query, limit, cursor, NEWEST_FIRST, **values)
     page["items"] = with_entries(connection.rows, page["items"])
     return Page[TransactionPublic](**page)
 
@@ -3561,7 +3595,7 @@ def create_transfers(book: Book, body: BulkCreate) -> BulkPublic:
     return BulkPublic(**shown)
 
 
-class HoldCreate(CashCreate):
+class HoldCreate(AmountCreate):
     """Money to be promised to an account for some time, in seconds."""
 
     account_id: AccountId
@@ -3625,11 +3659,13 @@ def list_holds(
             f"{part % ('account_id', 'held')} UNION ALL {part % ('dest_account_id', 'promised')}"
         )
     among = {"account": account_id, "status": status}
-    page = read_page(connection, f"{query} ORDER BY id DESC", limit, cursor, NEWEST_FIRST, **among)
+    page = read_page(
+        connection, "holds", f"{query} ORDER BY id DESC", limit, cursor, NEWEST_FIRST, **among
+    )
     return Page[HoldPublic](**page)
 
 
-class PaymentCreate(CashCreate):
+class PaymentCreate(AmountCreate):
     """A payment to a merchant."""
 
     account_id: AccountId
@@ -3684,14 +3720,14 @@ ACTIONS = {
 }  # fmt: skip
 AUDIT_OF_ALL = "SELECT * FROM event WHERE id < :id ORDER BY id DESC"
 # The events of an account are those of its entries, and those without any.
-AUDIT_OF_ACCOUNT = """SELECT * FROM (
+AUDIT_OF_ACCOUNT = f"""SELECT * FROM (
         SELECT event.*, seq FROM entry JOIN event ON event.id = transaction_id
         WHERE entry.account_id = :account_id AND seq < :seq AND transaction_id < :id
         ORDER BY seq DESC LIMIT :limit
     ) AS posted UNION ALL SELECT * FROM (
         SELECT event.*, :seq AS seq FROM event
-        WHERE account_id = :account_id AND id < :id AND kind >= 'a' ORDER BY id DESC LIMIT :limit
-    ) AS other ORDER BY id DESC"""
+        WHERE account_id = :account_id AND id < :id AND {NO_ENTRIES} ORDER BY id DESC LIMIT :limit
+    ) AS other ORDER BY id DESC"""  # noqa: S608
 
 
 class AuditEventPublic(BaseModel):
@@ -3716,18 +3752,14 @@ def list_audit_events(
 ) -> Page[AuditEventPublic]:
     """List what was done, newest first; of one account, all that touched it."""
     query = AUDIT_OF_ACCOUNT if account_id else AUDIT_OF_ALL
-    page = read_page(connection, query, limit, cursor, NEWEST_FIRST, account_id=account_id)
+    page = read_page(connection, "audit", query, limit, cursor, NEWEST_FIRST, account_id=account_id)
     for row in page["items"]:
         row["action"] = ACTIONS.get(row["kind"], row["kind"].lower())
         row["details"] = row["arguments"]
-        row["transaction_id"] = row["id"] if row["kind"] < "a" else None
+        row["transaction_id"] = row["id"] if row["kind"].isupper() else None
     return Page[AuditEventPublic](**page)
 
 
-# On PostgreSQL, a write has this lock, which it shares with other writes, before it takes an id.
-WRITES = f"""SELECT virtualtransaction AS write FROM pg_locks WHERE locktype = 'advisory'
-    AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {WRITE_LOCK} AND objsubid = 1
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""  # noqa: S608
 After = Annotated[str | None, Query(description="The `next` of the page before")]
 
 
@@ -3748,17 +3780,21 @@ class Events(BaseModel):
     next: str | None
 
 
+def see_writes(connection: Connection) -> list[list[Row]]:
+    """Return the newest event, and the writes that are under way."""
+    return connection.all_rows(NEWEST, (connection.writes, {}))
+
+
 @api.get("/events", tags=["audit and events"])
 @allow(AUDITORS)
 async def list_events(database: Database, limit: Limit = PAGE_SIZE, after: After = None) -> Events:
     """List what happened, oldest first, for programs that follow along."""
-    queries = (NEWEST,) if database.inline else (NEWEST, (WRITES, {}))
-    newest, *writes = await database.run_read(Connection.all_rows, *queries)
+    newest, *writes = await database.run_read(see_writes)
     deadline = time.monotonic() + BUSY_SECONDS_MAX
     # What is in flight may bring a lower id than the newest event's; what begins later may not.
     while any(writes) and time.monotonic() < deadline:
         await asyncio.sleep(BUSY_RETRY_SECONDS)
-        _, later = await database.run_read(Connection.all_rows, *queries)
+        _, later = await database.run_read(see_writes)
         writes = [[write for write in writes[0] if write in later]]
     until = newest[0]["id"] if newest and not any(writes) else ""
     rows = await database.run_read(find_events, after, until, limit)
@@ -3780,7 +3816,7 @@ def find_events(connection: Connection, after: str | None, until: str, limit: in
         row["type"] = EVENT_TYPES.get(row["kind"], "transaction.posted")
         row["data"] = parse_details(row["arguments"])
         row["about"] = row["data"].get("hold_id", row["about"])
-    with_entries(connection.rows, [row for row in rows if row["kind"] < "a"])
+    with_entries(connection.rows, [row for row in rows if row["kind"].isupper()])
     stored: dict[str, Row] = {}
     for table in ("account", "hold"):
         query = f"SELECT * FROM {table} WHERE id = ANY(:ids)"  # noqa: S608
@@ -3792,7 +3828,7 @@ def find_events(connection: Connection, after: str | None, until: str, limit: in
 def fact(event: Row, stored: Row) -> Any:
     """Return what an event tells: a thing as it was made or ended, or what it was changed to."""
     kind, told = event["kind"], event["data"]
-    if kind < "a":
+    if kind.isupper():
         return TransactionPosted(**event)
     asked = told.get("body", {})
     status = {"freeze": "FROZEN", "unfreeze": "ACTIVE", "close": "CLOSED"}.get(kind)
@@ -4140,13 +4176,13 @@ def list_bank_transactions(
     account = find_account(connection, BANK_ACCOUNT.format(name))
     if connection.bound == "short" and account["last_seq"] > SHORT_ROWS_MAX:
         raise LongRead
-    query = """SELECT 2 * seq AS line, kind, type, entry.amount AS moved,
+    query = f"""SELECT 2 * seq AS line, kind, type, entry.amount AS moved,
         COALESCE(effective_at, ts) / 1000 AS at, number, cashback.amount, due_at, status
         FROM entry JOIN event ON event.id = entry.transaction_id
         LEFT JOIN scheduled_cashback AS cashback ON payment_id = event.id
         WHERE entry.account_id = :id AND kind <> 'CASHBACK'
         UNION ALL SELECT 1, kind, '', 0, COALESCE(effective_at, ts) / 1000, NULL, NULL, NULL, NULL
-        FROM event WHERE account_id = :id AND kind >= 'a' AND kind = 'open_account'"""
+        FROM event WHERE account_id = :id AND {NO_ENTRIES} AND kind = 'open_account'"""  # noqa: S608
     movements = connection.rows(query, id=account["id"])
     lines = [line for row in movements for line in bank_operations(row, timestamp)]
     lines.sort(key=attrgetter("timestamp", "transaction_id"))
