@@ -375,8 +375,7 @@ def test_an_operation_that_is_refused_at_its_second_post_takes_nothing_from_its_
 
 
 # ----- Operations
-# Money comes in, moves, is paid and goes out; accounts open, freeze and close. At the end of the
-# section stands the test of them all together, in any order.
+# Money comes in, moves, is paid, goes out and is taken back; accounts open, freeze and close.
 
 
 def test_an_account_is_opened_in_its_asset(bank: "Bank") -> None:
@@ -675,6 +674,160 @@ def test_a_cashback_and_a_close_in_one_batch_respect_each_other(bank: "BankInsid
     assert bank.wrong() == []
 
 
+def pay_and_wait(bank: "BankInside") -> None:
+    """Let Alice get a cashback of 7."""
+    bank.pay("alice", 350)
+    bank.pass_time(DAY)
+
+
+# What can be reversed, each of 7 with Alice on one side.
+MOVES: dict[str, Callable[["BankInside"], Any]] = {
+    "DEPOSIT": lambda bank: bank.deposit("alice", 7),
+    "WITHDRAWAL": lambda bank: bank.withdraw("alice", 7),
+    "TRANSFER": lambda bank: bank.transfer("alice", "bob", 7),
+    "PAYMENT": lambda bank: bank.pay("alice", 7),
+    "JOURNAL": lambda bank: bank.journal({"alice": -7, "bob": 3, "carol": 4}),
+    "CAPTURE": lambda bank: bank.capture(bank.promised("alice", "bob", 7)),
+    "CASHBACK": pay_and_wait,
+}
+
+
+@pytest.mark.parametrize("kind", MOVES)
+def test_a_reversal_turns_every_entry_round(bank: "BankInside", kind: str) -> None:
+    MOVES[kind](bank.given(alice=1_000, bob=0, carol=0))
+    first = bank.get(f"/transactions/{bank.last('alice')}").json()
+    answer = bank.reverse(first["id"], memo="sorry", external_id="r1", metadata={"why": "typo"})
+    shown = answer.json()
+    assert (answer.status_code, first["kind"]) == (201, kind)
+    assert answer.headers["Location"] == f"/transactions/{shown['id']}"
+    assert bank.get(answer.headers["Location"]).json() == shown
+    assert (shown["kind"], shown["reverses"], shown["reversed_by"]) == (
+        "REVERSAL", first["id"], None
+    )  # fmt: skip
+    assert (shown["memo"], shown["external_id"]) == ("sorry", "r1")
+    assert shown["metadata"] == {"why": "typo"}
+    other = {"DEBIT": "CREDIT", "CREDIT": "DEBIT"}
+    turned = [(e["account_id"], other[e["type"]], e["amount"]) for e in first["entries"]]
+    assert [(e["account_id"], e["type"], e["amount"]) for e in shown["entries"]] == turned
+    again = bank.get(f"/transactions/{first['id']}").json()
+    assert again == first | {"reversed_by": shown["id"]}
+    assert bank.wrong() == []
+
+
+def test_a_transaction_is_reversed_once_and_a_reversal_never(bank: "Bank") -> None:
+    bank.given(alice=100, bob=0)
+    transfer = bank.transfer("alice", "bob", 10).json()["transfer_id"]
+    reversal = bank.reverse(transfer).json()["id"]
+    refused = bank.reverse(transfer)
+    assert refusal(refused) == (409, "already_reversed")
+    assert refused.json()["reversed_by"] == reversal
+    assert refusal(bank.reverse(reversal)) == (409, "not_reversible")
+    assert bank.balances() == {"alice": 100, "bob": 0}
+
+
+def test_what_is_no_transaction_cannot_be_reversed(bank: "Bank") -> None:
+    bank.given(alice=0)
+    [(opening,)] = bank.rows("SELECT id FROM event WHERE kind = 'open_account'")
+    for event in (opening, NOBODY):
+        assert refusal(bank.reverse(event)) == (404, "transaction_not_found")
+
+
+def test_what_was_spent_or_promised_cannot_be_taken_back(bank: "Bank") -> None:
+    bank.given(alice=100, bob=0)
+    transfer = bank.transfer("alice", "bob", 60).json()["transfer_id"]
+    bank.withdraw("bob", 10)
+    hold = bank.promised("bob", "alice", 20)
+    refused = bank.reverse(transfer)
+    assert refusal(refused) == (409, "insufficient_funds")
+    members = [refused.json()[name] for name in ("balance", "available", "requested")]
+    assert members == [50, 30, 60]
+    bank.void(hold)
+    bank.deposit("bob", 10)
+    for name in ("alice", "bob"):
+        bank.step(name, "freeze")
+        assert refusal(bank.reverse(transfer)) == (409, "account_frozen")
+        bank.step(name, "unfreeze")
+    assert bank.reverse(transfer).status_code == 201
+    assert bank.balances() == {"alice": 100, "bob": 0}
+    assert bank.wrong() == []
+
+
+def test_a_reversal_takes_what_an_expired_hold_held(bank: "BankInside") -> None:
+    bank.given(alice=100, bob=0)
+    transfer = bank.transfer("alice", "bob", 60).json()["transfer_id"]
+    bank.promised("bob", "alice", 60, expires_in=60)
+    bank.pass_time(60_000_000)
+    assert bank.reverse(transfer).status_code == 201
+    assert bank.funds("bob") == (0, 0, 0)
+    assert bank.wrong() == []
+
+
+def test_a_reversed_capture_leaves_its_hold_captured(bank: "Bank") -> None:
+    bank.given(alice=100, bob=0)
+    hold = bank.capture(bank.promised("alice", "bob", 60)).json()
+    assert bank.reverse(hold["transaction_id"]).status_code == 201
+    assert bank.get(f"/holds/{hold['id']}").json() == hold
+    assert bank.funds("alice") == (100, 0, 100)
+    assert refusal(bank.capture(hold["id"])) == (409, "hold_captured")
+
+
+def test_a_reversed_payment_brings_no_cashback(bank: "BankInside") -> None:
+    payment = bank.given(alice=100).pay("alice", 100).json()
+    path = f"/payments/{payment['payment_id']}"
+    assert bank.reverse(payment["payment_id"]).status_code == 201
+    assert bank.get(path).json()["cashback"] == payment["cashback"] | {"status": "CANCELLED"}
+    bank.pass_time(2 * DAY)
+    assert bank.get(path).json()["cashback"]["status"] == "CANCELLED"
+    assert bank.balances() == {"alice": 100}
+    bank.withdraw("alice", 100)
+    assert bank.step("alice", "close").status_code == 200
+    assert bank.wrong() == []
+
+
+def test_a_credited_cashback_is_reversed_before_its_payment(bank: "BankInside") -> None:
+    payment = bank.given(alice=100).pay("alice", 100).json()["payment_id"]
+    bank.pass_time(DAY)
+    refused = bank.reverse(payment)
+    assert refusal(refused) == (409, "cashback_credited")
+    cashback = bank.last("alice")
+    assert cashback in refused.json()["detail"]
+    assert bank.reverse(cashback).status_code == 201
+    path = f"/payments/{payment}"
+    assert bank.get(path).json()["cashback"]["status"] == "CREDITED"
+    assert bank.reverse(payment).status_code == 201
+    assert bank.get(path).json()["cashback"]["status"] == "CANCELLED"
+    bank.pass_time(DAY)
+    assert bank.balances() == {"alice": 100}
+    assert bank.wrong() == []
+
+
+def test_a_payment_without_cashback_is_reversed_at_any_time(bank: "BankInside") -> None:
+    payment = bank.given(alice=100).pay("alice", 49).json()["payment_id"]
+    bank.pass_time(DAY)
+    assert bank.reverse(payment).status_code == 201
+    shown = bank.get(f"/payments/{payment}").json()
+    assert (shown["cashback"]["status"], shown["account"]["balance"]) == ("CANCELLED", 100)
+    assert bank.wrong() == []
+
+
+def test_a_reversal_and_a_cashback_in_one_batch_respect_each_other(bank: "BankInside") -> None:
+    payment = bank.given(alice=100).pay("alice", 100).json()["payment_id"]
+    tomorrow = ledger.utc_now() + DAY
+    commands = [
+        command_of(ledger.reverse, payment),
+        command_of(ledger.reverse, payment),
+        command_of(ledger.credit_cashbacks, clock="SERVER", until=tomorrow),
+    ]
+    assert [answer.status for answer in bank.ledger.commit(commands)] == [200, 409, 200]
+    assert bank.balances() == {"alice": 100}
+    assert bank.wrong() == []
+
+
+# ----- Holds
+# Money is promised, and then captured, voided or expired. At the end of the section stands the test
+# of all operations together, in any order.
+
+
 def test_a_hold_promises_money_and_a_capture_moves_it(bank: "Bank") -> None:
     bank.given(alice=100, bob=0)
     placed = bank.hold("alice", "bob", 60, memo="hotel")
@@ -880,155 +1033,6 @@ def test_a_refused_capture_leaves_the_hold_as_it_was(bank: "BankInside") -> None
     assert bank.capture(hold, key="k").content == refused.content
     assert (bank.funds("alice"), bank.get(f"/holds/{hold}").json()) == before
     assert bank.capture(hold, key="j").status_code == 200
-    assert bank.wrong() == []
-
-
-def pay_and_wait(bank: "BankInside") -> None:
-    """Let Alice get a cashback of 7."""
-    bank.pay("alice", 350)
-    bank.pass_time(DAY)
-
-
-# What can be reversed, each of 7 with Alice on one side.
-MOVES: dict[str, Callable[["BankInside"], Any]] = {
-    "DEPOSIT": lambda bank: bank.deposit("alice", 7),
-    "WITHDRAWAL": lambda bank: bank.withdraw("alice", 7),
-    "TRANSFER": lambda bank: bank.transfer("alice", "bob", 7),
-    "PAYMENT": lambda bank: bank.pay("alice", 7),
-    "JOURNAL": lambda bank: bank.journal({"alice": -7, "bob": 3, "carol": 4}),
-    "CAPTURE": lambda bank: bank.capture(bank.promised("alice", "bob", 7)),
-    "CASHBACK": pay_and_wait,
-}
-
-
-@pytest.mark.parametrize("kind", MOVES)
-def test_a_reversal_turns_every_entry_round(bank: "BankInside", kind: str) -> None:
-    MOVES[kind](bank.given(alice=1_000, bob=0, carol=0))
-    first = bank.get(f"/transactions/{bank.last('alice')}").json()
-    answer = bank.reverse(first["id"], memo="sorry", external_id="r1", metadata={"why": "typo"})
-    shown = answer.json()
-    assert (answer.status_code, first["kind"]) == (201, kind)
-    assert answer.headers["Location"] == f"/transactions/{shown['id']}"
-    assert bank.get(answer.headers["Location"]).json() == shown
-    assert (shown["kind"], shown["reverses"], shown["reversed_by"]) == (
-        "REVERSAL", first["id"], None
-    )  # fmt: skip
-    assert (shown["memo"], shown["external_id"]) == ("sorry", "r1")
-    assert shown["metadata"] == {"why": "typo"}
-    other = {"DEBIT": "CREDIT", "CREDIT": "DEBIT"}
-    turned = [(e["account_id"], other[e["type"]], e["amount"]) for e in first["entries"]]
-    assert [(e["account_id"], e["type"], e["amount"]) for e in shown["entries"]] == turned
-    again = bank.get(f"/transactions/{first['id']}").json()
-    assert again == first | {"reversed_by": shown["id"]}
-    assert bank.wrong() == []
-
-
-def test_a_transaction_is_reversed_once_and_a_reversal_never(bank: "Bank") -> None:
-    bank.given(alice=100, bob=0)
-    transfer = bank.transfer("alice", "bob", 10).json()["transfer_id"]
-    reversal = bank.reverse(transfer).json()["id"]
-    refused = bank.reverse(transfer)
-    assert refusal(refused) == (409, "already_reversed")
-    assert refused.json()["reversed_by"] == reversal
-    assert refusal(bank.reverse(reversal)) == (409, "not_reversible")
-    assert bank.balances() == {"alice": 100, "bob": 0}
-
-
-def test_what_is_no_transaction_cannot_be_reversed(bank: "Bank") -> None:
-    bank.given(alice=0)
-    [(opening,)] = bank.rows("SELECT id FROM event WHERE kind = 'open_account'")
-    for event in (opening, NOBODY):
-        assert refusal(bank.reverse(event)) == (404, "transaction_not_found")
-
-
-def test_what_was_spent_or_promised_cannot_be_taken_back(bank: "Bank") -> None:
-    bank.given(alice=100, bob=0)
-    transfer = bank.transfer("alice", "bob", 60).json()["transfer_id"]
-    bank.withdraw("bob", 10)
-    hold = bank.promised("bob", "alice", 20)
-    refused = bank.reverse(transfer)
-    assert refusal(refused) == (409, "insufficient_funds")
-    members = [refused.json()[name] for name in ("balance", "available", "requested")]
-    assert members == [50, 30, 60]
-    bank.void(hold)
-    bank.deposit("bob", 10)
-    for name in ("alice", "bob"):
-        bank.step(name, "freeze")
-        assert refusal(bank.reverse(transfer)) == (409, "account_frozen")
-        bank.step(name, "unfreeze")
-    assert bank.reverse(transfer).status_code == 201
-    assert bank.balances() == {"alice": 100, "bob": 0}
-    assert bank.wrong() == []
-
-
-def test_a_reversal_takes_what_an_expired_hold_held(bank: "BankInside") -> None:
-    bank.given(alice=100, bob=0)
-    transfer = bank.transfer("alice", "bob", 60).json()["transfer_id"]
-    bank.promised("bob", "alice", 60, expires_in=60)
-    bank.pass_time(60_000_000)
-    assert bank.reverse(transfer).status_code == 201
-    assert bank.funds("bob") == (0, 0, 0)
-    assert bank.wrong() == []
-
-
-def test_a_reversed_capture_leaves_its_hold_captured(bank: "Bank") -> None:
-    bank.given(alice=100, bob=0)
-    hold = bank.capture(bank.promised("alice", "bob", 60)).json()
-    assert bank.reverse(hold["transaction_id"]).status_code == 201
-    assert bank.get(f"/holds/{hold['id']}").json() == hold
-    assert bank.funds("alice") == (100, 0, 100)
-    assert refusal(bank.capture(hold["id"])) == (409, "hold_captured")
-
-
-def test_a_reversed_payment_brings_no_cashback(bank: "BankInside") -> None:
-    payment = bank.given(alice=100).pay("alice", 100).json()
-    path = f"/payments/{payment['payment_id']}"
-    assert bank.reverse(payment["payment_id"]).status_code == 201
-    assert bank.get(path).json()["cashback"] == payment["cashback"] | {"status": "CANCELLED"}
-    bank.pass_time(2 * DAY)
-    assert bank.get(path).json()["cashback"]["status"] == "CANCELLED"
-    assert bank.balances() == {"alice": 100}
-    bank.withdraw("alice", 100)
-    assert bank.step("alice", "close").status_code == 200
-    assert bank.wrong() == []
-
-
-def test_a_credited_cashback_is_reversed_before_its_payment(bank: "BankInside") -> None:
-    payment = bank.given(alice=100).pay("alice", 100).json()["payment_id"]
-    bank.pass_time(DAY)
-    refused = bank.reverse(payment)
-    assert refusal(refused) == (409, "cashback_credited")
-    cashback = bank.last("alice")
-    assert cashback in refused.json()["detail"]
-    assert bank.reverse(cashback).status_code == 201
-    path = f"/payments/{payment}"
-    assert bank.get(path).json()["cashback"]["status"] == "CREDITED"
-    assert bank.reverse(payment).status_code == 201
-    assert bank.get(path).json()["cashback"]["status"] == "CANCELLED"
-    bank.pass_time(DAY)
-    assert bank.balances() == {"alice": 100}
-    assert bank.wrong() == []
-
-
-def test_a_payment_without_cashback_is_reversed_at_any_time(bank: "BankInside") -> None:
-    payment = bank.given(alice=100).pay("alice", 49).json()["payment_id"]
-    bank.pass_time(DAY)
-    assert bank.reverse(payment).status_code == 201
-    shown = bank.get(f"/payments/{payment}").json()
-    assert (shown["cashback"]["status"], shown["account"]["balance"]) == ("CANCELLED", 100)
-    assert bank.wrong() == []
-
-
-def test_a_reversal_and_a_cashback_in_one_batch_respect_each_other(bank: "BankInside") -> None:
-    payment = bank.given(alice=100).pay("alice", 100).json()["payment_id"]
-    tomorrow = ledger.utc_now() + DAY
-    commands = [
-        command_of(ledger.reverse, payment),
-        command_of(ledger.reverse, payment),
-        command_of(ledger.credit_cashbacks, clock="SERVER", until=tomorrow),
-    ]
-    assert [answer.status for answer in bank.ledger.commit(commands)] == [200, 409, 200]
-    assert bank.balances() == {"alice": 100}
     assert bank.wrong() == []
 
 
@@ -1409,26 +1413,6 @@ def test_event_loops_in_several_threads_share_one_ledger(bank: "BankInside") -> 
     assert bank.balances() == {"alice": 80}
 
 
-def test_ids_rise_even_when_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids: list[str] = []
-    for now in (10**15, 10**15, 10**15 + 1, 5, 10**15 + 10**6):
-        monkeypatch.setattr(ledger, "utc_now", lambda now=now: now)
-        book = ledger.Book(None)  # type: ignore[arg-type]
-        book.follow([{"id": ids[-1], "ts": 10**15}] if ids else [])
-        ids += [book.new_id(), book.new_id()]
-        assert book.now == max(now, 10**15)
-    assert ids == sorted(set(ids))
-    parsed = [uuid.UUID(one) for one in ids]
-    assert {(one.version, one.variant) for one in parsed} == {(7, uuid.RFC_4122)}
-    assert int(ids[0].replace("-", "")[:12], 16) == 10**12
-
-
-def test_nobody_can_guess_an_id(bank: "BankInside") -> None:
-    bank.given(alice=100, bob=0).transfer("alice", "bob", 1)
-    ids = [one for (one,) in bank.rows("SELECT id FROM event UNION SELECT id FROM entry")]
-    assert len({one[20:] for one in ids}) == len(ids) == 8
-
-
 def test_200_parallel_deposits_of_1_leave_200(servers: "Bank") -> None:
     servers.given(ada=0)
     answers = at_once([lambda: servers.deposit("ada", 1)] * 200)
@@ -1655,6 +1639,30 @@ def load_until_killed(server: "Server", act: Callable[[], Any], most: int) -> No
 
 
 # ===== Part two: storage
+
+
+# ----- Times and ids
+# Both rise from commit to commit, and nobody can guess an id.
+
+
+def test_ids_rise_even_when_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids: list[str] = []
+    for now in (10**15, 10**15, 10**15 + 1, 5, 10**15 + 10**6):
+        monkeypatch.setattr(ledger, "utc_now", lambda now=now: now)
+        book = ledger.Book(None)  # type: ignore[arg-type]
+        book.follow([{"id": ids[-1], "ts": 10**15}] if ids else [])
+        ids += [book.new_id(), book.new_id()]
+        assert book.now == max(now, 10**15)
+    assert ids == sorted(set(ids))
+    parsed = [uuid.UUID(one) for one in ids]
+    assert {(one.version, one.variant) for one in parsed} == {(7, uuid.RFC_4122)}
+    assert int(ids[0].replace("-", "")[:12], 16) == 10**12
+
+
+def test_nobody_can_guess_an_id(bank: "BankInside") -> None:
+    bank.given(alice=100, bob=0).transfer("alice", "bob", 1)
+    ids = [one for (one,) in bank.rows("SELECT id FROM event UNION SELECT id FROM entry")]
+    assert len({one[20:] for one in ids}) == len(ids) == 8
 
 
 # ----- Database
