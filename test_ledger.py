@@ -1,7 +1,12 @@
 """The specification of ledger.py, section by section in its order: `pytest` runs it.
 
-It opens with a day at the bank, after which a reader may stop. What the tests are made of, their
-words, processes and databases, stands at the end.
+It opens with a day at the bank, after which a reader may stop. The words that the tests speak, as
+`given`, `refusal` and `outcome`, begin in the section "The words", after the last test; what they
+are made of, processes and databases, follows there.
+
+A test that names `bank`, `demo` or `secured` has a new ledger to itself. The fixtures `server`,
+`servers` and `shared` are one ledger for the whole session: each test there needs names, keys and
+external ids of its own, and asks only about those.
 """
 
 import asyncio
@@ -17,6 +22,7 @@ import multiprocessing.forkserver
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -186,10 +192,22 @@ def test_a_refusal_is_a_problem_with_members_that_help() -> None:
     }
 
 
+def descendants(parent: type[ledger.LedgerError]) -> list[type[ledger.LedgerError]]:
+    """Return the classes that derive from one, and those that derive from them."""
+    children = parent.__subclasses__()
+    return children + [each for child in children for each in descendants(child)]
+
+
 def test_every_error_has_a_code_of_its_own() -> None:
-    errors = ledger.LedgerError.__subclasses__()
-    assert len({error.code for error in errors}) == len(errors)
-    assert all(400 <= error.status < 600 for error in errors)
+    errors = descendants(ledger.LedgerError)
+    assert {ledger.DatabaseLost, ledger.DatabaseConflict} < set(errors)
+    own = [error for error in errors if "status" in vars(error)]
+    assert len({error.code for error in own}) == len(own)
+    assert all(400 <= error.status < 600 for error in own)
+    # The others are told apart by the program alone: callers see what they derive from.
+    assert {(error.status, error.code) for error in errors} == {
+        (error.status, error.code) for error in own
+    }
 
 
 # ----- Tables
@@ -368,7 +386,7 @@ def test_an_operation_that_is_refused_at_its_second_post_takes_nothing_from_its_
         alice = bank.given(alice=100).ids["alice"]
         deposit = (f"/accounts/{alice}/deposit", {"amount": 1})
         answers = bank.together(deposit, (f"/twice/{alice}", {}), deposit)
-        assert [answer.status_code for answer in answers] == [200, 409, 200]
+        assert [outcome(answer) for answer in answers] == [200, "insufficient_funds", 200]
         assert bank.balances() == {"alice": 102}
         assert len(bank.statement("alice")) == 3
         assert bank.wrong() == []
@@ -517,8 +535,7 @@ def test_only_an_empty_account_can_be_closed(bank: "Bank") -> None:
 def test_of_two_changes_of_state_at_one_moment_one_wins(bank: "BankInside") -> None:
     path = f"/accounts/{bank.given(alice=0).ids['alice']}/freeze"
     answers = bank.together((path, {}), (path, {}))
-    assert [answer.status_code for answer in answers] == [200, 409]
-    assert refusal(answers[1]) == (409, "invalid_state_transition")
+    assert [outcome(answer) for answer in answers] == [200, "invalid_state_transition"]
 
 
 def test_a_batch_may_unfreeze_an_account_and_move_its_money(bank: "BankInside") -> None:
@@ -531,7 +548,8 @@ def test_a_batch_may_unfreeze_an_account_and_move_its_money(bank: "BankInside") 
         (f"{path}/freeze", {}),
         (f"{path}/withdraw", {"amount": 3}),
     )
-    assert [answer.status_code for answer in answers] == [409, 200, 200, 200, 409]
+    frozen = "account_frozen"
+    assert [outcome(answer) for answer in answers] == [frozen, 200, 200, 200, frozen]
     assert len(set(bank.rows("SELECT ts FROM event ORDER BY id DESC LIMIT 3"))) == 1
     assert bank.get(path).json()["status"] == "FROZEN"
     assert bank.balances() == {"alice": 7}
@@ -818,7 +836,9 @@ def test_a_reversal_and_a_cashback_in_one_batch_respect_each_other(bank: "BankIn
         command_of(ledger.reverse, payment),
         command_of(ledger.credit_cashbacks, clock="SERVER", until=tomorrow),
     ]
-    assert [answer.status for answer in bank.ledger.commit(commands)] == [200, 409, 200]
+    answers = bank.ledger.commit(commands)
+    assert [answer.status for answer in answers] == [200, 409, 200]
+    assert json.loads(answers[1].body)["code"] == "already_reversed"
     assert bank.balances() == {"alice": 100}
     assert bank.wrong() == []
 
@@ -999,10 +1019,11 @@ def test_a_hold_a_capture_and_a_close_in_one_batch_respect_each_other(bank: "Ban
     answers = bank.together(
         ("/holds", body), (f"/accounts/{bob}/close", {}), ("/holds", body), ("/holds", body, "k")
     )
-    assert [answer.status_code for answer in answers] == [201, 409, 409, 409]
+    short_of = "insufficient_funds"
+    assert [outcome(each) for each in answers] == [201, "holds_pending", short_of, short_of]
     path = f"/holds/{answers[0].json()['id']}"
     answers = bank.together((f"{path}/void", {}), ("/holds", body), (f"{path}/capture", {}))
-    assert [answer.status_code for answer in answers] == [200, 201, 409]
+    assert [outcome(each) for each in answers] == [200, 201, "hold_voided"]
     assert bank.funds("alice") == (100, 60, 40)
     assert bank.wrong() == []
 
@@ -1271,7 +1292,9 @@ def test_a_refused_command_does_not_disturb_its_neighbours(bank: "BankInside") -
         (f"{path}/withdraw", {"amount": 15}),
         (f"/accounts/{NOBODY}/deposit", {"amount": 1}),
     )
-    assert [answer.status_code for answer in answers] == [200, 409, 200, 404]
+    assert [outcome(answer) for answer in answers] == [
+        200, "insufficient_funds", 200, "account_not_found",
+    ]  # fmt: skip
     assert bank.balances() == {"alice": 0}
     assert bank.wrong() == []
 
@@ -1423,7 +1446,7 @@ def test_200_parallel_deposits_of_1_leave_200(servers: "Bank") -> None:
 def test_40_parallel_withdrawals_of_10_from_50_succeed_5_times(servers: "Bank") -> None:
     servers.given(bea=50)
     answers = at_once([lambda: servers.withdraw("bea", 10)] * 40)
-    assert Counter(answer.status_code for answer in answers) == {200: 5, 409: 35}
+    assert Counter(map(outcome, answers)) == {200: 5, "insufficient_funds": 35}
     assert servers.balances()["bea"] == 0
 
 
@@ -1447,7 +1470,7 @@ def test_two_openings_with_one_key_at_one_moment_act_once(servers: "Bank") -> No
 def test_40_parallel_holds_of_10_from_50_succeed_5_times(servers: "Bank") -> None:
     servers.given(eva=50, fay=0)
     answers = at_once([lambda: servers.hold("eva", "fay", 10)] * 40)
-    assert Counter(answer.status_code for answer in answers) == {201: 5, 409: 35}
+    assert Counter(map(outcome, answers)) == {201: 5, "insufficient_funds": 35}
     assert servers.funds("eva") == (50, 50, 0)
 
 
@@ -1659,10 +1682,23 @@ def test_ids_rise_even_when_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch)
     assert int(ids[0].replace("-", "")[:12], 16) == 10**12
 
 
-def test_nobody_can_guess_an_id(bank: "BankInside") -> None:
+def test_nobody_can_guess_an_id(bank: "BankInside", monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    draw = secrets.token_hex
+
+    def draw_and_note(size: int) -> str:
+        drawn.append(draw(size))
+        return drawn[-1]
+
+    monkeypatch.setattr(secrets, "token_hex", draw_and_note)
     bank.given(alice=100, bob=0).transfer("alice", "bob", 1)
-    ids = [one for (one,) in bank.rows("SELECT id FROM event UNION SELECT id FROM entry")]
-    assert len({one[20:] for one in ids}) == len(ids) == 8
+    bank.hold("alice", "bob", 1)
+    tables = ("event", "entry", "hold", "account WHERE kind = 'CUSTOMER'")
+    ids = [one for table in tables for (one,) in bank.rows(f"SELECT id FROM {table}")]
+    # After its time and its form, each has random digits of the system's, which no other one has.
+    digits = {one[20:].replace("-", "") for one in ids}
+    assert len(digits) == len(ids) == 5 + 4 + 1 + 2
+    assert digits <= {text[n : n + 15] for text in drawn for n in range(0, len(text), 15)}
 
 
 # ----- Database
@@ -2014,9 +2050,10 @@ def test_the_server_that_can_be_written_to_is_found_among_several(postgresql: st
             for begin in (bank.ledger.database.read, bank.ledger.database.write):
                 with begin() as connection:
                     connection.execute(read_only)
-            assert refusal(bank.get("/health"))[0] == 503
+            assert refusal(bank.get("/health")) == (503, "database_unavailable")
             for _ in range(2):
-                assert refusal(bank.deposit("alice", 1, key="k"))[0] == 503
+                refused = bank.deposit("alice", 1, key="k")
+                assert refusal(refused) == (503, "database_unavailable")
             admin.execute("SET default_transaction_read_only = off")
             admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
             assert bank.deposit("alice", 1, key="k").json()["balance"] == 6
@@ -3682,7 +3719,8 @@ def test_an_external_id_is_unique_among_its_kind(bank: "Bank") -> None:
 
 def test_an_external_id_of_what_was_refused_is_free(bank: "Bank") -> None:
     bank.given(alice=1, bob=0)
-    assert bank.transfer("alice", "bob", 2, external_id="x").status_code == 409
+    refused = bank.transfer("alice", "bob", 2, external_id="x")
+    assert refusal(refused) == (409, "insufficient_funds")
     moved = bank.transfer("alice", "bob", 1, external_id="x").json()
     found = bank.get("/transactions", external_id="x").json()["items"]
     assert [each["id"] for each in found] == [moved["transfer_id"]]
@@ -3691,9 +3729,9 @@ def test_an_external_id_of_what_was_refused_is_free(bank: "Bank") -> None:
 def test_an_external_id_is_used_once_in_one_batch(bank: "BankInside") -> None:
     path = f"/accounts/{bank.given(alice=0).ids['alice']}/deposit"
     answers = bank.together(*[(path, {"amount": 1, "external_id": "x"})] * 10)
-    assert Counter(answer.status_code for answer in answers) == {200: 1, 409: 9}
+    assert Counter(map(outcome, answers)) == {200: 1, "external_id_exists": 9}
     opened = bank.together(*[("/accounts", {"owner_name": "y", "external_id": "y"})] * 10)
-    assert Counter(answer.status_code for answer in opened) == {201: 1, 409: 9}
+    assert Counter(map(outcome, opened)) == {201: 1, "external_id_exists": 9}
     assert bank.balances() == {"alice": 1, "y": 0}
 
 
@@ -3735,9 +3773,9 @@ def test_of_parallel_uses_of_an_external_id_by_any_operation_one_succeeds(
         lambda: servers.transfer("any a", "any b", 1, **named),
         lambda: journal(servers, {"any a": -1, "any b": 1}, **named),
     ]
-    answers = at_once(uses * 4)
-    assert sum(answer.status_code < 300 for answer in answers) == 1
-    assert {answer.status_code for answer in answers} <= {200, 201, 409}
+    outcomes = Counter(map(outcome, at_once(uses * 4)))
+    assert outcomes[200] + outcomes[201] == 1
+    assert outcomes["external_id_exists"] == 4 * len(uses) - 1
     assert len(servers.get("/transactions", **named).json()["items"]) == 1
 
 
@@ -4168,7 +4206,9 @@ def test_1000_transfers_are_made_at_once(bank: "Bank") -> None:
     done = bulk(bank, *many).json()
     assert (done["succeeded"], len(done["results"])) == (1_000, 1_000)
     assert bank.balances() == {"alice": 0, "bob": 1_000}
-    assert refusal(bulk(bank, *[item(bank, "bob", "alice", 1)] * 999, many[0]))[0] == 409
+    refused = bulk(bank, *[item(bank, "bob", "alice", 1)] * 999, many[0])
+    assert refusal(refused) == (409, "bulk_failed")
+    assert (refused.json()["index"], refused.json()["error"]["code"]) == (999, "external_id_exists")
     assert bank.balances() == {"alice": 0, "bob": 1_000}
     assert bank.wrong() == []
 
@@ -4189,7 +4229,7 @@ def test_200_transactions_at_one_moment_are_one_batch(bank: "BankInside") -> Non
     bank.given(alice=150, bob=0)
     one = {"entries": entries_of(bank, {"alice": -1, "bob": 1})}
     answers = bank.together(*[("/transactions", one)] * 200)
-    assert Counter(answer.status_code for answer in answers) == {201: 150, 409: 50}
+    assert Counter(map(outcome, answers)) == {201: 150, "insufficient_funds": 50}
     assert bank.balances() == {"alice": 0, "bob": 150}
     assert bank.wrong() == []
 
@@ -4239,8 +4279,12 @@ def test_many_transfers_of_several_callers_keep_the_total(servers: "Bank") -> No
         items = [item(servers, a, b, random.randint(1, 60)) for a, b in pairs]
         return bulk(servers, *items, atomic=number % 2 == 0)
 
-    answers = at_once([partial(send, number) for number in range(16)])
-    assert {answer.status_code for answer in answers} <= {200, 409}
+    answers = [answer.json() for answer in at_once([partial(send, n) for n in range(16)])]
+    # Of those that are not atomic each is an answer; whatever else fails, fails for want of funds.
+    assert sum("results" in answer for answer in answers) >= 8
+    failures = [answer.get("results") or [answer] for answer in answers]
+    codes = {each["error"]["code"] for some in failures for each in some if each["error"]}
+    assert codes == {"insufficient_funds"}
     balances = servers.balances()
     assert sum(balances[name] for name in names) == 600
     assert min(balances.values()) >= 0
@@ -4554,7 +4598,7 @@ def test_of_two_parallel_openings_of_one_name_one_succeeds(servers: "Bank") -> N
         in_bank = partial(servers.post, "/bank/accounts", timestamp=1, account_id=name)
         in_wallets = partial(servers.post, USERS, external_user_id=name)
         for opening in (in_bank, in_wallets):
-            assert sorted(answer.status_code for answer in at_once([opening] * 2)) == [201, 409]
+            assert set(map(outcome, at_once([opening] * 2))) == {201, "account_exists"}
 
 
 def test_cashbacks_come_once_however_often_the_server_dies(database: str) -> None:
@@ -4791,7 +4835,7 @@ def test_60_parallel_spends_of_10_from_80_succeed_8_times(servers: "Bank") -> No
     servers.post(USERS, external_user_id="hal")
     move_credits(servers, "hal", "top-up", 80)
     answers = at_once([partial(move_credits, servers, "hal", "spend", 10)] * 60)
-    assert Counter(answer.status_code for answer in answers) == {200: 8, 402: 52}
+    assert Counter(map(outcome, answers)) == {200: 8, "insufficient_funds": 52}
     assert wallet(servers, "hal", 1) == "0.0000"
 
 
@@ -6221,6 +6265,19 @@ def test_every_test_that_the_readme_names_is_here() -> None:
     assert named <= set(globals())
 
 
+def test_the_tests_follow_the_order_of_the_program() -> None:
+    def sections(file: Path) -> list[str]:
+        return re.findall("^# -{5} (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+
+    here, there = sections(Path(__file__)), sections(PROGRAM)
+    assert [section for section in here if section in there] == there
+    # What the first lines name is a section here, and no test comes after it.
+    [named] = re.findall('the section "(.+?)"', __doc__ or "")
+    after = Path(__file__).read_text(encoding="utf-8").partition(f"\n# ----- {named}\n")[2]
+    assert after
+    assert "\ndef test_" not in after
+
+
 # ===== What the tests are made of
 
 
@@ -6235,12 +6292,14 @@ class Bank:
         self.send = send
         self.database = database
         self.ids: dict[str, str] = {}
+        self.is_shared = False
 
     def given(
         self, others: Mapping[str, int] | None = None, /, *, asset: str = "USD", **balances: int
     ) -> Self:
         """Open an account for each name, with a balance."""
         for name, balance in {**(others or {}), **balances}.items():
+            assert not (self.is_shared and name in self.ids), f"{name} is another test's"
             opened = self.post("/accounts", owner_name=name, asset=asset)
             self.ids[name] = opened.json()["id"]
             if balance:
@@ -6483,6 +6542,11 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
     assert problem["title"]
     assert problem["detail"]
     return answer.status_code, problem["code"]
+
+
+def outcome(answer: httpx.Response) -> int | str:
+    """Return the status of what was done, or the code of a refusal."""
+    return answer.status_code if answer.is_success else refusal(answer)[1]
 
 
 def command_of(operation: Callable[..., Any], *arguments: Any, **options: Any) -> ledger.Command:
@@ -6801,18 +6865,21 @@ def serving(database: str, start: Any = as_fork, **environment: str) -> Iterator
 
 @pytest.fixture(scope="session")
 def server(new_database: "NewDatabase") -> Iterator[Server]:
-    """One server for all tests that do not end it."""
+    """One server for all tests that do not end it: each has names of its own."""
     with new_database() as database, serving(database) as server:
+        server.bank.is_shared = True
         yield server
 
 
 @pytest.fixture(scope="session", params=[1, 2])
 def servers(new_database: "NewDatabase", request: pytest.FixtureRequest) -> Iterator[Bank]:
-    """One ledger behind one server process, or behind two in turn."""
+    """One ledger behind one server process, or behind two in turn, for all tests as well."""
     with new_database() as database, ExitStack() as stack:
         serve = [stack.enter_context(serving(database)) for _ in range(request.param)]
         in_turn = itertools.cycle([server.bank.send for server in serve])
-        yield Bank(lambda *a, **o: next(in_turn)(*a, **o), database)
+        bank = Bank(lambda *a, **o: next(in_turn)(*a, **o), database)
+        bank.is_shared = True
+        yield bank
 
 
 class Receipt(NamedTuple):
