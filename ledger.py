@@ -2302,13 +2302,12 @@ def parse_details(arguments: Any) -> Any:
         return arguments
     with suppress(ValueError):
         if isinstance(details := json.loads(arguments), dict):
-            return details | ({"url": origin(str(details["url"]))} if "url" in details else {})
+            if "url" in details:
+                # A receiver's scheme and host; the rest of its URL may be a secret.
+                url = str(details["url"])
+                details["url"] = re.sub(r"(?s)^(\w+://)?([^/?#]*@)?([^/?#]*).*", r"\1\3", url)
+            return details
     return {"damaged": arguments}
-
-
-def origin(url: str) -> str:
-    """Return what is told of a receiver's URL; the rest of it may be a secret."""
-    return re.sub(r"(?s)^(\w+://)?(?:[^/?#]*@)?([^/?#]*).*", r"\1\2", url)
 
 
 def show_progress(doing: str = "") -> None:
@@ -3476,8 +3475,8 @@ def with_entries(rows: Callable[..., list[Row]], events: list[Row]) -> list[Row]
     return events
 
 
-# From a time on, and before another. No id's own time is before its event's; which of two that
-# servers have written at one moment has the lower id, their times do not say.
+# From a time on, and before another. An id's own time is at or after its event's; two servers may
+# give a later time to a lower id, but not by a tenth of a second.
 FROM = " AND ts >= :from AND event.id >= :from_id"
 TO = """ AND ts < :to AND event.id < (SELECT min(id) FROM (SELECT :id AS id UNION ALL
     SELECT * FROM (SELECT id FROM event WHERE id >= :to_id AND ts >= :to + 100000
@@ -3820,7 +3819,7 @@ def find_events(connection: Connection, after: str | None, until: str, limit: in
     stored: dict[str, Row] = {}
     for table in ("account", "hold"):
         query = f"SELECT * FROM {table} WHERE id = ANY(:ids)"  # noqa: S608
-        found = connection.rows(query, ids=[row["about"] for row in rows])
+        found = connection.rows(query, ids=[row["about"] for row in rows if row["kind"] > "a"])
         stored |= {row["id"]: row for row in found}
     return [row | {"data": fact(row, stored.get(row["about"], {}))} for row in rows]
 
@@ -4974,8 +4973,7 @@ async def deliver(ledger: Ledger, webhook: Row) -> None:
             pass
     except Exception as error:  # Whatever a stranger's server does, the receipt is sent again.
         webhook["failures"] += 1
-        why = getattr(error, "response", type(error).__name__)
-        log.warning("a receipt waits: %s from %s", why, origin(webhook["url"]))
+        log.warning("a receipt waits: %s", getattr(error, "response", type(error).__name__))
     finally:
         with suppress(Exception):  # Else the turn ends by itself.
             pause = PAUSE_SECONDS.get(webhook["failures"], PAUSE_SECONDS_MAX)

@@ -3398,10 +3398,11 @@ def test_the_shapes_are_those_of_the_contract(bank: "Bank") -> None:
     account = {"id", "name", "owner_name", "asset", "status", "balance", "held", "available"}
     account |= {"external_id", "metadata", "created_at"}
     entry = {"id", "ts", "account_id", "transaction_id", "amount", "type", "balance", "ref", "kind"}
+    entry |= {"seq"}
     shown = bank.get(f"/transactions/{sent['transfer_id']}").json()
     assert set(sent) == {"transfer_id", "amount", "asset", "memo", "ts", "source", "dest"}
     assert set(sent["source"]) == set(bank.deposit("bob", 1).json()) == account
-    names = {"external_id", "metadata", "reverses", "reversed_by"}
+    names = {"external_id", "metadata", "reverses", "reversed_by", "hold_id"}
     assert set(shown) == {"id", "kind", "memo", "ts", "entries"} | names
     assert set(shown["entries"][0]) == set(bank.statement("bob")[0]) == entry
     assert shown["ts"] == sent["ts"]
@@ -3523,6 +3524,16 @@ def test_a_statement_is_stable_while_entries_arrive(bank: "Bank") -> None:
     assert seen == list(range(23, 0, -1))
 
 
+def test_entries_tell_their_number_wherever_they_are_shown(bank: "Bank") -> None:
+    bank.given(alice=3, bob=0)
+    moved = bank.transfer("alice", "bob", 1).json()["transfer_id"]
+    assert [entry["seq"] for entry in bank.statement("alice")] == [2, 1]
+    [listed, _] = bank.get("/transactions").json()["items"]
+    shown = bank.get(f"/transactions/{moved}").json()
+    for transaction in (listed, shown, bank.get("/events").json()["items"][-1]["data"]):
+        assert [entry["seq"] for entry in transaction["entries"]] == [2, 1]
+
+
 def test_the_audit_log_is_read_newest_first(bank: "Bank") -> None:
     bank.given(alice=100).transfer("alice", "alice", 1)
     bank.deposit("alice", 5, key="k", memo="wages")
@@ -3595,49 +3606,114 @@ def test_the_audit_log_is_stable_while_events_arrive(bank: "Bank") -> None:
     assert len(listed) == len(set(listed)) == 2
 
 
-def test_each_event_has_a_type_and_what_it_is_about(demo: "Bank") -> None:
+def test_each_event_has_a_type_and_tells_what_happened(demo: "Bank") -> None:
     last = demo.get("/events", limit=200).json()["next"]
-    demo.given(alice=100, bob=0)
-    voided = demo.promised("alice", "bob", 1)
-    demo.void(voided)
-    captured = demo.promised("alice", "bob", 2)
-    demo.capture(captured)
-    demo.send("PATCH", f"/accounts/{demo.ids['bob']}", json={"owner_name": "Bob"})
-    demo.step("bob", "freeze")
-    demo.step("bob", "unfreeze")
-    carol = demo.given(carol=0).step("carol", "close").json()
-    demo.post("/api/v1/wallets/users", external_user_id="dave")
+    opened = demo.post("/accounts", owner_name="bob", metadata={"a": "1"}).json()
+    demo.given(alice=100).ids["bob"] = bob = opened["id"]
+    held = demo.hold("alice", "bob", 1).json()
+    voided = demo.void(held["id"]).json()
+    demo.send("PATCH", f"/accounts/{bob}", json={"owner_name": "Bob", "metadata": {}})
+    demo.send("PATCH", f"/accounts/{bob}", json={"metadata": {"b": "2"}})
+    for step in ("freeze", "unfreeze", "close"):
+        demo.step("bob", step)
     events = demo.get("/events", after=last).json()["items"]
-    alice, bob = (demo.get(f"/accounts/{demo.ids[name]}").json() for name in ("alice", "bob"))
-    [gold, *_] = demo.get("/accounts", name="wallets:dave").json()["items"]
-    holds = [demo.get(f"/holds/{hold}").json() for hold in (voided, captured)]
-    posted = [demo.get(f"/transactions/{demo.last(name)}").json() for name in ("alice", "bob")]
-    first = demo.get(f"/transactions/{demo.statement('alice')[1]['transaction_id']}").json()
-    assert posted[0] == posted[1]
+    alice = demo.get(f"/accounts/{demo.ids['alice']}").json()
+    posted = demo.get(f"/transactions/{demo.last('alice')}").json()
+    assert posted.pop("reversed_by") is None
     assert [(event["type"], event["data"]) for event in events] == [
-        ("account.opened", alice),
-        ("transaction.posted", first),
-        ("account.opened", bob),
-        ("hold.created", holds[0]),
-        ("hold.voided", holds[0]),
-        ("hold.created", holds[1]),
-        ("transaction.posted", posted[0]),
-        ("account.updated", bob),
-        ("account.frozen", bob),
-        ("account.unfrozen", bob),
-        ("account.opened", carol),
-        ("account.closed", carol),
-        ("account.opened", gold),
+        ("account.opened", opened),
+        ("account.opened", alice | {"balance": 0, "available": 0}),
+        ("transaction.posted", posted),
+        ("hold.created", held),
+        ("hold.voided", voided),
+        ("account.updated", {"id": bob, "owner_name": "Bob", "metadata": {}}),
+        ("account.updated", {"id": bob, "metadata": {"b": "2"}}),
+        ("account.frozen", {"id": bob, "status": "FROZEN"}),
+        ("account.unfrozen", {"id": bob, "status": "ACTIVE"}),
+        ("account.closed", {"id": bob, "status": "CLOSED"}),
     ]
     assert events[-1].keys() == {"id", "type", "ts", "caller", "data"}
+
+
+def test_an_event_tells_the_same_for_ever(bank: "BankInside") -> None:
+    bank.given(alice=100, bob=0)
+    captured, voided, _ = (bank.promised("alice", "bob", n, expires_in=60) for n in (1, 2, 3))
+    told = bank.get("/events").json()["items"]
+    for change in (
+        lambda: bank.capture(captured, amount=1),
+        lambda: bank.void(voided),
+        lambda: bank.pass_time(60_000_000),
+        lambda: bank.reverse(bank.last("bob")),
+        lambda: bank.send("PATCH", f"/accounts/{bank.ids['alice']}", json={"owner_name": "A"}),
+        lambda: bank.send("PATCH", f"/accounts/{bank.ids['bob']}", json={"metadata": {"a": "b"}}),
+        lambda: bank.withdraw("alice", 90),
+        lambda: bank.step("alice", "freeze"),
+        lambda: bank.step("bob", "close"),
+    ):
+        change()
+        events = bank.get("/events").json()["items"]
+        assert events[: len(told)] == told
+        told = events
+    assert len(told) == 14
+
+
+def test_accounts_of_every_dialect_are_told_as_they_were_opened(demo: "Bank") -> None:
+    kata_accounts(demo, "a1", balance=5)
+    demo.post(USERS, external_user_id="dave")
+    for account in demo.get("/accounts", limit=200).json()["items"]:
+        demo.send(
+            "PATCH", f"/accounts/{account['id']}", json={"owner_name": "X", "metadata": {"a": "b"}}
+        )
+    told = [event["data"] for event in demo.get("/events", limit=200).json()["items"]]
+    opened = [data for data in told if data.get("created_at") and data.get("name")]
+    owners = {account["name"]: account["owner_name"] for account in opened}
+    assert owners["bank:a1"] == "a1"
+    assert owners["atm:1001"] == "1001"
+    assert (owners["wallets:user_alice"], owners["wallets:dave"]) == ("user_alice", "dave")
+    for account in opened:
+        assert (funds_of(account), account["status"]) == ((0, 0, 0), "ACTIVE")
+        assert account["metadata"] == {}
+
+
+def test_holds_of_one_batch_are_told_each_in_its_event(bank: "BankInside") -> None:
+    bank.given(alice=100, bob=100)
+    bank.promised("alice", "bob", 9)
+    ends = [("alice", "bob"), ("bob", "alice"), ("alice", "bob"), ("alice", "bob")]
+    bodies = [
+        {"account_id": bank.ids[source], "dest_account_id": bank.ids[dest], "amount": amount}
+        for amount, (source, dest) in enumerate(ends, start=1)
+    ]
+    # The second of these is refused, and leaves nothing behind.
+    bodies.insert(1, bodies[0] | {"amount": 1_000})
+    answers = bank.together(*[("/holds", body) for body in bodies])
+    assert [answer.status_code for answer in answers] == [201, 409, 201, 201, 201]
+    events = [event["data"] for event in bank.get("/events").json()["items"][-4:]]
+    assert events == [answer.json() for answer in answers if answer.is_success]
+
+
+def test_a_capture_tells_its_hold_wherever_it_is_shown(bank: "Bank") -> None:
+    bank.given(alice=100, bob=0)
+    first, last = (bank.promised("alice", "bob", 5) for _ in range(2))
+    bank.capture(first)
+    bank.capture(last, amount=2)
+    captured = bank.last("bob")
+    reversal = bank.reverse(captured).json()
+    holds = {captured: last, reversal["id"]: None}
+    assert {id: bank.get(f"/transactions/{id}").json()["hold_id"] for id in holds} == holds
+    for filters in ({}, {"account_id": bank.ids["bob"]}):
+        listed = bank.get("/transactions", **filters).json()["items"]
+        assert [each["hold_id"] for each in listed[:3]] == [None, last, first]
+    events = [event["data"] for event in bank.get("/events").json()["items"][-3:]]
+    assert [each["hold_id"] for each in events] == [first, last, None]
+    assert reversal["hold_id"] is None
 
 
 def test_followers_are_told_of_keys_and_receivers_without_their_secrets(bank: "Bank") -> None:
     new_api_key(bank.database, "a", "auditor")
     admin = bank.by(new_api_key(bank.database, "b", "admin"))
     key_command(bank.database, "revoke", "a")
-    printed(bank.database, "webhook", "add", "--url", "http://localhost/x")
-    printed(bank.database, "webhook", "remove", "http://localhost/x")
+    for command in (["add", "--url"], ["remove"]):
+        printed(bank.database, "webhook", *command, "http://localhost:80/token?token#token")
     wait_until(lambda: admin.get("/events").status_code == 200)
     events = admin.get("/events").json()["items"]
     told = [(event["type"], event["caller"], event["data"]) for event in events[2:]]
@@ -3645,9 +3721,26 @@ def test_followers_are_told_of_keys_and_receivers_without_their_secrets(bank: "B
     assert events[0]["data"].keys() == {"name", "role", "prefix"}
     assert told == [
         ("key.revoked", "cli", {"name": "a"}),
-        ("webhook.added", "cli", {"url": "http://localhost/x", "account_id": None}),
-        ("webhook.removed", "cli", {"url": "http://localhost/x"}),
+        ("webhook.added", "cli", {"url": "http://localhost:80", "account_id": None}),
+        ("webhook.removed", "cli", {"url": "http://localhost:80"}),
     ]
+    audited = [event["details"] for event in admin.get("/audit", limit=2).json()["items"]]
+    assert audited[::-1] == [data for _, _, data in told[1:]]
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("https://hooks.example/services/T0/B1", "https://hooks.example"),
+        ("HTTP://[::1]:9000?key=1", "HTTP://[::1]:9000"),
+        ("https://user:pass@hooks.example:8443/#1", "https://hooks.example:8443"),
+        ("https://hooks.example", "https://hooks.example"),
+        ("no address\n at all", "no address\n at all"),
+        (None, "None"),
+    ],
+)
+def test_of_a_receiver_its_scheme_and_host_are_told(url: Any, told: str) -> None:
+    assert ledger.parse_details(json.dumps({"url": url, "a": 1})) == {"url": told, "a": 1}
 
 
 def test_a_follower_goes_on_after_what_it_has_seen(bank: "Bank") -> None:
@@ -3942,6 +4035,71 @@ def test_transactions_are_found_by_what_holds_for_all_of_it(bank: "Bank") -> Non
     assert amounts(external_id="b", account_id=alice) == []
     assert amounts(account_id=NOBODY) == amounts(external_id="c") == []
     assert amounts(**{"metadata[order]": "8"}) == amounts(**{"metadata[Order]": "7"}) == []
+
+
+def test_transactions_are_found_by_their_kind(bank: "Bank") -> None:
+    bank.given(alice=50, bob=0).transfer("alice", "bob", 1)
+    bank.capture(bank.promised("alice", "bob", 2))
+    bank.reverse(bank.last("bob"))
+
+    def kinds(**filters: str) -> list[str]:
+        return [each["kind"] for each in bank.get("/transactions", **filters).json()["items"]]
+
+    assert kinds() == ["REVERSAL", "CAPTURE", "TRANSFER", "DEPOSIT"]
+    for kind in kinds():
+        assert kinds(kind=kind) == kinds(kind=kind, account_id=bank.ids["alice"]) == [kind]
+    assert kinds(kind="DEPOSIT", account_id=bank.ids["bob"]) == kinds(kind="SPEND") == []
+    for unknown in ("deposit", "open_account", ""):
+        assert pointers(bank.get("/transactions", kind=unknown)) == ["/kind"]
+
+
+@pytest.mark.parametrize("of_one", [False, True])
+def test_transactions_are_found_from_a_time_on_and_before_another(
+    bank: "BankInside", of_one: bool
+) -> None:
+    bank.given(alice=10_000, bob=0, carol=1)
+    for _ in range(3):
+        bank.pass_time(1_000)
+        # So many ids at one moment lie in the moments after it.
+        bulk(bank, *[item(bank, "alice", "bob", 1)] * 60)
+        bank.pass_time(3)
+        bank.deposit("alice", 1)
+    of = {"account_id": bank.ids["alice"]} if of_one else {}
+    every = [each for page in bank.pages("/transactions", limit=200, **of) for each in page]
+    times = sorted({ledger.parse_time(each["ts"]) for each in every})
+    assert len(times) >= 7
+    edges = [0, *[at + by for at in times for by in (-1, 0, 1)], times[-1] + DAY]
+    for start, end in [*itertools.pairwise(edges), *zip(edges, edges[5:], strict=False)]:
+        between = {"from": ledger.utc_text(start), "to": ledger.utc_text(end)}
+        found = list(bank.pages("/transactions", limit=50, **of, **between))
+        expected = [each for each in every if between["from"] <= each["ts"] < between["to"]]
+        assert list(itertools.chain(*found)) == expected
+    early = "0001-01-01T00:00:00Z"
+    assert bank.get("/transactions", to=early).json()["items"] == []
+    assert len(bank.get("/transactions", **{"from": early}, limit=200).json()["items"]) > 180
+    assert bank.get("/transactions", **{"from": ledger.utc_text(edges[-1])}).json()["items"] == []
+
+
+@on_sqlite
+def test_to_find_transactions_of_a_time_takes_as_long_in_a_large_ledger(bank: "BankInside") -> None:
+    bank.given(alice=10_000, bob=0)
+    steps = []
+    for _ in range(3):
+        bank.pass_time(1_000_000)
+        bank.transfer("alice", "bob", 1)
+        made = ledger.utc_text(ledger.utc_now())
+        for _ in range(2):
+            bank.pass_time(1_000_000)
+            bulk(bank, *[item(bank, "alice", "bob", 1)] * 500)
+        with bank.ledger.database.read() as connection:
+            counted: list[None] = []
+            connection.driver.set_progress_handler(lambda seen=counted: seen.append(None), 1)
+            start, end = (ledger.parse_time(made) + by for by in (0, 1))
+            page = ledger.get_transactions(connection, start=start, to=end)
+            connection.driver.set_progress_handler(None, 1)
+        assert [each.ts for each in page.items] == [start]
+        steps.append(len(counted))
+    assert steps[0] == pytest.approx(steps[-1], rel=0.1)
 
 
 def test_a_cursor_of_transactions_is_bound_to_its_filters(bank: "Bank") -> None:
@@ -4257,8 +4415,20 @@ def test_a_balance_is_told_as_it_was_at_any_time(bank: "BankInside") -> None:
     bank.pass_time(DAY)
     now = bank.get(path).json()
     latest = {"balance": 15, "seq": 5, "at": ledger.utc_text(times[-1])}
+    latest |= {"held": 0, "available": 15}
     assert now == {"account_id": bank.ids["alice"], "asset": "USD", **latest}
     assert refusal(bank.get(f"/accounts/{NOBODY}/balance")) == (404, "account_not_found")
+
+
+def test_a_balance_tells_what_is_held_and_available_now(bank: "BankInside") -> None:
+    bank.given(alice=100, bob=0)
+    path, before = f"/accounts/{bank.ids['alice']}/balance", bank.statement("alice")[0]["ts"]
+    bank.promised("alice", "bob", 60, expires_in=60)
+    assert funds_of(bank.get(path).json()) == (100, 60, 40)
+    # What was held at another time is told by nothing that is stored in one place.
+    assert funds_of(bank.get(path, at=before).json()) == (100, None, None)
+    bank.pass_time(60_000_000)
+    assert funds_of(bank.get(path).json()) == (100, 0, 100)
 
 
 def test_a_balance_counts_all_entries_of_one_moment(bank: "BankInside") -> None:
@@ -6190,6 +6360,42 @@ def test_what_a_receiver_does_not_take_is_posted_again(
         assert bank.rows("SELECT failures FROM webhook") == [(0,)]
 
 
+def test_a_receipt_is_the_same_bytes_at_each_try(bank: "BankInside", receiver: "Receiver") -> None:
+    subscribe(bank, receiver.answering(500))
+    deliver(bank.given(alice=100, bob=0))
+    held = bank.promised("alice", "bob", 5)
+    receiver.answering(200)
+    wait_no_longer(bank)
+    deliver(bank)
+    bank.capture(held)
+    bank.reverse(bank.last("bob"))
+    bank.send("PATCH", f"/accounts/{bank.ids['alice']}", json={"owner_name": "A"})
+    # All goes out again, as from a server that has died before it noted what was taken.
+    bank.tamper("UPDATE webhook SET due_at = 0, position = id")
+    deliver(bank)
+    receipts = receiver.receipts()
+    bodies = {(receipt.headers["webhook-id"], receipt.body) for receipt in receipts}
+    assert (len(receiver.ids()), len(bodies), len(receipts)) == (7, 7, 12)
+
+
+def test_no_receiver_is_told_the_address_of_another(
+    bank: "BankInside", receiver: "Receiver", caplog: pytest.LogCaptureFixture
+) -> None:
+    subscribe(bank, receiver.answering(200))
+    subscribe(bank, receiver.answering(500, at="?token=1"))
+    printed(bank.database, "webhook", "remove", receiver.answering(500, at="?token=1"))
+    subscribe(bank, receiver.answering(410, at="?token=2"))
+    bank.given(alice=7)
+    with bank.app.log.written_to(io.StringIO()), caplog.at_level(logging.INFO):
+        deliver(bank)
+        deliver(bank)
+    told = [json.loads(receipt.body) for receipt in receiver.receipts()]
+    assert [each["type"] for each in told].count("webhook.removed") == 2
+    assert {each["data"].get("url") for each in told} == {None, receiver.address}
+    shown = bank.get("/events").text + bank.get("/audit").text + str(told) + caplog.text
+    assert "token" not in shown
+
+
 def test_a_receiver_that_is_gone_is_told_nothing_more(
     bank: "BankInside", receiver: "Receiver"
 ) -> None:
@@ -6786,6 +6992,7 @@ def test_a_spreadsheet_gets_the_lines_of_statements_and_no_formula(
         assert ref in (memo, f"'{memo}")
         assert not ref.strip().startswith(("=", "+", "-", "@", "\uff1d"))
     lines = [{**line, "ref": refs.pop()} for line in bank.statement("bob")]
+    assert [line.pop("seq") for line in lines] == list(range(len(rows), 0, -1))
     assert rows[::-1] == [{name: str(value) for name, value in line.items()} for line in lines]
 
 
@@ -6908,6 +7115,10 @@ def test_the_page_shows_where_the_money_is(screen: "Screen") -> None:
     assert happened[:3] == ["Deposit", "system cash JPY", "yuki JPY"]
     rent = happened.index("Transfer rent")
     assert happened[rent + 1 : rent + 3] == ["alice USD", "bob USD"]
+    screen.bank.step("bob", "freeze")
+    screen.bank.send("PATCH", f"/accounts/{screen.bank.ids['yuki']}", json={"owner_name": "Yuki"})
+    happened = [row[0].partition(" 20")[0] for row in screen.open().table("Latest")]
+    assert happened[:2] == ["Account updated Yuki", "Account frozen bob"]
 
 
 @on_sqlite
@@ -7402,7 +7613,7 @@ DAY = ledger.CASHBACK_DELAY
 REFUSED = (sqlite3.IntegrityError, psycopg.IntegrityError)
 
 
-def funds_of(account: Mapping[str, int]) -> tuple[int, int, int]:
+def funds_of(account: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """Return what an account that is shown has, what is held of it, and what is available."""
     return account["balance"], account["held"], account["available"]
 
