@@ -53,6 +53,7 @@ import asyncio
 import base64
 import copy
 import csv
+import errno
 import gc
 import hashlib
 import hmac
@@ -95,6 +96,7 @@ from pathlib import Path
 from typing import (
     Annotated,
     Any,
+    BinaryIO,
     ClassVar,
     Generic,
     Literal,
@@ -129,6 +131,9 @@ from starlette.middleware import Middleware
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+if sys.platform != "win32":
+    import fcntl
 
 log = logging.getLogger("ledger")
 Row = dict[str, Any]
@@ -1584,14 +1589,11 @@ class Database:
         behind = "Seconds by which this machine's clock is behind"
         self.behind = prometheus.Gauge("ledger_clock_behind_seconds", behind, ["what"], **new)
 
-    def prepare(self) -> None:
-        """Make the place of a new ledger, or raise StartupError."""
-
     def require_present(self) -> None:
         """Raise DatabaseLost where a write would go into nothing."""
 
-    def after_commit(self) -> None:
-        """Do what is to be done now and then."""
+    def after_commit(self, rows_max: int = 0) -> None:
+        """Do what is to be done now and then, or when so many rows were written."""
 
     @contextmanager
     def read(self, bound: str = "") -> Iterator[Connection]:
@@ -1671,15 +1673,13 @@ class Database:
     def open(self, *, make: bool) -> None:
         """Accept a ledger of this version; with `make`, make one where there is nothing yet."""
         try:
-            if make:
-                self.prepare()
             # Looking first through a connection that only reads leaves a stranger's file alone.
             with self.read() as connection:
                 version = stored_version(connection)
+            if not version and (self.inline or not make):
+                raise StartupError(f"{self.name} has no tables: restore it as a whole")
             if make:
                 retry_while_busy(partial(complete_schema, self))
-            elif not version:
-                raise StartupError(f"{self.name} is empty")
             self.is_open = True
         except LedgerError as error:
             raise StartupError(f"cannot open {self.name}: {one_line(error)}") from error
@@ -1794,10 +1794,11 @@ def database_at(url: str) -> Database:
 
 
 # The event loop may wait for the disk, but not for another program's lock, so the writer asks for
-# that only once. All page caches together stay under 16 MB.
-WRITER_PRAGMAS = """PRAGMA busy_timeout = 0; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
+# that only once. EXTRA syncs that a journal was removed, too: without a log, that is the commit. No
+# write needs the folder for temporary files. All page caches together stay under 16 MB.
+WRITER_PRAGMAS = """PRAGMA busy_timeout = 0; PRAGMA synchronous = EXTRA; PRAGMA foreign_keys = ON;
     PRAGMA recursive_triggers = ON; PRAGMA cache_size = -12288; PRAGMA wal_autocheckpoint = 0;
-    PRAGMA journal_size_limit = 67108864"""
+    PRAGMA temp_store = MEMORY; PRAGMA journal_size_limit = 67108864"""
 READER_PRAGMAS = "PRAGMA busy_timeout = 1000; PRAGMA query_only = ON; PRAGMA cache_size = -1024"
 # A log that has grown beyond the limit above is cut as soon as it begins anew.
 LOG_BYTES_MAX, LOG_SECONDS_MAX = 134_217_728, 2.0
@@ -1815,10 +1816,12 @@ class SqliteDatabase(Database):
         file = url.removeprefix("sqlite:///")
         if file == url or re.match(r":memory:|file:|.*[?\0]|$", file):
             raise StartupError("the database must be a plain file, such as sqlite:///ledger.db")
-        self.path = Path(file).absolute()
+        # What a link leads to, because SQLite keeps the log there.
+        self.path = Path(os.path.realpath(file))
         self.name = str(self.path)
         self._uri = f"{self.path.as_uri()}?mode=rw"  # Which never makes a file.
-        self._files = [str(self.path) + suffix for suffix in ("", "-wal", "-shm")]
+        self._log, *_ = self._logs = [f"{self.path}-wal", f"{self.path}-journal"]
+        self._watched = {str(Path(file).absolute()), self.name, self._log, f"{self.path}-shm"}
         self._opened: list[Any] = []
         self._rows_moved = 0
         self._alone, self._long_reads = threading.Lock(), threading.Semaphore(LONG_READERS_MAX)
@@ -1828,53 +1831,69 @@ class SqliteDatabase(Database):
         driver = sqlite3.connect(self._uri, uri=True, isolation_level=None, check_same_thread=False)
         try:
             driver.executescript(WRITER_PRAGMAS if write else READER_PRAGMAS)
-            # A new ledger is made without a log, so that a crash leaves all of it or no page.
-            if write and driver.execute("PRAGMA page_count").fetchone()[0]:
-                driver.execute("PRAGMA journal_mode = WAL")
+            if write:
+                # A new ledger is one file until it is whole.
+                [pages] = driver.execute("PRAGMA page_count").fetchone()
+                driver.execute(f"PRAGMA journal_mode = {'WAL' if pages else 'MEMORY'}")
         except sqlite3.Error:
             driver.close()
             raise
         return Connection(driver)
 
-    def prepare(self) -> None:
-        """Make the file, which its owner alone may read, unless it is the rest of a ledger."""
-        path, log = self._files[:2]
-        with suppress(FileNotFoundError):
-            if os.path.getsize(log) and not (self.path.exists() and os.path.getsize(path)):
-                raise StartupError(f"{log} is there without its ledger: restore both files")
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        except OSError as error:
-            raise StartupError(f"cannot open {path}: {error.strerror}") from None
-        with self.read() as connection:
-            [pages] = connection.rows("PRAGMA page_count")[0].values()
-            tables = connection.rows("SELECT name FROM sqlite_schema LIMIT 1")
-        if pages and not tables:
-            raise StartupError(f"{path} has no tables, but is not empty: restore {log} too")
-
     def open(self, *, make: bool) -> None:
         self._opened = []
+        try:
+            self.require_whole()
+            while make and not self.path.exists():
+                with suppress(FileExistsError), self.new() as new:  # Else another server makes it.
+                    complete_schema(new)
+                time.sleep(BUSY_RETRY_SECONDS)
+        except OSError as error:
+            raise StartupError(f"cannot open {self.path}: {error.strerror}") from None
+        if not (make or os.path.exists(self._log) or os.access(self.path.parent, os.W_OK)):
+            # SQLite cannot make a log there; if somebody else does, `require_present` tells.
+            self._uri += "&immutable=1"
         super().open(make=make)
-        if make:
-            # From its second opening on, a new file has a log: both are watched.
-            self.disconnect()
-            super().open(make=make)
-            self._opened = self._identities()
+        self._opened = self._identities()
+
+    def require_whole(self) -> None:
+        """Refuse what is left of a ledger, before SQLite opens it, which may destroy it."""
+        # The log first, because another server may just give one to a ledger that was restored.
+        logs = [log for log in self._logs if os.path.exists(log) and os.path.getsize(log)]
+        header, links = b"", 0
+        with suppress(FileNotFoundError), self.path.open("rb") as file:
+            header, links = file.read(20), os.fstat(file.fileno()).st_nlink
+        for rest in (*logs, *[self.path] * links) if not header else ():
+            raise StartupError(f"{rest} is there without its ledger: restore that or remove this")
+        if links > 1:
+            raise StartupError(f"{self.path} is one of {links} links to a file: remove the others")
+        # At 18 and 19 it says whether it has a log: a backup has none.
+        if self._log in logs and header[18:20] != b"\2\2":
+            raise StartupError(f"{self._log} is not of this ledger, which has no log: remove it")
+
+    @contextmanager
+    def new(self) -> Iterator[Database]:
+        """Lend an empty database, which becomes this one when it is whole."""
+        self.require_whole()
+        with new_file(self.path) as place, closing(SqliteDatabase(f"sqlite:///{place}")) as new:
+            new._uri += "&nolock=1"
+            yield new
 
     def require_present(self) -> None:
         """Raise DatabaseLost if other files have the names: the open ones end with us."""
         if self.is_open and self._opened and self._opened != self._identities():
             raise DatabaseLost("The database's files were moved or replaced: restart the server")
 
-    def after_commit(self) -> None:
+    def after_commit(self, rows_max: int = CHECKPOINT_ROWS) -> None:
         """Move committed pages into the file, in a thread, while the event loop goes on."""
         driver = self._writing[0].driver
         if self._checkpoint and self._checkpoint.done():
             self._checkpoint, self._rows_moved = None, driver.total_changes
             # The log begins anew only when what was committed meanwhile was moved, too.
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        elif not self._checkpoint and driver.total_changes - self._rows_moved > CHECKPOINT_ROWS:
-            self._checkpoint = self.writer.submit(self._move_pages)
+        elif not self._checkpoint and driver.total_changes - self._rows_moved > rows_max:
+            mode = "TRUNCATE" if os.path.getsize(self._log) > LOG_BYTES_MAX else "PASSIVE"
+            self._checkpoint = self.writer.submit(self.move_pages, mode)
 
     @contextmanager
     def long_turn(self) -> Iterator[None]:
@@ -1898,24 +1917,56 @@ class SqliteDatabase(Database):
 
     def _log_bytes(self) -> int:
         with suppress(OSError):
-            return os.path.getsize(self._files[1])
+            return os.path.getsize(self._log)
         return 0
 
-    def flush(self) -> None:
-        """Move all pages, so that who loses the log has the keys, and no ledger in open mode."""
-        [row] = self._writing[0].rows("PRAGMA wal_checkpoint(FULL)")
-        if row["busy"]:
-            raise DatabaseBusy
-
-    def _move_pages(self) -> None:
-        with closing(sqlite3.connect(self._uri, uri=True)) as driver:
+    def move_pages(self, mode: str) -> None:
+        """Move pages without waiting for anybody: FULL moves all, TRUNCATE cuts the log then."""
+        with closing(sqlite3.connect(self._uri, timeout=0, uri=True)) as driver:
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            [is_busy, *_] = driver.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+        if is_busy:
+            raise DatabaseBusy
 
     def _identities(self) -> list[Any]:
         try:
-            return [os.stat(file)[1:3] for file in self._files]
+            return [os.stat(file)[1:3] for file in self._watched]
         except OSError:
             return [None]
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """Lend another name for a new file, which gets its own when it is whole and on disk."""
+    for left in file.parent.glob("*.unfinished"):
+        with suppress(OSError), left.open("rb") as opened:
+            lock(opened)  # Its maker has, unless that has died, or is about to.
+            if opened.read(1) or os.fstat(opened.fileno()).st_mtime < time.time() - 1:
+                left.unlink()
+    place = Path(f"{file}.unfinished")
+    with open(place, "xb", opener=partial(os.open, mode=0o600)) as opened:
+        try:
+            lock(opened)
+            if os.path.lexists(file):
+                raise FileExistsError(errno.EEXIST, "File exists", str(file))
+            yield place
+            os.fsync(opened)
+            if sys.platform == "win32":
+                opened.close()  # It renames no open file, and syncs no folder.
+            place.replace(file)
+            if sys.platform != "win32":
+                folder = os.open(file.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        finally:
+            with suppress(OSError):
+                place.unlink()
+
+
+def lock(opened: BinaryIO) -> None:
+    """Lock an open file, or raise OSError if another program has; Windows locks it anyway."""
+    if sys.platform != "win32":
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # What a URL may say otherwise: a server that does not answer is given up within some seconds.
@@ -4893,6 +4944,7 @@ async def work_for_ever(ledger: Ledger) -> None:
                     told = warning
                 await start_deliveries(ledger, tasks)
                 await ledger.credit_due("SERVER", clocks["now"])
+                database.after_commit(rows_max=-1)
             except LedgerError as error:
                 log.warning("receipts and cashbacks wait: %s", error)
             except Exception:
@@ -5190,6 +5242,7 @@ def opened(settings: Settings, *, make: bool = False) -> Iterator[Database]:
     with closing(database):
         database.open(make=make)
         yield database
+        database.require_present()
 
 
 def listen(host: str, port: str) -> socket.socket:
@@ -5221,32 +5274,18 @@ def run_backup(settings: Settings, options: argparse.Namespace) -> None:
     with opened(settings) as database:
         if not isinstance(database, SqliteDatabase):
             raise StartupError(f"{database.name} is no file: back it up with pg_dump")
-        if options.file.exists():
-            raise StartupError(f"cannot make {options.file}: File exists")
-        # Under another name until it is whole.
-        partial_file = options.file.with_name(f"{options.file.name}.{os.getpid()}")
-        os.close(os.open(partial_file, os.O_CREAT | os.O_EXCL, 0o600))
-        try:
-            with closing(sqlite3.connect(database.path)) as driver:
-                driver.execute("VACUUM INTO ?", [str(partial_file)])
-            partial_file.rename(options.file)
-        finally:
-            partial_file.unlink(missing_ok=True)
+        reading = sqlite3.connect(database._uri, uri=True)
+        with new_file(options.file) as place, closing(reading) as driver:
+            driver.execute("VACUUM INTO ?", [f"{place.absolute().as_uri()}?nolock=1"])
     print(f"copied {database.name} to {options.file}")
 
 
 def run_copy(settings: Settings, options: argparse.Namespace) -> None:
     """Copy a whole ledger into an empty database of either engine, and check it there."""
     target = database_at(options.target)
-    is_new = isinstance(target, SqliteDatabase) and not target.path.exists()
-    with opened(replace(settings, database_url=options.source)) as source, closing(target):
-        try:
-            counts = copy_all(source, target)
-        except BaseException:
-            if isinstance(target, SqliteDatabase) and is_new:
-                target.disconnect()
-                target.path.unlink(missing_ok=True)
-            raise
+    place: Any = target.new() if isinstance(target, SqliteDatabase) else closing(target)
+    with opened(replace(settings, database_url=options.source)) as source, place as new:
+        counts = copy_all(source, new)
     print(f"copied {source.name} to {target.name}, and checked it there:")
     for name, row_count in counts.items():
         print(f"{row_count:>12,}  {name}")
@@ -5255,7 +5294,6 @@ def run_copy(settings: Settings, options: argparse.Namespace) -> None:
 def copy_all(source: Database, target: Database) -> dict[str, int]:
     """Copy all tables in one write, and return how many rows each has."""
     counts = {table: 0 for table in TABLES if table != "schema_version"}
-    target.prepare()
     with source.read() as old, target.write() as new:
         if stored_version(new):
             raise StartupError(f"{target.name} is not empty")
@@ -5279,7 +5317,8 @@ def run_export(settings: Settings, options: argparse.Namespace) -> None:
     """Write all transactions, for hledger or a spreadsheet, to a new file or to the output."""
     with opened(settings) as database, database.read() as connection:
         write = write_csv if options.format == "csv" else write_hledger
-        with open(options.file or os.dup(1), "x", encoding="utf-8", newline="") as out:
+        place: Any = new_file(options.file) if options.file else nullcontext(os.dup(1))
+        with place as file, open(file, "w", encoding="utf-8", newline="") as out:
             write(exported(connection), out)
 
 
@@ -5341,7 +5380,7 @@ def run_key_add(settings: Settings, options: argparse.Namespace) -> None:
         print(f"key {options.name!r} is in {database.name}, and shown this once", file=sys.stderr)
         if isinstance(database, SqliteDatabase):
             with suppress(DatabaseBusy, *DRIVER_ERRORS):
-                retry_while_busy(database.flush)
+                retry_while_busy(partial(database.move_pages, "FULL"))
 
 
 def run_key_revoke(settings: Settings, options: argparse.Namespace) -> None:

@@ -4095,7 +4095,7 @@ def test_to_find_transactions_of_a_time_takes_as_long_in_a_large_ledger(bank: "B
             counted: list[None] = []
             connection.driver.set_progress_handler(lambda seen=counted: seen.append(None), 1)
             start, end = (ledger.parse_time(made) + by for by in (0, 1))
-            page = ledger.get_transactions(connection, start=start, to=end)
+            page = ledger.list_transactions(connection, start=start, to=end)
             connection.driver.set_progress_handler(None, 1)
         assert [each.ts for each in page.items] == [start]
         steps.append(len(counted))
@@ -6386,7 +6386,7 @@ def test_no_receiver_is_told_the_address_of_another(
     printed(bank.database, "webhook", "remove", receiver.answering(500, at="?token=1"))
     subscribe(bank, receiver.answering(410, at="?token=2"))
     bank.given(alice=7)
-    with bank.app.log.written_to(io.StringIO()), caplog.at_level(logging.INFO):
+    with bank.app.state.log.written_to(io.StringIO()), caplog.at_level(logging.INFO):
         deliver(bank)
         deliver(bank)
     told = [json.loads(receipt.body) for receipt in receiver.receipts()]
