@@ -135,6 +135,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 if sys.platform != "win32":
     import fcntl
 
+__version__ = "0.9.0"
 log = logging.getLogger("ledger")
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -237,6 +238,11 @@ def stored_time(given: Any) -> Any:
     return parse_time(given) if isinstance(given, str) else given
 
 
+def as_enum(*values: str) -> pydantic.WithJsonSchema:
+    """Describe text that is one of some values, which the database sees to."""
+    return pydantic.WithJsonSchema({"type": "string", "enum": list(values)})
+
+
 TIME_SCHEMA = pydantic.WithJsonSchema({"type": "string", "format": "date-time"})
 Timestamp = Annotated[
     int,
@@ -254,6 +260,12 @@ HAS_EXTERNAL_ID = "external_id IS NOT NULL"
 AS_OBJECT = pydantic.PlainSerializer(lambda text: json.loads(text) if text else {}, dict[str, str])
 AS_TEXT = BeforeValidator(lambda given: json.dumps(given) if isinstance(given, dict) else given)
 StoredMetadata = Annotated[str | None, AS_TEXT, AS_OBJECT, pydantic.Field(alias="metadata")]
+
+
+AccountStatus = Annotated[str, as_enum("ACTIVE", "FROZEN", "CLOSED")]
+EntryType = Annotated[str, as_enum("DEBIT", "CREDIT")]
+HoldStatus = Annotated[str, as_enum("PENDING", "CAPTURED", "VOIDED", "EXPIRED")]
+CashbackStatus = Annotated[str, as_enum("SCHEDULED", "CREDITED", "CANCELLED")]
 
 
 def partial_index(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
@@ -281,7 +293,7 @@ class AccountPublic(Public):
     name: str | None = None
     owner_name: str
     asset: str = Field(foreign_key="asset.code")
-    status: str = "ACTIVE"
+    status: AccountStatus = "ACTIVE"
     balance: int = 0
     held: int = 0
     external_id: str | None = None
@@ -355,7 +367,7 @@ class EntryBase(Public):
     account_id: str = Field(primary_key=True, foreign_key="account.id")
     transaction_id: str = Field(foreign_key="event.id", index=True)
     amount: int
-    type: str
+    type: EntryType
     balance: int
     seq: int = Field(primary_key=True)
 
@@ -793,7 +805,7 @@ class CashbackPublic(Public):
 
     amount: int
     due_at: Timestamp
-    status: str = "SCHEDULED"
+    status: CashbackStatus = "SCHEDULED"
 
 
 class ScheduledCashback(CashbackPublic, table=True):
@@ -1029,7 +1041,7 @@ class HoldPublic(Public):
     """Money that is promised and not moved yet, until it is captured, voided or expired."""
 
     id: str = Field(primary_key=True)
-    status: str = "PENDING"
+    status: HoldStatus = "PENDING"
     account_id: str = Field(foreign_key="account.id")
     dest_account_id: str = Field(foreign_key="account.id")
     asset: str
@@ -2579,7 +2591,15 @@ PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
 NEWEST_FIRST, OLDEST_FIRST = f"{10**18 - 1}_g", "0_"  # Where the pages of a list start.
 ERRORS_LISTED_MAX = 20
 METADATA_PARAMETER_NAME = re.compile(r"metadata\[.*\]", re.DOTALL)
-ALICE, BOB = (f"01a1fefb-c2f0-7ab1-8d0e-391f6d6292{end}" for end in ("a4", "b5"))  # Examples.
+ALICE, BOB, RENT = (f"01a1fefb-c2f0-7ab1-8d0e-391f6d6292{end}" for end in ("a4", "b5", "c6"))
+# What the description shows of fields, by their names.
+EXAMPLES = {
+    **dict.fromkeys(("id", "transfer_id", "transaction_id", "payment_id"), RENT),
+    "account_id": ALICE,
+    "dest_account_id": BOB,
+    "asset": "USD",
+    "owner_name": "alice",
+}
 
 
 class Room:
@@ -2772,7 +2792,9 @@ AccountId = Annotated[Uuid, names_account("{}"), pydantic.Field(examples=[ALICE]
 HoldOrTransactionId = Annotated[Uuid, names_account(ACCOUNTS_OF + "{}")]
 OtherAccountId = Annotated[AccountId, pydantic.Field(examples=[BOB])]
 PlainInt = Annotated[int, BeforeValidator(PLAIN_DIGITS)]
-Limit = Annotated[PlainInt, Query(ge=1, le=PAGE_SIZE_MAX)]
+Limit = Annotated[
+    PlainInt, Query(ge=1, le=PAGE_SIZE_MAX, description="How many a page has at most")
+]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
 MetadataName = Annotated[PrintableText, pydantic.StringConstraints(min_length=1, max_length=40)]
 MetadataText = Annotated[PrintableText, pydantic.StringConstraints(max_length=500)]
@@ -2802,6 +2824,13 @@ class RequestBody(BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", json_schema_extra=add_example)
 
 
+class Misfit(BaseModel):
+    """What does not fit in a request, and where (a pointer of RFC 6901)."""
+
+    pointer: str
+    detail: str
+
+
 class Problem(BaseModel):
     """How every error looks (RFC 9457); some have more members that help."""
 
@@ -2810,11 +2839,27 @@ class Problem(BaseModel):
     status: int
     detail: str
     code: str
+    errors: list[Misfit] = []
 
 
-PROBLEMS = {
-    "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+# What the API's description says of errors: by the parameter of a path, what may not be there.
+NOT_FOUND = {
+    "account_id": AccountNotFound,
+    "transaction_id": TransactionNotFound,
+    "payment_id": PaymentNotFound,
+    "hold_id": HoldNotFound,
 }
+OF_ALL = (DatabaseBusy, DatabaseUnavailable, InternalError)
+OF_CALLERS = (Unauthorized, Forbidden)
+OF_WRITES = (
+    MalformedJson, BodyTooLarge, InvalidRequest, IdempotencyKeyInvalid, IdempotencyKeyReused,
+    StorageFull,
+)  # fmt: skip
+MOVING = (
+    AccountNotFound, AccountFrozen, AccountClosed, InsufficientFunds, BalanceLimit,
+    AssetClosedLoop, ExternalIdExists,
+)  # fmt: skip
+CLOSING = (InvalidStateTransition, HoldsPending, AccountNotEmpty, CashbackPending)
 SECURITY = {
     "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     "Bearer": {"type": "http", "scheme": "bearer", "description": "A key, or a JWT"},
@@ -2822,12 +2867,14 @@ SECURITY = {
 KEY_HEADER = {
     "name": "Idempotency-Key",
     "in": "header",
+    "description": "Your name for this one intent: the same request with it acts only once",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
 }
 METADATA_PARAMETER = {
     "name": "metadata",
     "in": "query",
     "style": "deepObject",
+    "description": "metadata[NAME]=VALUE finds what has this member; of several, all must hold",
     "schema": {"type": "object", "additionalProperties": {"type": "string"}},
 }
 F = TypeVar("F", bound=Callable[..., Any])
@@ -2847,6 +2894,7 @@ class Policy(NamedTuple):
     errors: Overrides | None = None
     long: bool = False
     body_bytes_max: int = BODY_BYTES_MAX
+    raises: Sequence[type[LedgerError]] = ()  # What its operation refuses besides.
 
 
 POLICIES: dict[Callable[..., Any], Policy] = {}
@@ -2912,16 +2960,30 @@ class LedgerRoute(APIRoute):
         extra: Row = {"parameters": parameters} if parameters else {}
         if self.policy.roles:
             extra["security"] = [{name: []} for name in SECURITY]
+        self.documented = {self.reword(kind()) for kind in self.refusals(path)}
         roles = ", ".join(self.policy.roles) or "anyone"
+        options["summary"] = (endpoint.__doc__ or "").partition(".\n")[0].rstrip(".")
         options["name"] = options["operation_id"] = options["operation_id"] or endpoint.__name__
-        options["description"] = f"{endpoint.__doc__}\n\nRoles: {roles}."
-        options["responses"] = {"4XX": PROBLEMS, "5XX": PROBLEMS}
+        options["description"] = f"Roles: {roles}."
+        options["responses"] = described_problems(self.documented)
         options["openapi_extra"] = extra
         # What keys belong to: the method and the template of the path.
         self.operation = f"{options['methods'][0]} {path}"
         super().__init__(path, documented, **options)
         # Starlette's own ends with "$", which lets a line feed pass.
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
+
+    def refusals(self, path: str) -> set[type[LedgerError]]:
+        """Return the kinds of errors that the route can answer with."""
+        kinds = {*self.policy.raises, *OF_ALL, *(OF_CALLERS if self.policy.roles else ())}
+        kinds |= {kind for name, kind in NOT_FOUND.items() if f"{{{name}}}" in path}
+        kinds |= set(OF_WRITES) if self.writes else set()
+        fields = self.arguments.model_fields
+        kinds |= {InvalidRequest} if fields or not self.lenient else set()
+        kinds |= {UnsupportedMediaType} if "body" in fields else set()
+        kinds |= {InvalidCursor} if {"cursor", "after"} & fields.keys() else set()
+        kinds |= {IdempotencyKeyMissing} if self.policy.key == "required" else set()
+        return kinds
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers a request of this route."""
@@ -3072,8 +3134,22 @@ class LedgerRoute(APIRoute):
                     if isinstance(value, int):  # The others are ids.
                         error.members[name] = decimal_text(value, self.exponent)
             error.status, detail = self.reworded[type(error)]
-            error.args = (detail.format(**error.members),)
+            error.args = (detail.format_map(defaultdict(int, error.members)),)
         return error
+
+
+def described_problems(errors: Iterable[LedgerError]) -> dict[int | str, Row]:
+    """Return what OpenAPI says of errors: by status, each with its code and an example."""
+    responses: dict[int | str, Row] = {}
+    for error in sorted(errors, key=attrgetter("status", "code")):
+        problem = json.loads(error.to_answer().body)
+        problem["detail"] = problem["detail"] or problem["title"]
+        content: Row = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": {}}
+        response = responses.setdefault(error.status, {"description": "", "content": {}})
+        response["description"] += f"{', ' if response['description'] else ''}`{error.code}`"
+        content = response["content"].setdefault("application/problem+json", content)
+        content["examples"][error.code] = {"value": problem}
+    return responses
 
 
 class AnswerResponse(Response):
@@ -3230,7 +3306,7 @@ class TransferPublic(BaseModel):
 
 
 @api.post("/transfers", tags=["transfers"])
-@allow(SERVICES, key="required")
+@allow(SERVICES, key="required", raises=(*MOVING, SameAccount, AssetMismatch))
 def create_transfer(book: Book, body: TransferCreate) -> TransferPublic:
     """Move money between two customers' accounts, at once and as a whole."""
     transfer_id = transfer(book, **vars(body))
@@ -3240,14 +3316,14 @@ def create_transfer(book: Book, body: TransferCreate) -> TransferPublic:
 
 
 @api.post("/accounts/{account_id}/deposit", tags=["accounts"])
-@allow(SERVICES, key="required")
+@allow(SERVICES, key="required", raises=MOVING)
 def create_deposit(book: Book, account_id: AccountId, body: AmountCreate) -> AccountPublic:
     """Take money in for an account."""
     return deposit(book, account_id, **vars(body))
 
 
 @api.post("/accounts/{account_id}/withdraw", tags=["accounts"])
-@allow(ADMINS, key="required")
+@allow(ADMINS, key="required", raises=MOVING)
 def create_withdrawal(book: Book, account_id: AccountId, body: AmountCreate) -> AccountPublic:
     """Pay money out of an account."""
     return withdraw(book, account_id, **vars(body))
@@ -3261,7 +3337,9 @@ class AccountCreate(Named):
 
 
 @api.post("/accounts", status_code=201, tags=["accounts"])
-@allow(SERVICES, location="/accounts/{0.id}")
+@allow(
+    SERVICES, location="/accounts/{0.id}", raises=(AssetNotFound, AssetClosedLoop, ExternalIdExists)
+)
 def create_account(book: Book, body: AccountCreate) -> AccountPublic:
     """Open an account for a customer."""
     return open_account(book, **vars(body))
@@ -3355,21 +3433,21 @@ def update_account(book: Book, account_id: AccountId, body: AccountChange) -> Ac
 
 
 @api.post("/accounts/{account_id}/freeze", tags=["accounts"])
-@allow(ADMINS)
+@allow(ADMINS, raises=(InvalidStateTransition,))
 def freeze_account(book: Book, account_id: AccountId) -> AccountPublic:
     """Let an account move no money, in or out, until it is unfrozen."""
     return change_status(book, account_id, "FROZEN")
 
 
 @api.post("/accounts/{account_id}/unfreeze", tags=["accounts"])
-@allow(ADMINS)
+@allow(ADMINS, raises=(InvalidStateTransition,))
 def unfreeze_account(book: Book, account_id: AccountId) -> AccountPublic:
     """Let a frozen account move money again."""
     return change_status(book, account_id, "ACTIVE")
 
 
 @api.post("/accounts/{account_id}/close", tags=["accounts"])
-@allow(ADMINS)
+@allow(ADMINS, raises=CLOSING)
 def close_account(book: Book, account_id: AccountId) -> AccountPublic:
     """End an empty account for ever."""
     return change_status(book, account_id, "CLOSED")
@@ -3589,7 +3667,12 @@ class TransactionCreate(EventCreate):
 
 
 @api.post("/transactions", status_code=201, tags=["transactions"])
-@allow(SERVICES, key="required", location="/transactions/{0.id}")
+@allow(
+    SERVICES,
+    key="required",
+    location="/transactions/{0.id}",
+    raises=(*MOVING, Unbalanced, AccountRepeated),
+)
 def create_transaction(book: Book, body: TransactionCreate) -> TransactionPublic:
     """Post entries between any number of accounts, at once and as a whole."""
     signs = {"DEBIT": -1, "CREDIT": +1}
@@ -3598,7 +3681,12 @@ def create_transaction(book: Book, body: TransactionCreate) -> TransactionPublic
 
 
 @api.post("/transactions/{transaction_id}/reverse", status_code=201, tags=["transactions"])
-@allow(ADMINS, key="required", location="/transactions/{0.id}")
+@allow(
+    ADMINS,
+    key="required",
+    location="/transactions/{0.id}",
+    raises=(*MOVING, AlreadyReversed, NotReversible, CashbackCredited),
+)
 def reverse_transaction(
     book: Book, transaction_id: HoldOrTransactionId, body: EventCreate
 ) -> TransactionPublic:
@@ -3632,7 +3720,7 @@ class BulkPublic(BaseModel):
 
 
 @api.post("/transfers/bulk", tags=["transfers"])
-@allow(SERVICES, key="required", body_bytes_max=8 * BODY_BYTES_MAX)
+@allow(SERVICES, key="required", body_bytes_max=8 * BODY_BYTES_MAX, raises=(BulkFailed,))
 def create_transfers(book: Book, body: BulkCreate) -> BulkPublic:
     """Make many transfers in one commit."""
     transfers = [
@@ -3654,7 +3742,9 @@ class HoldCreate(AmountCreate):
 
 
 @api.post("/holds", status_code=201, tags=["holds"])
-@allow(SERVICES, key="required", location="/holds/{0.id}")
+@allow(
+    SERVICES, key="required", location="/holds/{0.id}", raises=(*MOVING, SameAccount, AssetMismatch)
+)
 def create_hold(book: Book, body: HoldCreate) -> HoldPublic:
     """Promise money to an account, until it is captured or voided, or expires."""
     return place_hold(book, **vars(body))
@@ -3667,14 +3757,14 @@ class CaptureCreate(RequestBody):
 
 
 @api.post("/holds/{hold_id}/capture", tags=["holds"])
-@allow(SERVICES, key="required")
+@allow(SERVICES, key="required", raises=(*MOVING, *HOLD_ENDS.values(), AmountExceedsHold))
 def capture_hold(book: Book, hold_id: HoldOrTransactionId, body: CaptureCreate) -> HoldPublic:
     """Move what a hold promised, once."""
     return HoldPublic(**capture(book, hold_id, amount=body.amount))
 
 
 @api.post("/holds/{hold_id}/void", tags=["holds"])
-@allow(SERVICES)
+@allow(SERVICES, raises=(*HOLD_ENDS.values(),))
 def void_hold(book: Book, hold_id: HoldOrTransactionId) -> HoldPublic:
     """Give up what a hold promised."""
     return HoldPublic(**void(book, hold_id))
@@ -3730,7 +3820,7 @@ class PaymentPublic(BaseModel):
 
 
 @api.post("/payments", tags=["payments"])
-@allow(SERVICES, key="required")
+@allow(SERVICES, key="required", raises=MOVING)
 def create_payment(book: Book, body: PaymentCreate) -> PaymentPublic:
     """Pay at once, and get 2 % back after 24 hours."""
     cashback = pay(book, **vars(body))
@@ -4052,7 +4142,7 @@ class BankAccountCreated(BaseModel):
 
 
 @bank.post("/accounts", status_code=201)
-@allow(SERVICES)
+@allow(SERVICES, raises=(AccountExists,))
 def create_bank_account(book: Book, body: BankAccountCreate) -> BankAccountCreated:
     """Open an account under a name of the caller's own, unique for ever."""
     open_account(book, owner_name=body.account_id, asset="USD", name=f"bank:{body.account_id}")
@@ -4087,7 +4177,7 @@ class BankAccountBalance(BaseModel):
 
 
 @bank.get("/accounts/{name:path}/balance")
-@allow(READERS)
+@allow(READERS, raises=(AccountNotFound,))
 def get_bank_balance(
     connection: Connection, name: str, timestamp: BankTimeInQuery | None = None
 ) -> BankAccountBalance:
@@ -4109,7 +4199,7 @@ class BankBalance(BaseModel):
 
 
 @bank.post("/deposits")
-@allow(SERVICES)
+@allow(SERVICES, raises=MOVING)
 def create_bank_deposit(book: Book, body: BankMovement) -> BankBalance:
     """Take money in for an account."""
     account = deposit(book, BANK_ACCOUNT.format(body.account_id), amount=body.amount)
@@ -4126,7 +4216,7 @@ class BankTransfer(RequestBody):
 
 
 @bank.post("/transfers")
-@allow(SERVICES, errors=NOT_TRANSFERRED)
+@allow(SERVICES, errors=NOT_TRANSFERRED, raises=(*MOVING, SameAccount))
 def create_bank_transfer(book: Book, body: BankTransfer) -> BankBalance:
     """Move money, and show the balance of the source."""
     source = BANK_ACCOUNT.format(body.source_account_id)
@@ -4141,7 +4231,7 @@ class BankPayment(BaseModel):
 
 
 @bank.post("/payments")
-@allow(SERVICES, errors=NOT_PAID)
+@allow(SERVICES, errors=NOT_PAID, raises=MOVING)
 def create_bank_payment(book: Book, body: BankMovement) -> BankPayment:
     """Pay, and get 2 % back after 24 hours of the caller's clock."""
     reference = BANK_ACCOUNT.format(body.account_id)
@@ -4218,7 +4308,7 @@ class BankOperations(BaseModel):
 
 
 @bank.get("/accounts/{name:path}/transactions")
-@allow(READERS)
+@allow(READERS, raises=(AccountNotFound,))
 def list_bank_transactions(
     connection: Connection, name: str, timestamp: BankTimeInQuery
 ) -> BankOperations:
@@ -4351,7 +4441,7 @@ class AtmBalance(BaseModel):
 
 
 @atm.get("/accounts/{number:path}/balance")
-@allow(READERS)
+@allow(READERS, raises=(AccountNotFound,))
 def get_atm_balance(connection: Connection, number: AtmNumber) -> AtmBalance:
     """Show a balance."""
     account = find_account(connection, ATM_ACCOUNT.format(number))
@@ -4365,7 +4455,7 @@ class AtmMovement(RequestBody):
 
 
 @atm.post("/accounts/{number:path}/deposit")
-@allow(SERVICES)
+@allow(SERVICES, raises=MOVING)
 def create_atm_deposit(book: Book, number: AtmNumber, body: AtmMovement) -> AtmBalance:
     """Take cash in."""
     account = deposit(book, ATM_ACCOUNT.format(number), amount=body.amount)
@@ -4373,7 +4463,7 @@ def create_atm_deposit(book: Book, number: AtmNumber, body: AtmMovement) -> AtmB
 
 
 @atm.post("/accounts/{number:path}/withdraw")
-@allow(ADMINS)
+@allow(ADMINS, raises=MOVING)
 def create_atm_withdrawal(book: Book, number: AtmNumber, body: AtmMovement) -> AtmBalance:
     """Give cash out."""
     account = withdraw(book, ATM_ACCOUNT.format(number), amount=body.amount)
@@ -4446,7 +4536,7 @@ class WalletBalance(BaseModel):
 
 
 @wallets.get("/users/{user:path}/balance")
-@allow(READERS)
+@allow(READERS, raises=(AccountNotFound, AssetNotFound))
 def get_wallet_balance(connection: Connection, user: str, asset_type_id: PlainInt) -> WalletBalance:
     """Show what a user has of an asset."""
     held = find_account(connection, wallet(user, asset_type_id))
@@ -4460,7 +4550,7 @@ class WalletUserCreate(RequestBody):
 
 
 @wallets.post("/users", status_code=201)
-@allow(SERVICES)
+@allow(SERVICES, raises=(AccountExists,))
 def create_wallet_user(book: Book, body: WalletUserCreate) -> WalletUserCreate:
     """Open a user's three wallets, all empty."""
     user = body.external_user_id
@@ -4484,7 +4574,7 @@ class WalletMoved(BaseModel):
 
 
 @wallets.post("/users/{user:path}/top-up")
-@allow(SERVICES)
+@allow(SERVICES, raises=(*MOVING, AssetNotFound))
 def create_top_up(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
     """Add credits that were bought."""
     reference = wallet(user, body.asset_type_id)
@@ -4493,7 +4583,7 @@ def create_top_up(book: Book, user: WalletOwner, body: WalletMovement) -> Wallet
 
 
 @wallets.post("/users/{user:path}/bonus")
-@allow(SERVICES)
+@allow(SERVICES, raises=(*MOVING, AssetNotFound))
 def create_bonus(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
     """Add credits that are a present."""
     reference = wallet(user, body.asset_type_id)
@@ -4502,7 +4592,7 @@ def create_bonus(book: Book, user: WalletOwner, body: WalletMovement) -> WalletM
 
 
 @wallets.post("/users/{user:path}/spend")
-@allow(SERVICES)
+@allow(SERVICES, raises=(*MOVING, AssetNotFound))
 def create_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
     """Take credits for a service."""
     reference = wallet(user, body.asset_type_id)
@@ -4845,6 +4935,7 @@ def application(
     app = FastAPI(
         openapi_url=None,
         title="ledger.py",
+        version=__version__,
         description="A double-entry ledger: durable, idempotent, never negative, always balanced.",
         lifespan=lifespan,
         root_path=root_path,
@@ -4871,16 +4962,60 @@ def head_of(route: Any) -> Any:
     return head
 
 
+TAGS = {
+    "accounts": "Open them, put money in and take it out, and see what happened",
+    "transfers": "Between two accounts, one or many at once",
+    "transactions": "Of any number of entries, and their reversal",
+    "holds": "Money that is promised, and moved later",
+    "payments": "With cashback",
+    "audit and events": "Who did what, and what to follow along",
+    "operations": "For who runs the ledger",
+    "bank": "A dialect: the banking kata, by the caller's own clock",
+    "atm": "A dialect: the cash machine, in decimal dollars",
+    "wallets": "A dialect: application credits",
+}
+
+
 def describe(app: FastAPI) -> Row:
-    """Return the description of the API for programs."""
-    if not app.openapi_schema:
-        app.openapi_schema = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
-        )
-        components = app.openapi_schema.setdefault("components", {})
-        components.setdefault("schemas", {})["Problem"] = Problem.model_json_schema()
-        components["securitySchemes"] = SECURITY
-    return app.openapi_schema
+    """Return the description of the API for programs, made once."""
+    if app.openapi_schema:
+        return app.openapi_schema
+    described = app.openapi_schema = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        routes=app.routes,
+        tags=[{"name": name, "description": about} for name, about in TAGS.items()],
+    )
+    components = described.setdefault("components", {})
+    problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas = components.setdefault("schemas", {})
+    schemas |= problem.pop("$defs") | {"Problem": problem}
+    components["securitySchemes"] = SECURITY
+    for path in described["paths"].values():
+        for operation in path.values():
+            for response in operation["responses"].values():
+                for content in response.get("content", {}).values():
+                    if "examples" not in content:
+                        content["example"] = example_of(content["schema"], schemas)
+    return described
+
+
+def example_of(schema: Row, schemas: Row) -> Any:
+    """Return an example of what a schema describes."""
+    schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    for name in ("anyOf", "allOf"):
+        if name in schema:
+            return example_of(schema[name][0], schemas)
+    if "properties" in schema:
+        fields = schema["properties"].items()
+        return {name: EXAMPLES.get(name) or example_of(each, schemas) for name, each in fields}
+    if schema.get("type") == "array":
+        return [example_of(schema["items"], schemas)]
+    given = [*schema.get("examples", ()), *schema.get("enum", ())]
+    kinds = {"date-time": "2026-11-21T12:00:00.000000Z", "integer": 300, "object": {}}
+    kind = schema.get("format") or schema.get("type", "")
+    return given[0] if given else kinds.get(kind, "text" if kind == "string" else None)
 
 
 def open_first_accounts(
@@ -4925,6 +5060,11 @@ def prepare_process() -> None:
     # Without these two lines, the collector costs a fifth of the rate.
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)
+    silence_others()
+
+
+def silence_others() -> None:
+    """Let no other log than ours tell of requests."""
     for other in ("uvicorn.access", "httpx"):
         # Their lines would hold paths, and so names, and the tokens of receivers.
         logging.getLogger(other).disabled = True

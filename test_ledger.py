@@ -64,6 +64,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from selenium import webdriver
 from selenium.common.exceptions import JavascriptException
 from selenium.webdriver.common.by import By
+from starlette.routing import Match
 
 import ledger
 
@@ -5012,8 +5013,7 @@ def test_long_reads_let_a_large_log_begin_anew(
 
 
 @on_sqlite
-def test_a_log_that_has_grown_is_cut(bank: "BankInside", monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "CHECKPOINT_ROWS", 0)
+def test_a_log_that_has_grown_is_cut(bank: "BankInside") -> None:
     database: Any = bank.given(alice=1).ledger.database
     database._writing[0].driver.execute("PRAGMA journal_size_limit = 100000")
     with database.read() as reading:
@@ -5024,6 +5024,7 @@ def test_a_log_that_has_grown_is_cut(bank: "BankInside", monkeypatch: pytest.Mon
 
     def is_cut() -> bool:
         bank.deposit("alice", 1)
+        database.after_commit(rows_max=-1)
         return Path(f"{database.path}-wal").stat().st_size <= 100_000
 
     assert grown > 100_000
@@ -5807,7 +5808,14 @@ def test_the_api_describes_itself(demo: "Bank") -> None:
     transfer = paths["/transfers"]["post"]
     assert transfer["parameters"][0]["name"] == "Idempotency-Key"
     assert transfer["parameters"][0]["required"] is True
-    assert "422" not in transfer["responses"]
+    refused = transfer["responses"]["409"]["content"]["application/problem+json"]
+    assert refused["schema"] == {"$ref": "#/components/schemas/Problem"}
+    assert refused["examples"]["insufficient_funds"]["value"]["status"] == 409
+    assert transfer["operationId"] == "create_transfer"
+    shown = transfer["responses"]["200"]["content"]["application/json"]["example"]
+    assert shown["source"]["status"] == "ACTIVE"
+    limit = paths["/accounts"]["get"]["parameters"][0]
+    assert (limit["schema"]["minimum"], limit["schema"]["maximum"]) == (1, 200)
     assert "application/problem+json" in transfer["responses"]["4XX"]["content"]
     assert transfer["security"] == [{"X-API-Key": []}, {"Bearer": []}]
     assert "Roles: service, admin." in transfer["description"]
@@ -6386,6 +6394,7 @@ def test_no_receiver_is_told_the_address_of_another(
     printed(bank.database, "webhook", "remove", receiver.answering(500, at="?token=1"))
     subscribe(bank, receiver.answering(410, at="?token=2"))
     bank.given(alice=7)
+    ledger.silence_others()
     with bank.app.state.log.written_to(io.StringIO()), caplog.at_level(logging.INFO):
         deliver(bank)
         deliver(bank)
@@ -7573,12 +7582,25 @@ class BankInside(Bank):
         super().__init__(lambda *a, **o: run(self.ask(*a, **o)), database)
 
     async def ask(self, method: str, path: str, **given: Any) -> httpx.Response:
-        """Return the answer to a request, in less time than a client of httpx takes for it."""
+        """Return the answer to a request, in less time than a client of httpx takes for it.
+
+        If it is a refusal, the API's description must tell of it.
+        """
         request = httpx.Request(method, httpx.URL("http://127.0.0.1").join(path), **given)
         response = await self.wire.handle_async_request(request)
         response.request = request
         await response.aread()
+        if response.status_code >= 400 and response.status_code not in (404, 405):
+            assert self.is_documented(method, request.url.path, response), response.text
         return response
+
+    def is_documented(self, method: str, path: str, response: httpx.Response) -> bool:
+        """Tell whether the route that has answered says that it may answer so."""
+        scope = {"type": "http", "method": method.replace("HEAD", "GET"), "path": path}
+        routes: Any = self.app.routes
+        [route, *_] = [r for r in routes if r.matches(dict(scope))[0] is Match.FULL]
+        told = {(error.status, error.code) for error in route.documented}
+        return (response.status_code, response.json()["code"]) in told
 
     def wrong(self) -> list[str]:
         """Return what the integrity check finds."""
