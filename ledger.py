@@ -52,7 +52,6 @@ import argparse
 import asyncio
 import base64
 import csv
-import errno
 import gc
 import hashlib
 import hmac
@@ -81,7 +80,7 @@ from functools import lru_cache, partial
 from importlib import resources
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Generic, Literal, NamedTuple, TextIO, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TextIO, TypeVar
 from urllib.parse import parse_qsl
 
 import httpx
@@ -104,7 +103,6 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 if sys.platform != "win32":
     import fcntl
-
 log = logging.getLogger("ledger")
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -1607,11 +1605,9 @@ def database_at(url: str) -> Database:
 
 
 # The event loop may wait for the disk, but not for another program's lock, so the writer asks for
-# that only once. EXTRA syncs that a journal was removed, too: without a log, that is the commit. No
-# write needs the folder for temporary files. All page caches together stay under 16 MB.
-WRITER_PRAGMAS = """PRAGMA busy_timeout = 0; PRAGMA synchronous = EXTRA; PRAGMA foreign_keys = ON;
-    PRAGMA recursive_triggers = ON; PRAGMA cache_size = -12288; PRAGMA wal_autocheckpoint = 0;
-    PRAGMA temp_store = MEMORY"""
+# that only once. All page caches together stay under 16 MB.
+WRITER_PRAGMAS = """PRAGMA busy_timeout = 0; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
+    PRAGMA recursive_triggers = ON; PRAGMA cache_size = -12288; PRAGMA wal_autocheckpoint = 0"""
 READER_PRAGMAS = "PRAGMA busy_timeout = 1000; PRAGMA query_only = ON; PRAGMA cache_size = -1024"
 CHECKPOINT_ROWS = 6_000  # Some 25 MB of log in large batches, and 40 in batches of one.
 LOG_BYTES_MAX = 2**27  # It grows to more only while somebody reads for long.
@@ -1642,10 +1638,11 @@ class SqliteDatabase(Database):
         driver = sqlite3.connect(self._uri, uri=True, isolation_level=None, check_same_thread=False)
         try:
             driver.executescript(WRITER_PRAGMAS if write else READER_PRAGMAS)
-            if write:
-                # A new ledger is one file until it is whole.
-                [pages] = driver.execute("PRAGMA page_count").fetchone()
-                driver.execute(f"PRAGMA journal_mode = {'WAL' if pages else 'MEMORY'}")
+            if write and driver.execute("PRAGMA page_count").fetchone()[0]:
+                # Nothing of a write goes to the folder for temporary files, which may be full.
+                driver.executescript("PRAGMA journal_mode = WAL; PRAGMA temp_store = MEMORY")
+            elif write:
+                driver.execute("PRAGMA journal_mode = MEMORY")  # It gets its name when it is whole.
         except sqlite3.Error:
             driver.close()
             raise
@@ -1654,15 +1651,13 @@ class SqliteDatabase(Database):
     def open(self, *, make: bool) -> None:
         try:
             self.require_whole()
-            while make and not self.path.exists():
-                with suppress(FileExistsError), self.new() as new:  # Else another server makes it.
+            if make and not self.path.exists():
+                with suppress(FileExistsError), self.new() as new:  # Another server may be quicker.
                     complete_schema(new)
-                time.sleep(BUSY_RETRY_SECONDS)
         except OSError as error:
             raise StartupError(f"cannot open {self.path}: {error.strerror}") from None
         if not (make or os.path.exists(self._log) or os.access(self.path.parent, os.W_OK)):
-            # SQLite cannot make a log there; if somebody else does, `require_present` tells.
-            self._uri += "&immutable=1"
+            self._uri += "&immutable=1"  # SQLite can make no log; `require_present` sees others'.
         super().open(make=make)
         self._opened = self._identities()
 
@@ -1709,9 +1704,8 @@ class SqliteDatabase(Database):
         """Move pages without waiting for anybody: FULL moves all, TRUNCATE cuts the log then."""
         with closing(sqlite3.connect(self._uri, timeout=0, uri=True)) as driver:
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            [is_busy, *_] = driver.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
-        if is_busy:
-            raise DatabaseBusy
+            if driver.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()[0]:
+                raise DatabaseBusy
 
     def _identities(self) -> list[Any]:
         try:
@@ -1723,17 +1717,18 @@ class SqliteDatabase(Database):
 @contextmanager
 def new_file(file: Path) -> Iterator[Path]:
     """Lend another name for a new file, which gets its own when it is whole and on disk."""
-    for left in file.parent.glob("*.unfinished"):
+    for left in file.parent.glob("*.unfinished") if sys.platform != "win32" else ():
         with suppress(OSError), left.open("rb") as opened:
-            lock(opened)  # Its maker has, unless that has died, or is about to.
-            if opened.read(1) or os.fstat(opened.fileno()).st_mtime < time.time() - 1:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if opened.read(1):  # Its maker has died; of an empty one, it may be about to lock it.
                 left.unlink()
     place = Path(f"{file}.unfinished")
-    with open(place, "xb", opener=partial(os.open, mode=0o600)) as opened:
+    with open(place, "ab", opener=partial(os.open, mode=0o600)) as opened:
+        if sys.platform != "win32":
+            fcntl.flock(opened, fcntl.LOCK_EX)
         try:
-            lock(opened)
             if os.path.lexists(file):
-                raise FileExistsError(errno.EEXIST, "File exists", str(file))
+                raise FileExistsError(f"cannot make {file}: File exists")
             yield place
             os.fsync(opened)
             if sys.platform == "win32":
@@ -1744,14 +1739,7 @@ def new_file(file: Path) -> Iterator[Path]:
                 os.fsync(folder)
                 os.close(folder)
         finally:
-            with suppress(OSError):
-                place.unlink()
-
-
-def lock(opened: BinaryIO) -> None:
-    """Lock an open file, or raise OSError if another program has; Windows locks it anyway."""
-    if sys.platform != "win32":
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            place.unlink(missing_ok=True)
 
 
 # What a URL may say otherwise: a server that does not answer is given up within some seconds.
@@ -4461,8 +4449,8 @@ def run_backup(settings: Settings, options: argparse.Namespace) -> None:
     with opened(settings) as database:
         if not isinstance(database, SqliteDatabase):
             raise StartupError(f"{database.name} is no file: back it up with pg_dump")
-        reading = sqlite3.connect(database._uri, uri=True)
-        with new_file(options.file) as place, closing(reading) as driver:
+        reading = closing(sqlite3.connect(database._uri, uri=True))
+        with reading as driver, new_file(options.file) as place:
             driver.execute("VACUUM INTO ?", [f"{place.absolute().as_uri()}?nolock=1"])
     print(f"copied {database.name} to {options.file}")
 
