@@ -63,6 +63,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import socket
 import sqlite3
 import sys
@@ -1638,11 +1639,10 @@ class SqliteDatabase(Database):
         driver = sqlite3.connect(self._uri, uri=True, isolation_level=None, check_same_thread=False)
         try:
             driver.executescript(WRITER_PRAGMAS if write else READER_PRAGMAS)
+            # A new ledger is made without a log: all of it is in the file that gets its name.
             if write and driver.execute("PRAGMA page_count").fetchone()[0]:
                 # Nothing of a write goes to the folder for temporary files, which may be full.
                 driver.executescript("PRAGMA journal_mode = WAL; PRAGMA temp_store = MEMORY")
-            elif write:
-                driver.execute("PRAGMA journal_mode = MEMORY")  # It gets its name when it is whole.
         except sqlite3.Error:
             driver.close()
             raise
@@ -1681,7 +1681,6 @@ class SqliteDatabase(Database):
         """Lend an empty database, which becomes this one when it is whole."""
         self.require_whole()
         with new_file(self.path) as place, closing(SqliteDatabase(f"sqlite:///{place}")) as new:
-            new._uri += "&nolock=1"
             yield new
 
     def require_present(self) -> None:
@@ -1716,30 +1715,32 @@ class SqliteDatabase(Database):
 
 @contextmanager
 def new_file(file: Path) -> Iterator[Path]:
-    """Lend another name for a new file, which gets its own when it is whole and on disk."""
-    for left in file.parent.glob("*.unfinished") if sys.platform != "win32" else ():
-        with suppress(OSError), left.open("rb") as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if opened.read(1):  # Its maker has died; of an empty one, it may be about to lock it.
-                left.unlink()
-    place = Path(f"{file}.unfinished")
-    with open(place, "ab", opener=partial(os.open, mode=0o600)) as opened:
+    """Lend a place for a new file, which gets its name when it is whole and on disk."""
+    for left in file.parent.glob("*.ledger-unfinished/lock") if sys.platform != "win32" else ():
+        with suppress(OSError), left.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if len([*left.parent.iterdir()]) > 1:  # Whoever made it has died.
+                shutil.rmtree(left.parent)
+    folder = Path(f"{file}.ledger-unfinished")
+    folder.mkdir(0o700, exist_ok=True)
+    with open(folder / "lock", "ab") as lock:
         if sys.platform != "win32":
-            fcntl.flock(opened, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            if os.path.lexists(file):
+            if os.path.lexists(file) or folder.is_symlink():
                 raise FileExistsError(f"cannot make {file}: File exists")
+            place = folder / file.name
+            place.touch(0o600, exist_ok=False)
             yield place
-            os.fsync(opened)
-            if sys.platform == "win32":
-                opened.close()  # It renames no open file, and syncs no folder.
+            with place.open("rb+") as whole:
+                os.fsync(whole)
             place.replace(file)
             if sys.platform != "win32":
-                folder = os.open(file.parent, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
+                names = os.open(file.parent, os.O_RDONLY)
+                os.fsync(names)
+                os.close(names)
         finally:
-            place.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # What a URL may say otherwise: a server that does not answer is given up within some seconds.
@@ -4451,7 +4452,7 @@ def run_backup(settings: Settings, options: argparse.Namespace) -> None:
             raise StartupError(f"{database.name} is no file: back it up with pg_dump")
         reading = closing(sqlite3.connect(database._uri, uri=True))
         with reading as driver, new_file(options.file) as place:
-            driver.execute("VACUUM INTO ?", [f"{place.absolute().as_uri()}?nolock=1"])
+            driver.execute("VACUUM INTO ?", [str(place)])
     print(f"copied {database.name} to {options.file}")
 
 
