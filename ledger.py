@@ -1606,7 +1606,7 @@ def database_at(url: str) -> Database:
 
 
 # The event loop may wait for the disk, but not for another program's lock, so the writer asks for
-# that only once. All page caches together stay under 16 MB.
+# that only once. No write needs temporary files. All page caches together stay under 16 MB.
 WRITER_PRAGMAS = """PRAGMA busy_timeout = 0; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
     PRAGMA recursive_triggers = ON; PRAGMA cache_size = -12288; PRAGMA wal_autocheckpoint = 0"""
 READER_PRAGMAS = "PRAGMA busy_timeout = 1000; PRAGMA query_only = ON; PRAGMA cache_size = -1024"
@@ -1639,9 +1639,8 @@ class SqliteDatabase(Database):
         driver = sqlite3.connect(self._uri, uri=True, isolation_level=None, check_same_thread=False)
         try:
             driver.executescript(WRITER_PRAGMAS if write else READER_PRAGMAS)
-            # A new ledger is made without a log: all of it is in the file that gets its name.
+            # A new ledger is made without a log, so that it is one file when it gets its name.
             if write and driver.execute("PRAGMA page_count").fetchone()[0]:
-                # Nothing of a write goes to the folder for temporary files, which may be full.
                 driver.executescript("PRAGMA journal_mode = WAL; PRAGMA temp_store = MEMORY")
         except sqlite3.Error:
             driver.close()
@@ -1690,6 +1689,8 @@ class SqliteDatabase(Database):
 
     def after_commit(self, rows_max: int = CHECKPOINT_ROWS) -> None:
         """Move committed pages into the file, in a thread, while the event loop goes on."""
+        if not self._writing:
+            return  # Another thread writes, and will come here.
         driver = self._writing[0].driver
         if self._checkpoint and self._checkpoint.done():
             self._checkpoint, self._rows_moved = None, driver.total_changes
@@ -1736,8 +1737,7 @@ def new_file(file: Path) -> Iterator[Path]:
                 os.fsync(whole)
             place.replace(file)
             if sys.platform != "win32":
-                names = os.open(file.parent, os.O_RDONLY)
-                os.fsync(names)
+                os.fsync(names := os.open(file.parent, os.O_RDONLY))
                 os.close(names)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -4450,9 +4450,8 @@ def run_backup(settings: Settings, options: argparse.Namespace) -> None:
     with opened(settings) as database:
         if not isinstance(database, SqliteDatabase):
             raise StartupError(f"{database.name} is no file: back it up with pg_dump")
-        reading = closing(sqlite3.connect(database._uri, uri=True))
-        with reading as driver, new_file(options.file) as place:
-            driver.execute("VACUUM INTO ?", [str(place)])
+        with closing(sqlite3.connect(database._uri, uri=True)) as db, new_file(options.file) as to:
+            db.execute("VACUUM INTO ?", [str(to)])
     print(f"copied {database.name} to {options.file}")
 
 
