@@ -53,7 +53,6 @@ import asyncio
 import base64
 import copy
 import csv
-import errno
 import gc
 import hashlib
 import hmac
@@ -66,6 +65,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import socket
 import sqlite3
 import sys
@@ -96,7 +96,6 @@ from pathlib import Path
 from typing import (
     Annotated,
     Any,
-    BinaryIO,
     ClassVar,
     Generic,
     Literal,
@@ -1806,11 +1805,10 @@ def database_at(url: str) -> Database:
 
 
 # The event loop may wait for the disk, but not for another program's lock, so the writer asks for
-# that only once. EXTRA syncs that a journal was removed, too: without a log, that is the commit. No
-# write needs the folder for temporary files. All page caches together stay under 16 MB.
-WRITER_PRAGMAS = """PRAGMA busy_timeout = 0; PRAGMA synchronous = EXTRA; PRAGMA foreign_keys = ON;
+# that only once. No write needs temporary files. All page caches together stay under 16 MB.
+WRITER_PRAGMAS = """PRAGMA busy_timeout = 0; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
     PRAGMA recursive_triggers = ON; PRAGMA cache_size = -12288; PRAGMA wal_autocheckpoint = 0;
-    PRAGMA temp_store = MEMORY; PRAGMA journal_size_limit = 67108864"""
+    PRAGMA journal_size_limit = 67108864"""
 READER_PRAGMAS = "PRAGMA busy_timeout = 1000; PRAGMA query_only = ON; PRAGMA cache_size = -1024"
 # A log that has grown beyond the limit above is cut as soon as it begins anew.
 LOG_BYTES_MAX, LOG_SECONDS_MAX = 134_217_728, 2.0
@@ -1843,10 +1841,9 @@ class SqliteDatabase(Database):
         driver = sqlite3.connect(self._uri, uri=True, isolation_level=None, check_same_thread=False)
         try:
             driver.executescript(WRITER_PRAGMAS if write else READER_PRAGMAS)
-            if write:
-                # A new ledger is one file until it is whole.
-                [pages] = driver.execute("PRAGMA page_count").fetchone()
-                driver.execute(f"PRAGMA journal_mode = {'WAL' if pages else 'MEMORY'}")
+            # A new ledger is made without a log, so that it is one file when it gets its name.
+            if write and driver.execute("PRAGMA page_count").fetchone()[0]:
+                driver.executescript("PRAGMA journal_mode = WAL; PRAGMA temp_store = MEMORY")
         except sqlite3.Error:
             driver.close()
             raise
@@ -1856,15 +1853,13 @@ class SqliteDatabase(Database):
         self._opened = []
         try:
             self.require_whole()
-            while make and not self.path.exists():
-                with suppress(FileExistsError), self.new() as new:  # Else another server makes it.
+            if make and not self.path.exists():
+                with suppress(FileExistsError), self.new() as new:  # Another server may be quicker.
                     complete_schema(new)
-                time.sleep(BUSY_RETRY_SECONDS)
         except OSError as error:
             raise StartupError(f"cannot open {self.path}: {error.strerror}") from None
         if not (make or os.path.exists(self._log) or os.access(self.path.parent, os.W_OK)):
-            # SQLite cannot make a log there; if somebody else does, `require_present` tells.
-            self._uri += "&immutable=1"
+            self._uri += "&immutable=1"  # SQLite can make no log; `require_present` sees others'.
         super().open(make=make)
         self._opened = self._identities()
 
@@ -1888,7 +1883,6 @@ class SqliteDatabase(Database):
         """Lend an empty database, which becomes this one when it is whole."""
         self.require_whole()
         with new_file(self.path) as place, closing(SqliteDatabase(f"sqlite:///{place}")) as new:
-            new._uri += "&nolock=1"
             yield new
 
     def require_present(self) -> None:
@@ -1898,6 +1892,8 @@ class SqliteDatabase(Database):
 
     def after_commit(self, rows_max: int = CHECKPOINT_ROWS) -> None:
         """Move committed pages into the file, in a thread, while the event loop goes on."""
+        if not self._writing:
+            return  # Another thread writes, and will come here.
         driver = self._writing[0].driver
         if self._checkpoint and self._checkpoint.done():
             self._checkpoint, self._rows_moved = None, driver.total_changes
@@ -1936,9 +1932,8 @@ class SqliteDatabase(Database):
         """Move pages without waiting for anybody: FULL moves all, TRUNCATE cuts the log then."""
         with closing(sqlite3.connect(self._uri, timeout=0, uri=True)) as driver:
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            [is_busy, *_] = driver.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
-        if is_busy:
-            raise DatabaseBusy
+            if driver.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()[0]:
+                raise DatabaseBusy
 
     def _identities(self) -> list[Any]:
         try:
@@ -1949,36 +1944,31 @@ class SqliteDatabase(Database):
 
 @contextmanager
 def new_file(file: Path) -> Iterator[Path]:
-    """Lend another name for a new file, which gets its own when it is whole and on disk."""
-    for left in file.parent.glob("*.unfinished"):
-        with suppress(OSError), left.open("rb") as opened:
-            lock(opened)  # Its maker has, unless that has died, or is about to.
-            if opened.read(1) or os.fstat(opened.fileno()).st_mtime < time.time() - 1:
-                left.unlink()
-    place = Path(f"{file}.unfinished")
-    with open(place, "xb", opener=partial(os.open, mode=0o600)) as opened:
+    """Lend a place for a new file, which gets its name when it is whole and on disk."""
+    for left in file.parent.glob("*.ledger-unfinished/lock") if sys.platform != "win32" else ():
+        with suppress(OSError), left.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if len([*left.parent.iterdir()]) > 1:  # Whoever made it has died.
+                shutil.rmtree(left.parent)
+    folder = Path(f"{file}.ledger-unfinished")
+    folder.mkdir(0o700, exist_ok=True)
+    with open(folder / "lock", "ab") as lock:
+        if sys.platform != "win32":
+            fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            lock(opened)
-            if os.path.lexists(file):
-                raise FileExistsError(errno.EEXIST, "File exists", str(file))
+            if os.path.lexists(file) or folder.is_symlink():
+                raise FileExistsError(f"cannot make {file}: File exists")
+            place = folder / file.name
+            place.touch(0o600, exist_ok=False)
             yield place
-            os.fsync(opened)
-            if sys.platform == "win32":
-                opened.close()  # It renames no open file, and syncs no folder.
+            with place.open("rb+") as whole:
+                os.fsync(whole)
             place.replace(file)
             if sys.platform != "win32":
-                folder = os.open(file.parent, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
+                os.fsync(names := os.open(file.parent, os.O_RDONLY))
+                os.close(names)
         finally:
-            with suppress(OSError):
-                place.unlink()
-
-
-def lock(opened: BinaryIO) -> None:
-    """Lock an open file, or raise OSError if another program has; Windows locks it anyway."""
-    if sys.platform != "win32":
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # What a URL may say otherwise: a server that does not answer is given up within some seconds.
@@ -5414,9 +5404,8 @@ def run_backup(settings: Settings, options: argparse.Namespace) -> None:
     with opened(settings) as database:
         if not isinstance(database, SqliteDatabase):
             raise StartupError(f"{database.name} is no file: back it up with pg_dump")
-        reading = sqlite3.connect(database._uri, uri=True)
-        with new_file(options.file) as place, closing(reading) as driver:
-            driver.execute("VACUUM INTO ?", [f"{place.absolute().as_uri()}?nolock=1"])
+        with closing(sqlite3.connect(database._uri, uri=True)) as db, new_file(options.file) as to:
+            db.execute("VACUUM INTO ?", [str(to)])
     print(f"copied {database.name} to {options.file}")
 
 
