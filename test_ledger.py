@@ -1886,15 +1886,127 @@ def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_was_a_ledger_never_becomes_a_new_one(tmp_path: Path) -> None:
-    file, log = tmp_path / "ledger.db", tmp_path / "ledger.db-wal"
+    file = tmp_path / "ledger.db"
     with closing(sqlite3.connect(file)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-    assert "has no tables, but is not empty" in refused_start(f"sqlite:///{file}")
-    for rest in (b"", None):
-        file.unlink() if rest is None else file.write_bytes(rest)
+    assert "has no tables: restore it" in refused_start(f"sqlite:///{file}")
+    for rest, name in itertools.product((b"", None), ("ledger.db-wal", "ledger.db-journal")):
+        log = tmp_path / name
+        file.unlink(missing_ok=True) if rest is None else file.write_bytes(rest)
         log.write_bytes(b"what was committed last")
-        assert "is there without its ledger" in refused_start(f"sqlite:///{file}")
+        assert f"{log} is there without its ledger" in refused_start(f"sqlite:///{file}")
+        # Nor do commands destroy it that only read.
+        assert ledger.main(["check", "--database-url", f"sqlite:///{file}"]) == 1
         assert log.read_bytes() == b"what was committed last"
+        log.unlink()
+
+
+def test_an_empty_file_is_no_invitation_to_begin_a_ledger(tmp_path: Path) -> None:
+    file, other = tmp_path / "ledger.db", tmp_path / "other.db"
+    file.touch()
+    url = f"sqlite:///{file}"
+    assert refused_start(url).startswith(f"{file} is there without its ledger")
+    make_ledger(f"sqlite:///{other}")
+    for command in (
+        ["check", "--database-url", url],
+        ["key", "add", "--name", "x", "--role", "admin", "--database-url", url],
+        ["copy", "--from", f"sqlite:///{other}", "--to", url],
+    ):
+        assert ledger.main(command) == 1
+    assert sorted(tmp_path.iterdir()) == [file, other]
+    assert file.read_bytes() == b""
+
+
+@pytest.fixture
+def restored(tmp_path: Path) -> Path:
+    """A backup in the place of a ledger, whose log is still there."""
+    file, backup = tmp_path / "ledger.db", tmp_path / "backup.db"
+    with opened(f"sqlite:///{file}") as bank:
+        bank.given(alice=100)
+        assert ledger.main(["backup", str(backup), "--database-url", bank.database]) == 0
+        bank.deposit("alice", 1)
+        log = Path(f"{file}-wal").read_bytes()
+    backup.replace(file)
+    Path(f"{file}-wal").write_bytes(log)
+    return file
+
+
+@pytest.mark.parametrize(
+    "command", ["check", "backup copy.db", "export --format csv", "seed", "key list"]
+)
+def test_a_backup_beside_the_log_of_another_ledger_is_left_alone(
+    restored: Path,
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(restored.parent)
+    log = Path(f"{restored}-wal")
+    before = restored.read_bytes(), log.read_bytes()
+    why = f"{log} is not of this ledger, which has no log: remove it"
+    assert refused_start(f"sqlite:///{restored}") == why
+    assert ledger.main(command.split()) == 1
+    assert why in capsys.readouterr().err
+    assert (restored.read_bytes(), log.read_bytes()) == before
+    log.unlink()
+    with opened(f"sqlite:///{restored}") as bank:
+        assert (bank.balances(), bank.wrong()) == ({"alice": 100}, [])
+
+
+@pytest.fixture(params=["file", "folder"])
+def linked(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """A name of a ledger that leads to another one by a link, and that other one."""
+    real, link = tmp_path / "data" / "real.db", tmp_path / "ledger.db"
+    real.parent.mkdir()
+    if request.param == "folder":
+        (tmp_path / "here").symlink_to(real.parent)
+        return tmp_path / "here" / "real.db", real
+    link.symlink_to(real)
+    return link, real
+
+
+@pytest.mark.parametrize("fate", ["replaced", "deleted with its log", "linked anew"])
+def test_a_ledger_behind_a_link_is_watched_where_it_is(
+    linked: tuple[Path, Path], fate: str
+) -> None:
+    link, real = linked
+    with opened(f"sqlite:///{link}") as bank:
+        bank.given(alice=100)
+        if fate == "replaced":
+            real.with_name("copy.db").write_bytes(new_ledger())
+            real.with_name("copy.db").replace(real)
+        elif fate == "deleted with its log":
+            for file in real.parent.glob("real.db*"):
+                file.unlink()
+        else:
+            moved = link if link.is_symlink() else link.parent
+            moved.unlink()
+            moved.symlink_to(link.parent.parent)
+        for answer in (bank.deposit("alice", 1), bank.get("/health")):
+            assert refusal(answer) == (503, "database_unavailable")
+
+
+def test_no_new_ledger_is_begun_over_a_log_behind_a_link(linked: tuple[Path, Path]) -> None:
+    link, real = linked
+    real.with_name("real.db-wal").write_bytes(b"what was committed last")
+    assert "real.db-wal is there without its ledger" in refused_start(f"sqlite:///{link}")
+    assert not real.exists()
+
+
+def test_a_ledger_has_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, link = tmp_path / "ledger.db", tmp_path / "link.db"
+    with opened(f"sqlite:///{file}") as bank:
+        link.hardlink_to(file)
+        # Each name would have a log of its own, of which the others know nothing.
+        assert "link.db is one of 2 links to a file" in refused_start(f"sqlite:///{link}")
+        for name in (file, link):
+            assert ledger.main(["check", "--database-url", f"sqlite:///{name}"]) == 1
+            assert "is one of 2 links to a file" in capsys.readouterr().err
+        assert sorted(tmp_path.glob("link.db*")) == [link]
+        # Who was there first goes on.
+        assert bank.given(alice=100).balances() == {"alice": 100}
+    link.unlink()
+    assert ledger.main(["check", "--database-url", f"sqlite:///{file}"]) == 0
 
 
 def test_a_start_that_dies_leaves_no_half_of_a_ledger(
@@ -1905,7 +2017,7 @@ def test_a_start_that_dies_leaves_no_half_of_a_ledger(
         patch.setattr(ledger, "create_triggers", die)
         with pytest.raises(RuntimeError):
             ledger.create_app(ledger.Settings(database))
-    assert file_of(database).stat().st_size == 0
+    assert list(tmp_path.iterdir()) == []
     with opened(database) as bank:
         assert bank.wrong() == []
 
@@ -1921,8 +2033,10 @@ def test_a_ledger_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
     with new_file(blank=True) as database, opened(database):
         assert ledger.main(["backup", str(copy), "--database-url", database]) == 0
         assert ledger.main(["copy", "--from", database, "--to", other]) == 0
-        files = [copy, file_of(other), *file_of(database).parent.glob("ledger.db*")]
-        assert len(files) == 5
+        export = ["export", "--format", "csv", str(tmp_path / "books.csv")]
+        assert ledger.main([*export, "--database-url", database]) == 0
+        files = [*tmp_path.iterdir(), *file_of(database).parent.glob("ledger.db*")]
+        assert len(files) == 6
         assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
@@ -1980,6 +2094,69 @@ def test_a_write_is_synced_to_disk_and_takes_the_lock_at_its_start(bank: "BankIn
             bank.tamper("PRAGMA busy_timeout = 0", "BEGIN IMMEDIATE")
     full = 2
     assert found == ["wal", full, 1, 1]
+
+
+@on_sqlite
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells the open files")
+def test_a_write_needs_no_temporary_files(bank: "BankInside") -> None:
+    def fill(book: ledger.Book) -> None:
+        for number in range(200):
+            ledger.open_account(book, owner_name=f"{number}", asset="USD", notes='{"a": "b"}')
+        book.write()
+        # SQLite keeps what undoes a statement, until the commit.
+        book.connection.execute("UPDATE account SET owner_name = owner_name || 'x'")
+        files.extend(map(os.path.realpath, Path("/proc/self/fd").iterdir()))
+
+    files: list[str] = []
+    bank.execute(fill)
+    folder = file_of(bank.database).parent
+    assert {f"{folder}/ledger.db", f"{folder}/ledger.db-wal"} <= set(files)
+    assert [file for file in files if "etilqs" in file] == []
+
+
+@on_sqlite
+def test_a_log_that_a_long_reader_has_let_grow_is_cut(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Path(f"{file_of(bank.database)}-wal")
+    database = bank.ledger.database
+
+    def is_cut() -> bool:
+        database.after_commit(-1)
+        return log.stat().st_size == 0
+
+    bank.given(alice=100)
+    monkeypatch.setattr(ledger, "LOG_BYTES_MAX", log.stat().st_size // 2)
+    with database.read() as reader:
+        before = reader.rows("SELECT balance FROM account WHERE owner_name = 'alice'")
+        for _ in range(20):
+            bank.deposit("alice", 1)
+        for _ in range(10):
+            assert not is_cut()
+            time.sleep(0.02)
+        assert reader.rows("SELECT balance FROM account WHERE owner_name = 'alice'") == before
+    # Nobody writes any more, and nobody reads.
+    wait_until(is_cut)
+    assert bank.deposit("alice", 1).json()["balance"] == 121
+    assert bank.wrong() == []
+
+
+@on_sqlite
+def test_a_server_looks_after_its_log_while_nothing_comes(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Path(f"{file_of(bank.database)}-wal")
+    bank.given(alice=100)
+    monkeypatch.setattr(ledger, "LOG_BYTES_MAX", log.stat().st_size // 2)
+    monkeypatch.setattr(ledger, "POLL_SECONDS", 0.01)
+
+    async def work() -> None:
+        working = asyncio.create_task(ledger.work_for_ever(bank.ledger))
+        while log.stat().st_size:
+            await asyncio.sleep(0.01)
+        working.cancel()
+
+    bank.runner.run(asyncio.wait_for(work(), 60))
 
 
 def is_synced(bank: "BankInside") -> str:
@@ -6878,6 +7055,134 @@ def test_a_backup_never_overwrites(bank: "Bank", capsys: pytest.CaptureFixture[s
     assert file.read_bytes() == before
 
 
+WRITING = ("backup {file}", "copy --from {database} --to sqlite:///{file}",
+           "export --format csv {file}")  # fmt: skip
+
+
+def written(form: str, database: str, file: Path) -> list[str]:
+    """Return a command that writes a file."""
+    command = form.format(file=file, database=database).split()
+    return command if "copy" in command else [*command, "--database-url", database]
+
+
+@on_sqlite
+@pytest.mark.skipif(os.name == "nt", reason="Windows syncs no folder")
+@pytest.mark.parametrize("form", [*WRITING, "key add --name a --role admin"])
+def test_what_a_command_says_is_done_is_on_disk(
+    bank: "Bank", form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, synced = tmp_path / "new", []
+
+    def sync(given: Any) -> None:
+        descriptor = given if isinstance(given, int) else given.fileno()
+        synced.append((os.fstat(descriptor), file.exists()))
+        real(given)
+
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", sync)
+    database = bank.database if "{file}" in form else f"sqlite:///{file}"
+    assert ledger.main(written(form, database, file)) == 0
+    # First all that is in it, under another name; then its name.
+    [(first, named_first), (second, named_second)] = synced
+    assert (first.st_ino, named_first) == (file.stat().st_ino, False)
+    assert (second.st_ino, named_second) == (tmp_path.stat().st_ino, True)
+
+
+def run_on_a_full_disk(*given: Any) -> None:
+    """Run a command that can write no more than 100,000 bytes to a file."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    run_main(*given)
+
+
+@on_sqlite
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+@pytest.mark.parametrize("form", WRITING)
+def test_a_command_leaves_nothing_half_on_a_full_disk(
+    bank: "Bank", form: str, tmp_path: Path
+) -> None:
+    bank.given(alice=1_000, bob=0)
+    one = {**bank.transfer_body(), "memo": "x" * 190}
+    assert bank.post("/transfers/bulk", key="k", transfers=[one] * 300).status_code == 200
+    file = tmp_path / "new"
+    command = written(form, bank.database, file)
+    with tempfile.TemporaryDirectory() as folder:
+        ran = run_program(*command, folder=Path(folder), target=run_on_a_full_disk)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert ran.stderr.startswith("ledger: ")
+        assert ran.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert ledger.main(command) == 0
+    assert file.stat().st_size > 100_000
+
+
+def run_and_die(_: Any, __: Any, said: Path, ___: Path) -> None:
+    """Die in the middle of a command that makes a file."""
+    with ledger.new_file(said.with_name("dead")) as place:
+        place.write_text("half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@on_sqlite
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+@pytest.mark.parametrize("form", WRITING)
+def test_what_a_dead_command_has_left_is_removed_by_the_next_one(
+    bank: "Bank", form: str, tmp_path: Path
+) -> None:
+    # Of who is still at work nothing is removed, nor what only has such a name.
+    (tmp_path / "mine.ledger-unfinished").mkdir()
+    (tmp_path / "mine.ledger-unfinished" / "letter").touch()
+    for name in ("said", "log"):
+        (tmp_path / name).touch()
+    with ledger.new_file(tmp_path / "alive") as place:
+        place.write_text("some of it")
+        assert run_program(folder=tmp_path, target=run_and_die).returncode == -signal.SIGKILL
+        assert len([*tmp_path.glob("dead*/*")]) == 2
+        assert ledger.main(written(form, bank.database, tmp_path / "new")) == 0
+        assert [*tmp_path.glob("dead*")] == []
+    assert (tmp_path / "alive").read_text() == "some of it"
+    names = ("alive", "log", "mine.ledger-unfinished", "new", "said")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / name for name in names]
+
+
+def run_as_nobody(*given: Any) -> None:
+    """Run a command as a user who may write nowhere but to its output."""
+    arguments, environment, said, log = given
+    for file in (said, log):
+        file.chmod(0o666)
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(65_534)
+        os.setuid(65_534)
+    run_main(arguments, environment, said, log)
+
+
+@on_sqlite
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+@pytest.mark.parametrize("command", ["check", "export --format csv", "key list", "backup /new.db"])
+def test_a_closed_ledger_is_read_where_nothing_can_be_written(
+    database: str, command: str, tmp_path: Path
+) -> None:
+    with opened(database) as bank:
+        bank.given(alice=100)
+    folder = file_of(database).parent
+    file_of(database).chmod(0o644)
+    for name in ("said", "log"):
+        (folder / name).touch()
+    folder.chmod(0o555)
+    before = sorted(folder.iterdir())
+    arguments = (*command.split(), "--database-url", database)
+    ran = run_program(*arguments, folder=folder, target=run_as_nobody)
+    folder.chmod(0o755)
+    said = {"check": "ok", "export": "DEPOSIT", "key": "prefix", "backup": ""}[command.split()[0]]
+    # There it cannot write its copy either, and says so.
+    assert ran.returncode == int(command.startswith("backup")), ran.stderr
+    assert said in ran.stdout
+    assert "readonly" not in ran.stderr
+    assert sorted(folder.iterdir()) == before
+
+
 @on_postgresql
 def test_postgresql_is_backed_up_with_its_own_program(
     bank: "Bank", tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -6923,7 +7228,7 @@ def test_a_copy_goes_nowhere_but_into_an_empty_database(
         other.given(bob=7)
     for source, target in ((bank.database, full), (full, bank.database)):
         assert ledger.main(["copy", "--from", source, "--to", target]) == 1
-        assert "is not empty" in capsys.readouterr().err
+        assert re.search("is not empty|File exists", capsys.readouterr().err)
     assert bank.balances() == {"alice": 5}
 
 
@@ -7023,7 +7328,7 @@ def test_an_export_never_overwrites(
     before = file.read_bytes()
     command = ["export", "--format", "csv", str(file), "--database-url", bank.database]
     assert ledger.main(command) == 1
-    assert capsys.readouterr().err == f"ledger: [Errno 17] File exists: '{file}'\n"
+    assert capsys.readouterr().err == f"ledger: cannot make {file}: File exists\n"
     assert file.read_bytes() == before
 
 
@@ -8129,11 +8434,11 @@ def receiver(receiving: Receiver) -> Receiver:
 
 
 def run_program(
-    *arguments: str, folder: Path, **environment: str
+    *arguments: str, folder: Path, target: Any = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `python ledger.py` with arguments in a folder to its end, as a fork."""
     said, log = folder / "said", folder / "log"
-    process = forks().Process(target=run_main, args=(arguments, environment, said, log))
+    process = forks().Process(target=target or run_main, args=(arguments, environment, said, log))
     process.start()
     process.join()
     status = process.exitcode
