@@ -1447,7 +1447,7 @@ class Database:
         waiting = "Events that receivers have not had, up to 10,000"
         self.undelivered = prometheus.Gauge("ledger_undelivered_events", waiting, **new)
         behind = "Seconds by which this machine's clock is behind"
-        self.behind = prometheus.Gauge("ledger_clock_behind_seconds", behind, ["what"], **new)
+        self.behind = prometheus.Gauge("ledger_clock_behind_seconds", behind, ["of"], **new)
 
     def prepare(self) -> None:
         """Make the place of a new ledger, or raise StartupError."""
@@ -4088,7 +4088,8 @@ def create_app(
     try:
         _ = client_for("http://example.com"), client_for("https://example.com")
     except Exception as error:
-        raise StartupError(f"the environment's proxy or certificates: {error}") from None
+        why = f"the environment's proxy or certificates cannot be used: {error}"
+        raise StartupError(why) from None
     database = database_at(settings.database_url)
     try:
         database.open(make=True)
@@ -4384,8 +4385,9 @@ class Log(logging.Handler):
                 lines.append({"ts": time.time(), "level": "WARNING", "message": message})
             for line in lines:
                 line["ts"] = datetime.fromtimestamp(line["ts"], UTC)
+            shown = [to_json(line, ensure_ascii=True).decode() for line in lines]
             with suppress(OSError):
-                stream.write("".join(f"{to_json(line).decode()}\n" for line in lines))
+                stream.write("".join(f"{line}\n" for line in shown))
                 stream.flush()
 
 
