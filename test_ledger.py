@@ -5281,14 +5281,13 @@ def test_a_clock_behind_the_newest_event_is_told_at_the_start_in_the_log_and_as_
     with opened(database) as bank:
         bank.pass_time(2 * HOUR)
         bank.given(alice=5)
-    said = "this machine's clock is 7,000 s behind the newest event, 0 s behind the database server"
+    said = "this machine's clock is 7,000 s behind the newest event"
     with serving(database) as server:
         assert server.said[3].startswith(f"  clock     {said}: holds and cashbacks")
         wait_until(lambda: said in server.log.read_text())
-        server.bank.deposit("alice", 1, key="k")
         metrics = measured(server.bank, "ledger_clock_behind_seconds")
-        assert 7_000 < metrics["event",] <= 7_200
-        assert abs(metrics["server",]) < 60
+        assert 7_000 < metrics["newest event",] <= 7_200
+        assert abs(metrics["database server",]) < 60
         wait_until(lambda: server.log.read_text().count("/metrics") == 1)
         assert server.log.read_text().count(said) == 1
 
@@ -5301,7 +5300,7 @@ def run_behind(*given: Any) -> None:
 
 def test_a_clock_that_is_away_from_the_servers_is_told(database: str) -> None:
     with serving(database, start=partial(as_fork, target=run_behind)) as server:
-        told = "0 s behind the newest event, 100 s behind the database server"
+        told = "clock is 100 s behind the database server"
         # A file has no clock of its own.
         is_told = database.startswith("postgresql")
         assert [told in line for line in server.said] == [False] * 3 + [True] * is_told + [False]
@@ -5328,7 +5327,7 @@ def test_a_wrong_clock_is_logged_when_it_changes_and_when_it_is_right_again(
             await working
 
     bank.runner.run(look_at_clocks())
-    starts = [message.partition(", ")[0] for message in caplog.messages]
+    starts = [message.partition(":")[0] for message in caplog.messages]
     is_behind = "this machine's clock is {} s behind the newest event"
     assert starts == [is_behind.format(n) for n in ("600", "40,000")] + [
         "this machine's clock is right again"
@@ -5852,32 +5851,29 @@ CLOSED = "ledger: [Errno 9] Bad file descriptor\n"
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="the streams are closed by a shell")
-@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize(
     ("command", "status", "said"),
     [
         ("check 2>&-", 0, ""),
         ("check >&-", 0, ""),
         ("check <&- >&- 2>&-", 0, ""),
-        ("check | (exec <&-; sleep 1; cat)", 0, CUT_OFF),
-        ("check | head -1", 0, ""),
+        ("check | (exec <&-)", 0, CUT_OFF),
+        ("-u check | (exec <&-)", 0, CUT_OFF),
+        ("-u check | head -1", 0, ""),
         ("check >/dev/full", 1, NO_ROOM),
-        ("key list 2>&-", 0, ""),
-        ("key list >/dev/full", 1, NO_ROOM),
         ("export --format csv >&-", 1, CLOSED),
         ("export --format csv <&- 2>&-", 0, ""),
-        ("revoke-nothing 2>&-", 2, ""),
         ("key revoke nobody 2>&-", 1, ""),
     ],
 )
 @on_sqlite
 def test_a_stream_that_is_closed_changes_no_status(
-    database: str, command: str, status: int, said: str, unbuffered: str
+    database: str, command: str, status: int, said: str
 ) -> None:
-    words, *others = re.split("(?= [0-9]?[|<>])", command, maxsplit=1)
-    here = f"{sys.executable} {PROGRAM} {words} --database-url {database} {''.join(others)}"
+    [(option, words, others)] = re.findall("^(-u )?([a-z -]+?)( ?[0-9]?[|<>].*)$", command)
+    here = f"{sys.executable} {option} {PROGRAM} {words} --database-url {database} {others}"
     script = f"{here}; exit ${{PIPESTATUS[0]}}"
-    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
     ran = subprocess.run([BASH, "-c", script], env=environment, capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (status, said)
 
