@@ -1598,7 +1598,7 @@ class Database:
         waiting = "Events that receivers have not had, up to 10,000"
         self.undelivered = prometheus.Gauge("ledger_undelivered_events", waiting, **new)
         behind = "Seconds by which this machine's clock is behind"
-        self.behind = prometheus.Gauge("ledger_clock_behind_seconds", behind, ["what"], **new)
+        self.behind = prometheus.Gauge("ledger_clock_behind_seconds", behind, ["of"], **new)
 
     def require_present(self) -> None:
         """Raise DatabaseLost where a write would go into nothing."""
@@ -3374,7 +3374,7 @@ def find_account(connection: Connection, reference: str) -> Row:
 
 # The ledger's own time, by which writes go too: this machine's clock, or the newest event's.
 NOW = f"(SELECT max(ts) FROM (SELECT :now AS ts UNION ALL SELECT ts FROM ({NEWEST[0]}) AS e) AS t)"  # noqa: S608
-CLOCKS = f"SELECT {NOW} AS now, {NOW} - :now AS event, {{0}} - :now AS server"
+BEHIND = f'{NOW} - :now AS "newest event", {{0}} - :now AS "database server"'
 IS_OVER_NOW = IS_OVER.replace(":now", NOW)
 # Of two columns of one name, the later one counts: what expired holds still hold is available.
 EXPIRED = f"SELECT SUM(amount) FROM hold WHERE account_id = account.id AND {IS_OVER_NOW}"  # noqa: S608
@@ -3386,7 +3386,8 @@ HOLDS = f"SELECT hold.*, {HOLD_STATUS} AS status FROM hold"  # noqa: S608
 
 def read_clocks(connection: Connection) -> Row:
     """Return the ledger's own time, and how far this machine's clock is behind the others."""
-    return connection.rows(CLOCKS.format(connection.clock), now=utc_now())[0]
+    query = f"SELECT {NOW} AS now, {BEHIND.format(connection.clock)}"
+    return connection.rows(query, now=utc_now())[0]
 
 
 def filtered(metadata: MetadataFilter, table: str, **columns: Any) -> tuple[str, str, str, Row]:
@@ -4599,7 +4600,7 @@ def create_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletM
 
 # In the order in which a request tries their routes: the heaviest traffic comes first.
 DIALECTS = (api, wallets, bank, atm)
-POLL_SECONDS, EVENT_SECONDS_MAX, SERVER_SECONDS_MAX = 1.0, 300, 60
+POLL_SECONDS = 1.0
 ALL_HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"x-frame-options": b"DENY",
@@ -4896,7 +4897,8 @@ def create_app(
     try:
         _ = client_for("http://example.com"), client_for("https://example.com")
     except Exception as error:
-        raise StartupError(f"the environment's proxy or certificates: {error}") from None
+        why = f"the environment's proxy or certificates cannot be used: {error}"
+        raise StartupError(why) from None
     database = database_at(settings.database_url)
     try:
         database.open(make=True)
@@ -5082,21 +5084,18 @@ async def work_for_ever(ledger: Ledger) -> None:
             await asyncio.sleep(POLL_SECONDS)
 
 
-CLOCK_WARNING = (
-    "this machine's clock is {event:,} s behind the newest event, {server:,} s behind the database "
-    "server: holds and cashbacks go by the latest of the three (see deploy/README.md, Clocks)"
-)
-
-
 def clock_warning(database: Database, clocks: Row) -> str:
     """Return what to say of a clock that is wrong, if it is, and note it for the metrics."""
-    apart = {other: clocks[other] // 1_000_000 for other in ("event", "server")}
-    for other, seconds in apart.items():
+    wrong = []
+    for other, seconds_max in (("newest event", 300), ("database server", 60)):
+        seconds = round(clocks[other] / 1_000_000)
         database.behind.labels(other).set(seconds)
-    if apart["event"] <= EVENT_SECONDS_MAX and abs(apart["server"]) <= SERVER_SECONDS_MAX:
-        return ""
-    # Of each one digit, so that what is said does not change with every second.
-    return CLOCK_WARNING.format(**{o: round(s, 1 - len(str(abs(s)))) for o, s in apart.items()})
+        if abs(seconds) > seconds_max:
+            # Of one digit, so that what is said does not change with every second.
+            about = round(abs(seconds), 1 - len(str(abs(seconds))))
+            wrong.append(f"{about:,} s {'behind' if seconds > 0 else 'ahead of'} the {other}")
+    meaning = "holds and cashbacks go by the clock that is ahead (see deploy/README.md, Clocks)"
+    return f"this machine's clock is {' and '.join(wrong)}: {meaning}" if wrong else ""
 
 
 def __getattr__(name: str) -> FastAPI:
@@ -5317,8 +5316,9 @@ class Log(logging.Handler):
                 lines.append({"ts": time.time(), "level": "WARNING", "message": message})
             for line in lines:
                 line["ts"] = datetime.fromtimestamp(line["ts"], UTC)
+            shown = [to_json(line, ensure_ascii=True).decode() for line in lines]
             with suppress(OSError):
-                stream.write("".join(f"{to_json(line).decode()}\n" for line in lines))
+                stream.write("".join(f"{line}\n" for line in shown))
                 stream.flush()
 
 

@@ -943,6 +943,32 @@ def test_what_an_expired_hold_held_can_be_spent_at_once(bank: "BankInside") -> N
     assert bank.wrong() == []
 
 
+def test_what_a_write_has_taken_for_expired_is_shown_so_by_a_clock_that_is_set_back(
+    bank: "BankInside",
+) -> None:
+    bank.given(alice=100, bob=0).pass_time(0)
+    hold = bank.promised("alice", "bob", 60, expires_in=3_600)
+    payment = bank.pay("alice", 10).json()["payment_id"]
+    for hours in (2, 30):
+        # A deposit by a clock that is ahead, and that is set back after it.
+        bank.pass_time(hours * HOUR)
+        bank.deposit("bob", 1)
+        bank.pass_time(-hours * HOUR)
+        assert bank.get(f"/holds/{hold}").json()["status"] == "EXPIRED"
+        assert [each["status"] for each in bank.get("/holds").json()["items"]] == ["EXPIRED"]
+        assert bank.get("/holds", status="PENDING").json()["items"] == []
+        listed = bank.get("/accounts", owner_name="alice").json()["items"]
+        assert [funds_of(listed[0]), bank.funds("alice")] == [(90, 0, 90)] * 2
+        shown = bank.get(f"/payments/{payment}").json()
+        assert shown["cashback"]["status"] == ("SCHEDULED" if hours < 24 else "CREDITED")
+        now = bank.get(f"/accounts/{bank.ids['bob']}/balance").json()["at"]
+        assert now == bank.statement("bob")[0]["ts"]
+    assert refusal(bank.capture(hold)) == (409, "hold_expired")
+    # A promise counts from the same moment as it is shown at.
+    assert bank.pay("alice", 10).json()["cashback"]["status"] == "SCHEDULED"
+    assert bank.wrong() == []
+
+
 def test_how_a_hold_ended_stays_so_after_its_time(bank: "BankInside") -> None:
     bank.given(alice=100, bob=0)
     captured, voided = (bank.promised("alice", "bob", 10, expires_in=60) for _ in range(2))
@@ -2449,6 +2475,21 @@ def test_servers_may_make_one_new_ledger_at_one_moment(new_database: "NewDatabas
             accounts = bank.rows("SELECT COUNT(*) FROM account WHERE kind = 'SYSTEM'")
             assert accounts == [(len(ledger.SYSTEM_ACCOUNTS),)]
             assert bank.wrong() == []
+
+
+def test_what_a_later_version_adds_comes_after_the_newest_event(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank.pass_time(2 * HOUR)
+    bank.given(alice=5)
+    bank.pass_time(-2 * HOUR)
+    later = ledger.Asset(code="NEW", name="New", exponent=2, closed_loop=0)
+    monkeypatch.setitem(ledger.ASSETS, "NEW", later)
+    monkeypatch.setattr(ledger, "SYSTEM_ACCOUNTS", ledger.SYSTEM_ACCOUNTS | {("cash", "NEW")})
+    make_ledger(bank.database)
+    RENEWALS.pop(bank.database, None)
+    [[added]] = bank.rows("SELECT id FROM account WHERE asset = 'NEW'")
+    assert added > max(event for (event,) in bank.rows("SELECT id FROM event"))
 
 
 @pytest.mark.parametrize(
@@ -6596,6 +6637,77 @@ def test_two_servers_credit_each_cashback_once(database: str) -> None:
         assert one.bank.wrong() == []
 
 
+def test_what_is_due_by_the_ledgers_own_time_is_credited(database: str) -> None:
+    with opened(database) as bank:
+        bank.given(alice=100, bob=0).pay("alice", 100)
+        bank.pass_time(0)
+        now = ledger.utc_now()
+        ledger.utc_now = lambda: now + 2 * DAY
+        bank.deposit("bob", 1)
+        ledger.utc_now = lambda: now
+    with serving(database) as server:
+        wait_until(lambda: server.bank.balances() == {"alice": 2, "bob": 1})
+
+
+def test_a_clock_behind_the_newest_event_is_told_at_the_start_in_the_log_and_as_a_metric(
+    database: str,
+) -> None:
+    with opened(database) as bank:
+        bank.pass_time(2 * HOUR)
+        bank.given(alice=5)
+    said = "this machine's clock is 7,000 s behind the newest event"
+    with serving(database) as server:
+        assert server.said[3].startswith(f"  clock     {said}: holds and cashbacks")
+        wait_until(lambda: said in server.log.read_text())
+        metrics = measured(server.bank, "ledger_clock_behind_seconds")
+        assert 7_000 < metrics["newest event",] <= 7_200
+        assert abs(metrics["database server",]) < 60
+        wait_until(lambda: server.log.read_text().count("/metrics") == 1)
+        assert server.log.read_text().count(said) == 1
+
+
+def run_behind(*given: Any) -> None:
+    """Serve by a clock that is two minutes behind."""
+    ledger.utc_now = lambda: time.time_ns() // 1_000 - 120_000_000
+    run_main(*given)
+
+
+def test_a_clock_that_is_away_from_the_servers_is_told(database: str) -> None:
+    with serving(database, start=partial(as_fork, target=run_behind)) as server:
+        told = "clock is 100 s behind the database server"
+        # A file has no clock of its own.
+        is_told = database.startswith("postgresql")
+        assert [told in line for line in server.said] == [False] * 3 + [True] * is_told + [False]
+        wait_until(lambda: (told in server.log.read_text()) >= is_told)
+
+
+@on_sqlite
+def test_a_wrong_clock_is_logged_when_it_changes_and_when_it_is_right_again(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ledger, "POLL_SECONDS", 0.01)
+    bank.given(alice=5).pass_time(0)
+    now = ledger.utc_now()
+
+    async def look_at_clocks() -> None:
+        working = asyncio.create_task(ledger.work_for_ever(bank.ledger))
+        for minutes, lines in ((4, 0), (10, 1), (10, 1), (600, 2), (0, 3)):
+            monkeypatch.setattr(ledger, "utc_now", partial(int, now - minutes * 60_000_000))
+            await asyncio.sleep(0.2)
+            while len(caplog.messages) < lines:
+                await asyncio.sleep(0.02)
+        working.cancel()
+        with suppress(asyncio.CancelledError):
+            await working
+
+    bank.runner.run(look_at_clocks())
+    starts = [message.partition(":")[0] for message in caplog.messages]
+    is_behind = "this machine's clock is {} s behind the newest event"
+    assert starts == [is_behind.format(n) for n in ("600", "40,000")] + [
+        "this machine's clock is right again"
+    ]
+
+
 # ----- Receipts
 # A receiver in a process of its own has what happens posted to it, over real connections.
 
@@ -6776,6 +6888,99 @@ def run_hasty(*given: Any) -> None:
 def serving_hastily(database: str) -> Any:
     """Serve so until the block ends."""
     return serving(database, start=partial(as_fork, target=run_hasty))
+
+
+@pytest.mark.parametrize("hours", [0.5, 1, 366 * 24, -366 * 24])
+@pytest.mark.parametrize(("status", "failures"), [(200, 0), (500, 2)])
+def test_a_clock_that_is_moved_stops_no_receipts(
+    bank: "BankInside", receiver: "Receiver", hours: float, status: int, failures: int
+) -> None:
+    subscribe(bank, receiver.answering(status))
+    bank.given(alice=7)
+    deliver(bank)
+    # The row says later what it said before, as by a clock that was set back since.
+    bank.tamper(f"UPDATE webhook SET due_at = due_at + {int(hours * HOUR)} WHERE due_at > 0")
+    bank.deposit("alice", 1)
+    deliver(bank)
+    assert bank.rows("SELECT failures FROM webhook") == [(failures,)]
+    assert len(receiver.receipts()) == (2 if failures else 3)
+
+
+@on_sqlite
+def test_a_clock_that_is_set_back_stops_no_receipts_of_a_file(
+    bank: "BankInside", receiver: "Receiver"
+) -> None:
+    subscribe(bank, receiver.answering(200))
+    bank.given(alice=7)
+    deliver(bank)
+    bank.pass_time(-HOUR)
+    bank.deposit("alice", 1)
+    deliver(bank)
+    assert len(receiver.receipts()) == 3
+
+
+def test_a_turn_that_a_clock_has_left_far_ahead_is_over_after_a_restart(
+    database: str, receiver: "Receiver"
+) -> None:
+    with opened(database) as bank:
+        subscribe(bank, receiver.answering(200))
+        ahead = f"SET due_at = {ledger.utc_now() + HOUR}"
+        bank.tamper(f"UPDATE webhook {ahead}")
+    with serving(database) as server:
+        server.bank.given(alice=7)
+        wait_until(lambda: receiver.types() == ["account.opened", "transaction.posted"])
+
+
+NO_PROXY_THERE = "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"NO_PROXY": "127.0.0.1,fd00::/8"},
+        {"HTTP_PROXY": NO_PROXY_THERE, "NO_PROXY": "::/0,*.example"},
+        {"ALL_PROXY": NO_PROXY_THERE},
+        {"all_proxy": "127.0.0.1:1"},
+        {"http_proxy": NO_PROXY_THERE, "no_proxy": ""},
+    ],
+    ids=str,
+)
+@on_sqlite
+def test_a_receiver_on_this_machine_is_reached_without_a_proxy(
+    database: str,
+    receiver: "Receiver",
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with opened(database) as bank:
+        subscribe(bank, receiver.answering(200))
+        bank.given(alice=7)
+        deliver(bank)
+    assert receiver.types() == ["account.opened", "transaction.posted"]
+
+
+@pytest.mark.parametrize("scheme", ["", "http://"])
+def test_a_receiver_elsewhere_is_reached_through_the_proxy(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readline())
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        writer.close()
+
+    async def post(url: str) -> None:
+        proxy = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = proxy.sockets[0].getsockname()[1]
+        monkeypatch.setenv("ALL_PROXY", f"{scheme}127.0.0.1:{port}")
+        async with proxy, ledger.client_for(url) as client:
+            await client.post(url)
+
+    asyncio.run(post("http://receiver.invalid/x"))
+    assert asked == [b"POST http://receiver.invalid/x HTTP/1.1\r\n"]
 
 
 def test_receipts_outlive_the_server(database: str, receiver: "Receiver") -> None:
@@ -7028,6 +7233,10 @@ def test_a_port_is_a_number(port: str) -> None:
         (["--port", "0"], {"LEDGER_DATABASE_URL": "x://"}, "the database must be a plain file"),
         (["--port", "0", "--host", "\udcff"], {}, "there is no host"),
         (["check", "--database-url", "sqlite:////nowhere/x.db"], {}, "there is no ledger at"),
+        (["--port", "0"], {"HTTP_PROXY": "ftp://127.0.0.1:1"}, "proxy or certificates .* scheme"),
+        (["--port", "0"], {"all_proxy": "socks5://127.0.0.1:1"}, "proxy or certificates .* SOCKS"),
+        (["--port", "0"], {"SSL_CERT_FILE": "/nowhere"}, "proxy or certificates .* No such file"),
+        (["--port", "0"], {"SSLKEYLOGFILE": "/nowhere/x"}, "proxy or certificates .*/nowhere/x"),
         (["check"], {"DATABASE_URL": "postgres://x@localhost:1/a"}, "cannot open a at localhost: "),
         (["check"], {"DATABASE_URL": "postgres://x@/a?host=\udcff"}, "surrogates not allowed"),
     ],
@@ -7038,6 +7247,93 @@ def test_a_refused_start_says_why_in_one_line(
     ran = run_program(*arguments, folder=tmp_path, **environment)
     assert (ran.returncode, ran.stdout) == (1, "")
     assert re.fullmatch(f"ledger: .*{why}.*\n", ran.stderr)
+
+
+@pytest.mark.parametrize("others", ["", "many", "4"])
+@on_sqlite
+def test_a_setting_that_is_meant_for_others_changes_nothing(database: str, others: str) -> None:
+    with serving(database, WEB_CONCURRENCY=others, FORWARDED_ALLOW_IPS=others or "*") as server:
+        assert server.bank.given(alice=1).balances() == {"alice": 1}
+
+
+CUT_OFF = "ledger: [Errno 32] Broken pipe\n"
+NO_ROOM = "ledger: [Errno 28] No space left on device\n"
+CLOSED = "ledger: [Errno 9] Bad file descriptor\n"
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="the streams are closed by a shell")
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("check 2>&-", 0, ""),
+        ("check >&-", 0, ""),
+        ("check <&- >&- 2>&-", 0, ""),
+        ("check | (exec <&-)", 0, CUT_OFF),
+        ("-u check | (exec <&-)", 0, CUT_OFF),
+        ("-u check | head -1", 0, ""),
+        ("check >/dev/full", 1, NO_ROOM),
+        ("export --format csv >&-", 1, CLOSED),
+        ("export --format csv <&- 2>&-", 0, ""),
+        ("key revoke nobody 2>&-", 1, ""),
+    ],
+)
+@on_sqlite
+def test_a_stream_that_is_closed_changes_no_status(
+    database: str, command: str, status: int, said: str
+) -> None:
+    [(option, words, others)] = re.findall("^(-u )?([a-z -]+?)( ?[0-9]?[|<>].*)$", command)
+    here = f"{sys.executable} {option} {PROGRAM} {words} --database-url {database} {others}"
+    script = f"{here}; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    ran = subprocess.run([BASH, "-c", script], env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (status, said)
+
+
+@on_sqlite
+def test_the_check_tells_a_broken_ledger_by_its_status_alone(bank: "Bank") -> None:
+    bank.given(alice=100)
+    bank.tamper_freely("UPDATE account SET balance = 6 WHERE owner_name = 'alice'")
+    command = [sys.executable, str(PROGRAM), "check", "--database-url", bank.database]
+    closed = subprocess.run([BASH, "-c", f"{' '.join(command)} >&- 2>&-"])
+    assert closed.returncode == 1
+
+
+@on_sqlite
+def test_names_are_shown_and_taken_in_any_locale(bank: "Bank") -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+
+    def run(*arguments: str) -> tuple[int, str]:
+        command = [str(PROGRAM), *arguments, "--database-url", bank.database]
+        ran = run_python(*command, **ascii_only)
+        return ran.returncode, ran.stdout + ran.stderr
+
+    for name in ("Zo\xeb", "\u91d1"):
+        new_api_key(bank.database, name, "admin")
+    assert run("key", "list")[1].count("\n") == 3
+    assert run("key", "revoke", "Zo\xeb") == (0, "revoked Zo\\xeb\n")
+    status, said = run("key", "add", "--name", "Jos\xe9", "--role", "auditor")
+    assert (status, "key 'Jos\\xe9' is in" in said) == (0, True)
+    names = bank.rows("SELECT name FROM api_key ORDER BY name")
+    assert names == [("Jos\xe9",), ("Zo\xeb",), ("\u91d1",)]
+    for wrong in (("key", "add", "--role", "admin", "--name"), ("key", "revoke")):
+        status, said = run(*wrong, "\udcff")
+        assert (status, said.count("\n")) == (1, 1)
+    bank.tamper_freely("UPDATE event SET arguments = '\xe9' WHERE id = (SELECT min(id) FROM event)")
+    bank.tamper_freely("UPDATE event SET kind = '\xe9' WHERE id = (SELECT max(id) FROM event)")
+    assert "is a \\xe9" in run("check")[1]
+
+
+@on_sqlite
+def test_a_server_starts_in_any_locale_and_logs_json(new_database: "NewDatabase") -> None:
+    with new_database() as database, tempfile.TemporaryDirectory() as folder:
+        file = shutil.copy(file_of(database), Path(folder, "Zo\xeb.db"))
+        key = new_api_key(f"sqlite:///{file}", "Zo\xeb", "admin")
+        ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+        with serving(f"sqlite:///{file}", as_command, **ascii_only) as server:
+            assert server.bank.by(key).given(alice=1).balances() == {"alice": 1}
+            wait_until(lambda: server.log.read_text().count("\n") == 3)
+            lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert {line["caller"] for line in lines} == {"key:Zo\xeb"}
 
 
 @on_sqlite
@@ -7091,7 +7387,24 @@ def test_a_receiver_is_added_listed_and_removed(bank: "Bank") -> None:
     assert printed(bank.database, "webhook", "remove", one) == ""
     assert one not in printed(bank.database, "webhook", "list")
     subscribe(bank, one)
+    # As a compose service may be called, and the last port there is.
+    subscribe(bank, "http://my_receiver:65535/")
     assert bank.wrong() == []
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "[fd00:ec2::254]", "metadata.internal"])
+def test_who_adds_a_receiver_is_told_where_receipts_go(
+    bank: "Bank", host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Nothing is posted there: it is only looked at what is said.
+    command = ["webhook", "add", "--url", f"http://{host}:80/x", "--database-url", bank.database]
+    assert ledger.main(command) == 0
+    said = capsys.readouterr()
+    assert re.fullmatch("whsec_[A-Za-z0-9+/]{43}=\n", said.out)
+    assert said.err == (
+        f"receipts go from this machine to wherever {host} leads, inside your own network too: "
+        "see deploy/README.md, Receivers\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -7099,6 +7412,7 @@ def test_a_receiver_is_added_listed_and_removed(bank: "Bank") -> None:
     [
         *[("add", "--url", url) for url in ("ftp://a", "example.com", "http://", "https:///x", "")],
         *[("add", "--url", f"http://a{wrong}") for wrong in (" ", ":x", "/\n", "/\ud800", "@b")],
+        *[("add", "--url", f"http://127.0.0.1:{port}/") for port in ("99999", "65536", "0", "")],
         ("add", "--url", "http://.."),
         ("add", "--url", "http://a", "--account", "\ud800"),
         ("remove", "http://\ud800"),
@@ -8048,6 +8362,7 @@ class BankInside(Bank):
 
 
 DAY = ledger.CASHBACK_DELAY
+HOUR = DAY // 24
 REFUSED = (sqlite3.IntegrityError, psycopg.IntegrityError)
 
 
@@ -8256,7 +8571,8 @@ def own_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the clock that a test moves, and a developer's settings, out of the other tests."""
     monkeypatch.setattr(ledger, "utc_now", ledger.utc_now)
     names = ("LEDGER_DATABASE_URL", "LEDGER_ADMIN_KEY", "LEDGER_JWT_SECRET")
-    for name in (*names, "DATABASE_URL", "PRELOAD_ACCOUNTS", "PORT"):
+    proxies = [name for name in os.environ if name.lower().endswith("_proxy")]
+    for name in (*names, *proxies, "DATABASE_URL", "PRELOAD_ACCOUNTS", "PORT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -8390,7 +8706,7 @@ def serving(database: str, start: Any = as_fork, **environment: str) -> Iterator
         said.touch()
         log.touch()
         with start(environment, said, log) as process:
-            wait_until(lambda: said.read_text().count("\n") == 4 or "ledger:" in log.read_text())
+            wait_until(lambda: "  mode" in said.read_text() or "ledger:" in log.read_text())
             lines = said.read_text().splitlines()
             assert lines, log.read_text()
             address = lines[0].split()[-1]
