@@ -639,8 +639,7 @@ def test_one_pass_serves_all_who_wait_for_cashbacks(
         await asyncio.gather(*(bank.ledger.credit_due("SERVER", later) for _ in range(50)))
 
     bank.runner.run(tell_the_time())
-    # One, and others at most for those who had looked just before it was committed.
-    assert 1 <= len(passes) < 10
+    assert passes == [1]
 
 
 def test_a_cashback_waits_while_the_account_is_frozen(bank: "BankInside") -> None:
@@ -1546,24 +1545,32 @@ def test_captures_and_reversals_in_both_directions_all_get_through(servers: "Ban
     assert servers.wrong() == []
 
 
-def test_captures_and_voids_may_meet_the_moment_of_expiry(servers: "Bank") -> None:
-    servers.given(kim=200, leo=0)
-    holds = [servers.promised("kim", "leo", 10, expires_in=1) for _ in range(20)]
+def test_captures_and_voids_meet_the_moment_of_expiry(servers: "Bank") -> None:
+    servers.given(kim=0, leo=0)
+    ways, lasting = [(servers.capture, "CAPTURED"), (servers.void, "VOIDED")], itertools.count(1)
+    ended: Counter[str] = Counter()
 
-    def end(hold: str) -> httpx.Response:
-        time.sleep(random.uniform(0.5, 1.1))
-        return random.choice([servers.capture, servers.void])(hold)
+    def end(number: int, hold: dict[str, Any]) -> str:
+        # The first come in time and the last too late; those in between meet the moment itself.
+        at = ledger.parse_time(hold["expires_at"]) / 1_000_000 + (number - 10) / 50
+        time.sleep(max(0, at - time.time()))
+        way, status = ways[number % 2]
+        answered = outcome(way(hold["id"]))
+        shown = str(servers.get(f"/holds/{hold['id']}").json()["status"])
+        assert (answered, shown) in ((200, status), ("hold_expired", "EXPIRED"))
+        return shown
 
-    def statuses() -> Counter[str]:
-        return Counter(servers.get(f"/holds/{hold}").json()["status"] for hold in holds)
+    def some_came_in_time_and_some_did_not() -> bool:
+        # On a busy machine all may be too late: then the next ones last longer.
+        servers.deposit("kim", 200)
+        for_so_long = {"expires_in": next(lasting)}
+        holds = [servers.hold("kim", "leo", 10, **for_so_long).json() for _ in range(20)]
+        now = at_once([partial(end, number, hold) for number, hold in enumerate(holds)])
+        ended.update(now)
+        return set(now) == {"CAPTURED", "VOIDED", "EXPIRED"}
 
-    answers = at_once([partial(end, hold) for hold in holds])
-    wait_until(lambda: "PENDING" not in statuses())
-    ended, shown = Counter(answer.json().get("status") for answer in answers), statuses()
-    assert shown == Counter({"CAPTURED": ended["CAPTURED"], "VOIDED": ended["VOIDED"]}) + Counter(
-        EXPIRED=20 - ended["CAPTURED"] - ended["VOIDED"]
-    )
-    left = 200 - 10 * ended["CAPTURED"]
+    wait_until(some_came_in_time_and_some_did_not)
+    left = 10 * (ended["VOIDED"] + ended["EXPIRED"])
     assert servers.funds("kim") == (left, 0, left)
     assert servers.withdraw("kim", left).status_code == 200
     assert servers.wrong() == []
@@ -1597,25 +1604,23 @@ def test_of_40_parallel_reversals_one_wins(servers: "Bank") -> None:
 def test_a_ring_of_transfers_keeps_its_total_at_every_moment(servers: "Bank") -> None:
     names = [f"ring {number}" for number in range(8)]
     servers.given(dict.fromkeys(names, 100))
-    totals, lowest = [], []
+    seen: list[tuple[int, ...]] = []
 
     def look() -> None:
         balances = servers.balances()
-        totals.append(sum(balances[name] for name in names))
-        lowest.append(min(balances[name] for name in names))
+        seen.append(tuple(balances[name] for name in names))
 
-    def go_round(number: int) -> None:
-        for step in range(number, number + 10):
-            source, dest = names[step % 8], names[(step + 1) % 8]
-            answer = servers.transfer(source, dest, random.randint(1, 60))
-            assert answer.status_code in (200, 409)
+    def pass_on(number: int) -> None:
+        source, dest = names[number % 8], names[(number + 1) % 8]
+        answer = servers.transfer(source, dest, random.randint(1, 60))
+        assert outcome(answer) in (200, "insufficient_funds")
 
-    with meanwhile(look, look):
-        at_once([partial(go_round, number) for number in range(32)])
+    with meanwhile(look, look, *[partial(pass_on, number) for number in range(32)]):
+        # Until it was seen at many moments, each of which was another one.
+        wait_until(lambda: len(set(seen)) > 20)
     look()
-    assert len(totals) > 1
-    assert set(totals) == {800}
-    assert min(lowest) >= 0
+    assert {sum(balances) for balances in seen} == {800}
+    assert min(map(min, seen)) >= 0
 
 
 def test_an_answer_goes_out_only_after_the_commit(servers: "Bank") -> None:
@@ -1673,7 +1678,8 @@ def made(bank: "Bank", move: Move) -> dict[str, int]:
     answer = (bank.hold if is_held else bank.transfer)(*move[:3], key=move.key)
     if is_held and answer.is_success:
         answer = bank.capture(answer.json()["id"], key=move.key)
-    is_done = answer.status_code == 200
+    is_done = outcome(answer) == 200
+    assert is_done or refusal(answer) == (409, "insufficient_funds")
     return {move.source: -move.amount, move.dest: move.amount} if is_done else {}
 
 
@@ -2025,7 +2031,7 @@ def test_a_database_that_hangs_does_not_keep_the_server_from_ending(
                 os.kill(pid, signal.SIGSTOP)
             with meanwhile(deposit):
                 server.process.terminate()
-                server.process.join(12)
+                server.process.join(60)
                 assert server.process.exitcode is not None
         finally:
             for (pid,) in found:
@@ -2246,7 +2252,8 @@ NEW_HOLDS = f"INSERT INTO hold ({NEW_HOLDS}, expires_at, external_id) SELECT "
          "FROM account", "UNIQUE"),
         ("INSERT INTO event (id, kind, ts, caller, arguments, external_id) "
          "SELECT 'x' || id, kind, 0, '', '', 'x' FROM event WHERE kind <> 'REVERSAL'", "UNIQUE"),
-        ("INSERT INTO api_key SELECT name || 'x', prefix, hash, role, 0, NULL FROM api_key", "UNIQUE"),
+        ("INSERT INTO api_key SELECT name || 'x', prefix, hash, role, 0, NULL FROM api_key",
+         "UNIQUE"),
     ],
     ids=short,
 )  # fmt: skip
@@ -3204,12 +3211,12 @@ def test_trailers_are_no_headers(database: str) -> None:
 def test_who_ends_his_half_of_the_connection_gets_his_answer(server: "Server") -> None:
     read = b"GET /accounts HTTP/1.1\r\nHost: localhost\r\n\r\n"
     write = b"POST /accounts HTTP/1.1\r\n" + HEAD + b"Content-Length: 2\r\n\r\n{}"
-    for request in (read, write):
+    for request, status in ((read, b"200"), (write, b"422")):
         with socket.create_connection(server.bank.address(), timeout=30) as wire:
             wire.sendall(request)
             wire.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(partial(wire.recv, 65_536), b""))
-        assert answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 422"))
+        assert answer.startswith(b"HTTP/1.1 " + status)
         assert answer.endswith(b"}")
 
 
@@ -3578,31 +3585,35 @@ def test_a_follower_goes_on_after_an_event_and_nothing_else(
 
 def test_a_follower_sees_all_once_and_in_order_while_32_callers_write(servers: "Bank") -> None:
     names = [f"written {number}" for number in range(4)]
-    servers.given(dict.fromkeys(names, 100))
+    servers.given(dict.fromkeys(names, 1_000))
     start = [row[0] for row in servers.rows("SELECT id FROM event ORDER BY id")][-1]
     seen: list[str] = []
+    pages: list[None] = []
 
     def follow() -> None:
         page = servers.get("/events", after=seen[-1] if seen else start, limit=200).json()
         seen.extend(event["id"] for event in page["items"])
+        pages.extend([None] if page["items"] else [])
 
     def write(number: int) -> None:
         name, other = names[number % 4], names[(number + 1) % 4]
-        for _ in range(4):
-            assert servers.transfer(name, other, 1).status_code == 200
-            assert servers.void(servers.promised(name, other, 1)).status_code == 200
+        assert servers.transfer(name, other, 1).status_code == 200
+        assert servers.void(servers.promised(name, other, 1)).status_code == 200
 
-    with meanwhile(follow):
-        at_once([partial(write, number) for number in range(32)])
+    with meanwhile(follow, *[partial(write, number) for number in range(32)]):
+        # They go on until something was new to the follower many times.
+        wait_until(lambda: len(pages) >= 10 and len(seen) >= 300)
     while seen[-1:] != [row[0] for row in servers.rows("SELECT max(id) FROM event")]:
         follow()
     made = servers.rows(f"SELECT id FROM event WHERE id > '{start}' ORDER BY id")
     assert seen == [row[0] for row in made]
-    assert len(seen) == 32 * 4 * 3
 
 
 @on_postgresql
-def test_no_event_is_shown_while_one_with_a_lower_id_may_come(database: str) -> None:
+def test_no_event_is_shown_while_one_with_a_lower_id_may_come(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "BUSY_SECONDS_MAX", 60)
     taken, go_on = threading.Event(), threading.Event()
 
     def take_an_id_and_wait(book: ledger.Book) -> None:
@@ -3628,16 +3639,16 @@ def test_no_event_is_shown_while_one_with_a_lower_id_may_come(database: str) -> 
 
 
 @on_postgresql
-def test_a_follower_does_not_wait_for_ever(
-    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ledger, "BUSY_SECONDS_MAX", 0.05)
-    [first, last] = bank.given(alice=7).get("/events").json()["items"]
-    with closing(connect(bank.database)) as other:
-        other.execute("SELECT * FROM account FOR UPDATE")
-        waited = bank.get("/events", after=first["id"]).json()
-        assert waited == {"items": [], "next": first["id"]}
-    assert bank.get("/events", after=first["id"]).json() == {"items": [last], "next": last["id"]}
+def test_a_follower_does_not_wait_for_ever(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(database) as bank, opened(database) as other:
+        [first, last] = bank.given(alice=7).get("/events").json()["items"]
+        look = partial(bank.get, "/events", after=first["id"])
+        with other.ledger.database.write() as connection, monkeypatch.context() as patch:
+            ledger.Book(connection).account(bank.ids["alice"])
+            patch.setattr(ledger, "BUSY_SECONDS_MAX", 0.05)
+            assert look().json() == {"items": [], "next": first["id"]}
+        # That write has ended, and what it had locked is free.
+        assert look().json() == {"items": [last], "next": last["id"]}
 
 
 def entries_of(bank: "Bank", amounts: Mapping[str, int]) -> list[dict[str, Any]]:
