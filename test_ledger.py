@@ -244,6 +244,22 @@ def test_a_table_refuses_what_breaks_its_rules(bank: "Bank", statement: str) -> 
     assert bank.wrong() == []
 
 
+@pytest.mark.parametrize(
+    ("table", "trigger", "statement"),
+    [
+        ("entry", "entry_at_insert", entries_like(seq="0")),
+        ("account", "account_at_update", "UPDATE account SET balance = 100, last_seq = 0"),
+        ("account", "account_at_update", "UPDATE account SET balance = 0, last_seq = -1"),
+    ],
+)
+def test_a_table_refuses_numbers_below_1_without_its_trigger(
+    bank: "Bank", table: str, trigger: str, statement: str
+) -> None:
+    bank.given(alice=100)
+    with pytest.raises(REFUSED, match=r"(?i)CHECK"):
+        bank.tamper(f"DROP TRIGGER {trigger} ON {table}", statement)
+
+
 def test_the_database_keeps_customers_above_zero(bank: "Bank") -> None:
     bank.given(alice=100)
     below = entries_like(seq="2", type="'DEBIT'", amount="101", balance="-1")
@@ -1759,12 +1775,12 @@ def test_a_url_that_names_no_database_stops_the_start(url: str) -> None:
         ledger.database_at(url)
 
 
-@pytest.mark.parametrize("host", ["p@ss@127.0.0.1/x", "p/w@127.0.0.1/x"])
-def test_a_password_that_is_not_escaped_is_not_printed(host: str) -> None:
-    with pytest.raises(ledger.StartupError) as refused:
-        ledger.database_at(f"postgresql://user:{host}")
-    assert "127.0.0.1" not in str(refused.value)
-    assert "must be" in str(refused.value)
+@pytest.mark.parametrize("mark", ["@", "/", "@@", ":@", "?@", "%"])
+def test_a_password_that_is_not_escaped_is_not_printed(mark: str) -> None:
+    with pytest.raises(ledger.StartupError, match="must be") as refused:
+        ledger.database_at(f"postgresql://user:open{mark}sesame@127.0.0.1/x")
+    for part in ("open", "sesame", "127.0.0.1"):
+        assert part not in str(refused.value)
 
 
 def refused_start(database: str) -> str:
@@ -3169,7 +3185,7 @@ HEAD = b"Host: localhost\r\nIdempotency-Key: k\r\nContent-Type: application/json
          b"Content-Length: 31\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"200"),
         (b"POST /accounts HTTP/1.1\r\n" + HEAD + b"Content-Length: " + b"0" * 5_000
          + b"2\r\n\r\n{}", b"422"),
-        (b"GET /accounts/\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", b"4"),
+        (b"GET /accounts/\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
         (b"GET /accounts HTTP/1.1\r\n\r\n", b"403"),
         (b"GET /accounts?owner_name=%ff%00 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"422"),
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 60_000 + b"\r\n\r\n", b"200"),
@@ -3178,7 +3194,7 @@ HEAD = b"Host: localhost\r\nIdempotency-Key: k\r\nContent-Type: application/json
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 50_000, b"431"),
         (b"GET /health?" + b"x" * 66_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b"414"),
         (b"GET /" + b"x" * 500_000, b"414"),
-        (b"BREW /accounts HTTP/1.1\r\nHost: localhost\r\n\r\n", b"4"),
+        (b"BREW /accounts HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
         (b"nonsense\r\n\r\n", b"400"),
     ],
     ids=short,
@@ -3744,7 +3760,6 @@ def test_an_account_stands_once_in_a_transaction(bank: "Bank") -> None:
 
 def test_a_transaction_is_refused_as_a_whole(demo: "Bank") -> None:
     bank = demo.given(alice=10, bob=0, carol=0)
-    bank.post("/api/v1/wallets/users", user_id="zoe", email="z@example.com", username="zoe")
     gold = "SELECT id FROM account WHERE asset = 'GOLD' AND kind = 'CUSTOMER'"
     cash = "SELECT id FROM account WHERE asset = 'USD' AND name = 'cash'"
     (bank.ids["wallet"],) = bank.rows(gold)[0]
@@ -5119,22 +5134,22 @@ def test_any_name_can_be_read_again(demo: "Bank", name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"),
+    ("method", "path", "code"),
     [
-        ("GET", "/bank/accounts/a%00b/balance", 404),
-        ("GET", "/bank/accounts/%00/transactions?timestamp=1", 404),
-        ("GET", "/atm/accounts/%00/balance", 404),
-        ("POST", "/atm/accounts/%00/deposit", 404),
-        ("GET", f"{USERS}/%00/balance?asset_type_id=1", 404),
-        ("GET", "/accounts?name=%00", 422),
-        ("GET", "/bank/accounts/%ff%ed%a0%80/balance", 404),
+        ("GET", "/bank/accounts/a%00b/balance", "account_not_found"),
+        ("GET", "/bank/accounts/%00/transactions?timestamp=1", "account_not_found"),
+        ("GET", "/atm/accounts/%00/balance", "account_not_found"),
+        ("POST", "/atm/accounts/%00/deposit", "account_not_found"),
+        ("GET", f"{USERS}/%00/balance?asset_type_id=1", "account_not_found"),
+        ("GET", "/accounts?name=%00", "invalid_request"),
+        ("GET", "/bank/accounts/%ff%ed%a0%80/balance", "account_not_found"),
     ],
 )
 def test_a_name_that_cannot_be_is_not_found(
-    untouched: "Bank", method: str, path: str, status: int
+    untouched: "Bank", method: str, path: str, code: str
 ) -> None:
     body = {"json": {"amount": "1"}} if method == "POST" else {}
-    assert refusal(untouched.send(method, path, **body))[0] == status
+    assert refusal(untouched.send(method, path, **body))[1] == code
 
 
 @at_the_edge
@@ -5517,12 +5532,14 @@ def test_what_a_receiver_does_not_take_is_posted_again(
         # Nothing is posted before its time.
         deliver(bank)
         wait_no_longer(bank)
-    tried = ["account.opened"] * (6 if status >= 0 else 0)
-    wait_until(lambda: receiver.types() == tried)
+    tried = receiver.types()
+    # Whom a busy machine gives up too soon has had less.
+    assert tried == ["account.opened"] * {0: len(tried), -1: 0}.get(status, 6)
+    monkeypatch.setattr(ledger, "RECEIPT_SECONDS_MAX", 10)
     receiver.answering(200)
     if status >= 0:
         deliver(bank)
-        assert receiver.types()[6:] == ["account.opened", "transaction.posted"]
+        assert receiver.types()[-2:] == ["account.opened", "transaction.posted"]
         assert bank.rows("SELECT failures FROM webhook") == [(0,)]
 
 
@@ -5541,16 +5558,29 @@ def test_a_receiver_that_is_gone_is_told_nothing_more(
 
 
 def test_a_failure_holds_up_its_own_receiver_alone(
-    bank: "BankInside", receiver: "Receiver", monkeypatch: pytest.MonkeyPatch
+    bank: "BankInside", receiver: "Receiver"
 ) -> None:
-    monkeypatch.setattr(ledger, "RECEIPT_SECONDS_MAX", 2)
     subscribe(bank, receiver.answering(0, at="silent"))
     subscribe(bank, receiver.answering(200))
     bank.given(alice=7, bob=7)
-    deliver(bank)
-    assert len(receiver.receipts("silent")) == 1
-    assert len(receiver.receipts()) == 4
-    assert receiver.receipts()[-1].at - receiver.receipts("silent")[0].at < 2
+
+    async def deliver_to_both() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            await ledger.start_deliveries(bank.ledger, tasks)
+            async with asyncio.timeout(ledger.RECEIPT_SECONDS_MAX):
+                while len(receiver.receipts()) < 4:
+                    await asyncio.sleep(0.02)
+            # The other one still has its first, and has not answered.
+            assert len(receiver.receipts("silent")) == 1
+            receiver.answering(200, at="silent")
+
+    bank.runner.run(deliver_to_both())
+    # Neither was given up, so that the one was served while the other was waited for.
+    assert bank.rows("SELECT failures FROM webhook") == [(0,), (0,)]
+    had, silent = (
+        [each.headers["webhook-id"] for each in receiver.receipts(at)] for at in ("", "silent")
+    )
+    assert (silent[-4:], len(silent)) == (had, len(set(silent)))
 
 
 def test_a_receiver_can_be_for_one_account(bank: "BankInside", receiver: "Receiver") -> None:
@@ -5602,7 +5632,7 @@ def test_of_two_who_find_a_receiver_at_one_moment_one_serves_it(
 
 def run_hasty(*given: Any) -> None:
     """Serve, and hold a turn with a receiver for a short time only."""
-    ledger.POLL_SECONDS, ledger.SAVE_SECONDS, ledger.TURN_SECONDS = 0.1, 0, 2
+    ledger.POLL_SECONDS, ledger.SAVE_SECONDS, ledger.TURN_SECONDS = 0.1, 0, 4
     run_main(*given)
 
 
@@ -5611,14 +5641,23 @@ def serving_hastily(database: str) -> Any:
     return serving(database, start=partial(as_fork, target=run_hasty))
 
 
+def leave_one_unanswered(server: "Server", receiver: "Receiver") -> None:
+    """Let a receiver have six receipts, and not answer the seventh."""
+    subscribe(server.bank, receiver.answering(200))
+    server.bank.given({f"person {number}": 0 for number in range(6)})
+    wait_until(lambda: len(receiver.receipts()) == 6)
+    receiver.answering(0)
+    server.bank.given({"person 6": 0})
+    wait_until(lambda: len(receiver.receipts()) == 7)
+
+
 def test_receipts_outlive_the_server(database: str, receiver: "Receiver") -> None:
     with serving_hastily(database) as server:
-        subscribe(server.bank, receiver.answering(200, after=0.02))
-        server.bank.given({f"person {number}": 0 for number in range(20)})
-        wait_until(lambda: len(receiver.receipts()) > 5)
+        leave_one_unanswered(server, receiver)
+        server.bank.given({f"person {number}": 0 for number in range(7, 20)})
         server.process.kill()
-    before = len(receiver.receipts())
-    assert before < 20
+    assert len(receiver.ids()) == 7
+    receiver.answering(200)
     with serving_hastily(database) as server:
         server.bank.given(last=1)
         wait_until(lambda: receiver.types()[-1:] == ["transaction.posted"])
@@ -5653,13 +5692,16 @@ def test_of_two_servers_one_posts_receipts_and_the_other_takes_over(
 
 def test_a_server_that_ends_leaves_its_turn(database: str, receiver: "Receiver") -> None:
     with serving(database) as server:
-        subscribe(server.bank, receiver.answering(200, after=0.05))
-        server.bank.given({f"person {number}": 0 for number in range(20)})
-        wait_until(lambda: len(receiver.receipts()) > 5)
+        leave_one_unanswered(server, receiver)
+    # Nobody has to wait until it is over.
+    [(due_at,)] = server.bank.rows("SELECT due_at FROM webhook")
+    assert due_at <= ledger.utc_now()
+    receiver.answering(200)
     with serving(database) as server:
-        wait_until(lambda: len(receiver.ids()) == 20)
+        server.bank.given(last=0)
+        wait_until(lambda: len(receiver.ids()) == 8)
         # But for the one that was under way, none is posted twice.
-        assert len(receiver.receipts()) <= 21
+        assert len(receiver.receipts()) == 9
 
 
 # ----- Log
@@ -7090,8 +7132,11 @@ class Receiver(NamedTuple):
     name: str
 
     def answering(self, status: int, *, after: float = 0, at: str = "") -> str:
-        """Answer so from now on, or not at all if the status is 0; return the URL."""
-        Path(self.folder, self.name + at).write_text(f"{status} {after if status else 60}")
+        """Answer so from now on, or with 0 not until another status is said; return the URL."""
+        file = Path(self.folder, self.name + at)
+        # At once and as a whole, because it is read meanwhile.
+        file.with_suffix(".new").write_text(f"{status} {after}")
+        file.with_suffix(".new").replace(file)
         return f"{self.address}/{self.name}{at}"
 
     def receipts(self, at: str = "") -> list[Receipt]:
@@ -7122,13 +7167,15 @@ def receive(folder: str) -> None:
             line = json.dumps(Receipt(time.time(), str(self.client_address), headers, body))
             with Path(folder, f"{self.path[1:]}.noted").open("a") as noted:
                 noted.write(f"{line}\n")
-            status, seconds = Path(folder, self.path[1:]).read_text().split()
-            time.sleep(float(seconds))
-            self.send_response(int(status))
+            while (said := Path(folder, self.path[1:]).read_text().split())[0] == "0":
+                time.sleep(0.02)
+            time.sleep(float(said[1]))
+            self.send_response(int(said[0]))
             self.send_header("Location", self.path)
             self.send_header("Content-Length", "2")
-            self.end_headers()
-            self.wfile.write(b"ok")
+            with suppress(ConnectionError):  # Who has waited for long may be gone.
+                self.end_headers()
+                self.wfile.write(b"ok")
 
         def log_message(self, *_: Any) -> None:
             pass
