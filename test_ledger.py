@@ -243,6 +243,7 @@ def entries_like(**changes: str) -> str:
         "UPDATE account SET status = 'ASLEEP'",
         "UPDATE account SET status = 'CLOSED' WHERE kind = 'CUSTOMER'",
         entries_like(seq="seq + 1", amount="0"),
+        entries_like(seq="seq + 1", type="'GIFT'", balance="balance - amount"),
         "INSERT INTO api_key VALUES ('x', 'x', 'x', 'root', 0, NULL)",
     ],
 )
@@ -251,6 +252,22 @@ def test_a_table_refuses_what_breaks_its_rules(bank: "Bank", statement: str) -> 
     with pytest.raises(REFUSED, match=r"(?i)CHECK"):
         bank.tamper(statement)
     assert bank.wrong() == []
+
+
+@pytest.mark.parametrize(
+    ("table", "trigger", "statement"),
+    [
+        ("entry", "entry_at_insert", entries_like(seq="0")),
+        ("account", "account_at_update", "UPDATE account SET balance = 100, last_seq = 0"),
+        ("account", "account_at_update", "UPDATE account SET balance = 0, last_seq = -1"),
+    ],
+)
+def test_a_table_refuses_numbers_below_1_without_its_trigger(
+    bank: "Bank", table: str, trigger: str, statement: str
+) -> None:
+    bank.given(alice=100)
+    with pytest.raises(REFUSED, match=r"(?i)CHECK"):
+        bank.tamper(f"DROP TRIGGER {trigger} ON {table}", statement)
 
 
 def test_the_database_keeps_customers_above_zero(bank: "Bank") -> None:
@@ -649,8 +666,7 @@ def test_one_pass_serves_all_who_wait_for_cashbacks(
         await asyncio.gather(*(bank.ledger.credit_due("SERVER", later) for _ in range(50)))
 
     bank.runner.run(tell_the_time())
-    # One, and others at most for those who had looked just before it was committed.
-    assert 1 <= len(passes) < 10
+    assert passes == [1]
 
 
 def test_a_cashback_waits_while_the_account_is_frozen(bank: "BankInside") -> None:
@@ -1677,24 +1693,32 @@ def test_captures_and_reversals_in_both_directions_all_get_through(servers: "Ban
     assert servers.wrong() == []
 
 
-def test_captures_and_voids_may_meet_the_moment_of_expiry(servers: "Bank") -> None:
-    servers.given(kim=200, leo=0)
-    holds = [servers.promised("kim", "leo", 10, expires_in=1) for _ in range(20)]
+def test_captures_and_voids_meet_the_moment_of_expiry(servers: "Bank") -> None:
+    servers.given(kim=0, leo=0)
+    ways, lasting = [(servers.capture, "CAPTURED"), (servers.void, "VOIDED")], itertools.count(1)
+    ended: Counter[str] = Counter()
 
-    def end(hold: str) -> httpx.Response:
-        time.sleep(random.uniform(0.5, 1.1))
-        return random.choice([servers.capture, servers.void])(hold)
+    def end(number: int, hold: dict[str, Any]) -> str:
+        # The first come in time and the last too late; those in between meet the moment itself.
+        at = ledger.parse_time(hold["expires_at"]) / 1_000_000 + (number - 10) / 50
+        time.sleep(max(0, at - time.time()))
+        way, status = ways[number % 2]
+        answered = outcome(way(hold["id"]))
+        shown = str(servers.get(f"/holds/{hold['id']}").json()["status"])
+        assert (answered, shown) in ((200, status), ("hold_expired", "EXPIRED"))
+        return shown
 
-    def statuses() -> Counter[str]:
-        return Counter(servers.get(f"/holds/{hold}").json()["status"] for hold in holds)
+    def some_came_in_time_and_some_did_not() -> bool:
+        # On a busy machine all may be too late: then the next ones last longer.
+        servers.deposit("kim", 200)
+        for_so_long = {"expires_in": next(lasting)}
+        holds = [servers.hold("kim", "leo", 10, **for_so_long).json() for _ in range(20)]
+        now = at_once([partial(end, number, hold) for number, hold in enumerate(holds)])
+        ended.update(now)
+        return set(now) == {"CAPTURED", "VOIDED", "EXPIRED"}
 
-    answers = at_once([partial(end, hold) for hold in holds])
-    wait_until(lambda: "PENDING" not in statuses())
-    ended, shown = Counter(answer.json().get("status") for answer in answers), statuses()
-    assert shown == Counter({"CAPTURED": ended["CAPTURED"], "VOIDED": ended["VOIDED"]}) + Counter(
-        EXPIRED=20 - ended["CAPTURED"] - ended["VOIDED"]
-    )
-    left = 200 - 10 * ended["CAPTURED"]
+    wait_until(some_came_in_time_and_some_did_not)
+    left = 10 * (ended["VOIDED"] + ended["EXPIRED"])
     assert servers.funds("kim") == (left, 0, left)
     assert servers.withdraw("kim", left).status_code == 200
     assert servers.wrong() == []
@@ -1728,25 +1752,23 @@ def test_of_40_parallel_reversals_one_wins(servers: "Bank") -> None:
 def test_a_ring_of_transfers_keeps_its_total_at_every_moment(servers: "Bank") -> None:
     names = [f"ring {number}" for number in range(8)]
     servers.given(dict.fromkeys(names, 100))
-    totals, lowest = [], []
+    seen: list[tuple[int, ...]] = []
 
     def look() -> None:
         balances = servers.balances()
-        totals.append(sum(balances[name] for name in names))
-        lowest.append(min(balances[name] for name in names))
+        seen.append(tuple(balances[name] for name in names))
 
-    def go_round(number: int) -> None:
-        for step in range(number, number + 10):
-            source, dest = names[step % 8], names[(step + 1) % 8]
-            answer = servers.transfer(source, dest, random.randint(1, 60))
-            assert answer.status_code in (200, 409)
+    def pass_on(number: int) -> None:
+        source, dest = names[number % 8], names[(number + 1) % 8]
+        answer = servers.transfer(source, dest, random.randint(1, 60))
+        assert outcome(answer) in (200, "insufficient_funds")
 
-    with meanwhile(look, look):
-        at_once([partial(go_round, number) for number in range(32)])
+    with meanwhile(look, look, *[partial(pass_on, number) for number in range(32)]):
+        # Until it was seen at many moments, each of which was another one.
+        wait_until(lambda: len(set(seen)) > 20)
     look()
-    assert len(totals) > 1
-    assert set(totals) == {800}
-    assert min(lowest) >= 0
+    assert {sum(balances) for balances in seen} == {800}
+    assert min(map(min, seen)) >= 0
 
 
 def test_an_answer_goes_out_only_after_the_commit(servers: "Bank") -> None:
@@ -1804,7 +1826,8 @@ def made(bank: "Bank", move: Move) -> dict[str, int]:
     answer = (bank.hold if is_held else bank.transfer)(*move[:3], key=move.key)
     if is_held and answer.is_success:
         answer = bank.capture(answer.json()["id"], key=move.key)
-    is_done = answer.status_code == 200
+    is_done = outcome(answer) == 200
+    assert is_done or refusal(answer) == (409, "insufficient_funds")
     return {move.source: -move.amount, move.dest: move.amount} if is_done else {}
 
 
@@ -1884,12 +1907,12 @@ def test_a_url_that_names_no_database_stops_the_start(url: str) -> None:
         ledger.database_at(url)
 
 
-@pytest.mark.parametrize("host", ["p@ss@127.0.0.1/x", "p/w@127.0.0.1/x"])
-def test_a_password_that_is_not_escaped_is_not_printed(host: str) -> None:
-    with pytest.raises(ledger.StartupError) as refused:
-        ledger.database_at(f"postgresql://user:{host}")
-    assert "127.0.0.1" not in str(refused.value)
-    assert "must be" in str(refused.value)
+@pytest.mark.parametrize("mark", ["@", "/", "@@", ":@", "?@", "%"])
+def test_a_password_that_is_not_escaped_is_not_printed(mark: str) -> None:
+    with pytest.raises(ledger.StartupError, match="must be") as refused:
+        ledger.database_at(f"postgresql://user:open{mark}sesame@127.0.0.1/x")
+    for part in ("open", "sesame", "127.0.0.1"):
+        assert part not in str(refused.value)
 
 
 def refused_start(database: str) -> str:
@@ -2374,7 +2397,7 @@ def test_a_database_that_hangs_does_not_keep_the_server_from_ending(
                 os.kill(pid, signal.SIGSTOP)
             with meanwhile(deposit):
                 server.process.terminate()
-                server.process.join(12)
+                server.process.join(60)
                 assert server.process.exitcode is not None
         finally:
             for (pid,) in found:
@@ -2573,6 +2596,79 @@ def test_the_database_keeps_holds_and_reversals(
     assert eventful.wrong() == []
 
 
+def new_promise(payment: str, *, amount: str = "1", clock: str = "SERVER") -> str:
+    """Return the statement that promises a cashback past the code."""
+    columns = "payment_id, account_id, due_at, status, amount, clock, number"
+    values = f"id, account_id, 0, 'SCHEDULED', {amount}, '{clock}', 1"
+    return f"INSERT INTO scheduled_cashback ({columns}) SELECT {values} FROM event WHERE {payment}"
+
+
+CAPTURED = """UPDATE hold SET status = 'CAPTURED', captured_amount = {},
+    transaction_id = {} WHERE status = 'PENDING'"""
+NEW_HOLDS = "id, status, account_id, dest_account_id, asset, amount, captured_amount, created_at"
+NEW_HOLDS = f"INSERT INTO hold ({NEW_HOLDS}, expires_at, external_id) SELECT "
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        (new_account("PARTNER", balance="0"), "CHECK"),
+        ("UPDATE scheduled_cashback SET status = 'LOST'", "CHECK"),
+        (new_promise("kind = 'DEPOSIT'", amount="-1"), "CHECK"),
+        (new_promise("kind = 'DEPOSIT'", clock="MOON"), "CHECK"),
+        (new_promise("kind IN ('DEPOSIT', 'CAPTURE')"), "UNIQUE"),
+        ("UPDATE hold SET status = 'LOST' WHERE status = 'PENDING'", "CHECK"),
+        (CAPTURED.format("11", "(SELECT min(id) FROM event)"), "CHECK"),
+        (CAPTURED.format("0", "(SELECT min(id) FROM event)"), "CHECK"),
+        (CAPTURED.format("1", "NULL"), "CHECK"),
+        (NEW_HOLDS + "'x', 'PENDING', account_id, account_id, 'USD', 0, 0, 0, 0, NULL FROM hold "
+         "WHERE status = 'PENDING'", "CHECK"),
+        (NEW_HOLDS + "'x' || id, 'PENDING', account_id, account_id, 'USD', 1, 0, 0, 0, 'x' "
+         "FROM hold", "UNIQUE"),
+        ("INSERT INTO account (id, name, owner_name, asset, status, balance, held, created_at, "
+         "kind, last_seq) SELECT 'x' || id, name, '', asset, status, 0, 0, 0, kind, 0 FROM account "
+         "WHERE name = 'cash'", "UNIQUE"),
+        ("INSERT INTO account (id, external_id, owner_name, asset, status, balance, held, "
+         "created_at, kind, last_seq) SELECT 'x' || id, 'x', '', asset, status, 0, 0, 0, kind, 0 "
+         "FROM account", "UNIQUE"),
+        ("INSERT INTO event (id, kind, ts, caller, arguments, external_id) "
+         "SELECT 'x' || id, kind, 0, '', '', 'x' FROM event WHERE kind <> 'REVERSAL'", "UNIQUE"),
+        ("INSERT INTO api_key SELECT name || 'x', prefix, hash, role, 0, NULL FROM api_key",
+         "UNIQUE"),
+    ],
+    ids=short,
+)  # fmt: skip
+def test_the_database_keeps_what_may_stand_in_a_column(
+    eventful: "Bank", statement: str, message: str
+) -> None:
+    with pytest.raises(REFUSED, match=f"(?i){message}"):
+        eventful.tamper(statement)
+    assert eventful.wrong() == []
+
+
+# What may change of a row. Whatever else a table holds is for ever, but for metadata's index.
+CHANGING = {
+    "account": {"status", "balance", "held", "last_seq", "owner_name", "notes"},
+    "hold": {"status", "captured_amount", "transaction_id"},
+    "scheduled_cashback": {"status", "transaction_id"},
+    "api_key": {"revoked_at"},
+    "webhook": {"position", "failures", "due_at"},
+}
+
+
+@pytest.mark.parametrize("table", sorted(ledger.TABLES.keys() - {"note"}))
+def test_no_row_ever_goes_or_changes_but_in_what_may_change(
+    eventful: "Bank", engine: str, table: str
+) -> None:
+    fixed = {*ledger.TABLES[table].columns.keys()} - CHANGING.get(table, set())
+    statements = [f"UPDATE {table} SET {name} = {name}" for name in fixed]
+    statements += [f"DELETE FROM {table}"]
+    statements += [f"TRUNCATE {table} CASCADE"] * (engine == "postgresql")
+    for statement in statements:
+        with pytest.raises(REFUSED, match=f"what {table} holds is for ever"):
+            eventful.tamper(statement)
+
+
 def test_the_database_keeps_closed_accounts_closed(bank: "Bank") -> None:
     bank.given(alice=0).step("alice", "close")
     with pytest.raises(REFUSED, match="never comes back"):
@@ -2582,8 +2678,18 @@ def test_the_database_keeps_closed_accounts_closed(bank: "Bank") -> None:
 def test_the_database_keeps_frozen_accounts_still(bank: "Bank") -> None:
     bank.given(alice=100).step("alice", "freeze")
     another = entries_like(seq="2", amount="1", balance="101")
-    with pytest.raises(REFUSED, match="only an active account moves money"):
+    refused = pytest.raises(REFUSED, match="only an active account moves money")
+    with refused:
         bank.tamper(f"{another} WHERE account_id = '{bank.ids['alice']}'")
+    # Nor does it help to write the entry before it is frozen, and the account after that.
+    bank.step("alice", "unfreeze")
+    with refused:
+        bank.tamper(
+            f"{another} WHERE account_id = '{bank.ids['alice']}'",
+            f"UPDATE account SET status = 'FROZEN' WHERE id = '{bank.ids['alice']}'",
+            f"UPDATE account SET balance = 101, last_seq = 2 WHERE id = '{bank.ids['alice']}'",
+        )
+    assert bank.wrong() == []
 
 
 def test_the_database_credits_a_cashback_once(bank: "Bank") -> None:
@@ -2599,13 +2705,6 @@ def test_sqlite_replaces_no_entry(bank: "Bank") -> None:
     replaced = "REPLACE INTO entry SELECT * FROM entry WHERE seq = 1"
     with pytest.raises(sqlite3.IntegrityError, match="for ever"):
         bank.tamper("PRAGMA recursive_triggers = ON", replaced)
-
-
-@on_postgresql
-@pytest.mark.parametrize("table", ["entry", "event", "account", "api_key"])
-def test_postgresql_refuses_to_empty_a_table(bank: "Bank", table: str) -> None:
-    with pytest.raises(psycopg.IntegrityError, match=r"(?i)for ever"):
-        bank.tamper(f"TRUNCATE {table} CASCADE")
 
 
 def new_event(event_id: str, kind: str) -> str:
@@ -2624,6 +2723,7 @@ ALICES = "(SELECT id FROM account WHERE owner_name = 'alice')"
         ("UPDATE entry SET amount = amount + 1", "entry 1 with balance"),
         (f"UPDATE entry SET balance = 5 WHERE account_id = {ALICES}", "balance 5 stands where"),
         (f"UPDATE entry SET seq = 7 WHERE account_id = {ALICES}", "entry 7 with balance"),
+        (f"UPDATE entry SET balance = -1 WHERE account_id = {ALICES}", "leaves a customer at -1"),
         ("DELETE FROM entry", "its row says 1 entries"),
         ("DELETE FROM entry WHERE type = 'DEBIT'", "sums to"),
         ("DELETE FROM event", "missing row of event"),
@@ -2677,6 +2777,8 @@ def test_the_check_finds_what_was_tampered_with(
         ("INSERT INTO schema_version SELECT 2, description FROM schema_version", "a second row"),
         ("UPDATE event SET kind = 'GIFT' WHERE kind = 'DEPOSIT'", "is a GIFT"),
         ("UPDATE event SET id = 'ZZ' WHERE kind = 'open_account'", "event ZZ has no UUID"),
+        (f"UPDATE account SET id = 'ZZ' WHERE id = {ALICES}", "account ZZ has no UUID"),
+        ("UPDATE entry SET id = 'ZZ' WHERE type = 'CREDIT'", "entry ZZ has no UUID"),
         ("UPDATE event SET arguments = '{' WHERE kind = 'DEPOSIT'", "arguments are no JSON"),
         (f"UPDATE account SET status = 'FROZEN' WHERE id = {ALICES}", "FROZEN, but became ACTIVE"),
     ],
@@ -2696,6 +2798,7 @@ def test_the_check_finds_what_no_constraint_can(bank: "Bank", statement: str, fi
         ("DELETE FROM hold WHERE status = 'PENDING'", "its pending holds are 0"),
         ("UPDATE hold SET captured_amount = 1 WHERE status = 'CAPTURED'", "was not captured as"),
         ("UPDATE hold SET status = 'VOIDED' WHERE status = 'PENDING'", "its pending holds are 0"),
+        ("UPDATE hold SET id = 'ZZ' WHERE status = 'PENDING'", "hold ZZ has no UUID"),
         ("UPDATE event SET reverses = (SELECT id FROM event WHERE kind = 'DEPOSIT') "
          "WHERE kind = 'REVERSAL'", "round"),
         ("UPDATE event SET reverses = NULL WHERE kind = 'REVERSAL'", "CHECK"),
@@ -2708,9 +2811,56 @@ def test_the_check_finds_wrong_holds_and_reversals(
     bank.capture(bank.promised("alice", "bob", 20))
     bank.reverse(bank.last("alice"))
     if (engine, finding) == ("postgresql", "CHECK"):
-        return  # There nobody can write it.
-    bank.tamper_freely(statement)
-    assert any(finding in found for found in bank.wrong())
+        with pytest.raises(psycopg.IntegrityError):
+            bank.tamper_freely(statement)
+    else:
+        bank.tamper_freely(statement)
+        assert any(finding in found for found in bank.wrong())
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value"),
+    [
+        ("event", "reverses", "(SELECT id FROM event WHERE kind = 'DEPOSIT')"),
+        ("event", "external_id", "'x'"),
+        ("account", "external_id", "'x'"),
+        ("hold", "external_id", "'x'"),
+    ],
+)
+def test_the_check_finds_what_stands_twice(
+    bank: "Bank", table: str, column: str, value: str
+) -> None:
+    bank.given(alice=100, bob=0)
+    for _ in range(2):
+        bank.promised("alice", "bob", 1)
+        bank.reverse(bank.transfer("alice", "bob", 1).json()["transfer_id"])
+    where = " WHERE kind = 'REVERSAL'" if column == "reverses" else ""
+    bank.tamper_freely(
+        f"DROP INDEX {table}_{column}", f"UPDATE {table} SET {column} = {value}{where}"
+    )
+    found = [each for each in bank.wrong() if re.fullmatch(f"{column} .+ stands twice", each)]
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["event.reverses", "account.asset", "entry.account_id", "entry.transaction_id",
+     "hold.account_id", "hold.dest_account_id", "hold.transaction_id",
+     "scheduled_cashback.payment_id", "scheduled_cashback.account_id",
+     "scheduled_cashback.transaction_id", "webhook.account_id", "webhook.position"],
+)  # fmt: skip
+def test_the_check_finds_a_reference_to_nothing(bank: "BankInside", reference: str) -> None:
+    bank.given(alice=100, bob=0).pay("alice", 50)
+    bank.pass_time(DAY)
+    bank.capture(bank.promised("alice", "bob", 10))
+    bank.reverse(bank.last("bob"))
+    subscribe(bank, "http://localhost", "--account", bank.ids["bob"])
+    table, column = reference.split(".")
+    # One of them, because two of one number may not stand in one account.
+    one = f"(SELECT min({column}) FROM {table})"
+    bank.tamper_freely(f"UPDATE {table} SET {column} = '{NOBODY}' WHERE {column} = {one}")
+    missing = f"table {table}: a row refers to a missing row of "
+    assert any(found.startswith(missing) for found in bank.wrong())
 
 
 @pytest.mark.parametrize(
@@ -3472,7 +3622,7 @@ HEAD = b"Host: localhost\r\nIdempotency-Key: k\r\nContent-Type: application/json
          b"Content-Length: 31\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"200"),
         (b"POST /accounts HTTP/1.1\r\n" + HEAD + b"Content-Length: " + b"0" * 5_000
          + b"2\r\n\r\n{}", b"422"),
-        (b"GET /accounts/\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", b"4"),
+        (b"GET /accounts/\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
         (b"GET /accounts HTTP/1.1\r\n\r\n", b"403"),
         (b"GET /accounts?owner_name=%ff%00 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"422"),
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 60_000 + b"\r\n\r\n", b"200"),
@@ -3481,7 +3631,7 @@ HEAD = b"Host: localhost\r\nIdempotency-Key: k\r\nContent-Type: application/json
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 50_000, b"431"),
         (b"GET /health?" + b"x" * 66_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b"414"),
         (b"GET /" + b"x" * 500_000, b"414"),
-        (b"BREW /accounts HTTP/1.1\r\nHost: localhost\r\n\r\n", b"4"),
+        (b"BREW /accounts HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
         (b"nonsense\r\n\r\n", b"400"),
     ],
     ids=short,
@@ -3514,12 +3664,12 @@ def test_trailers_are_no_headers(database: str) -> None:
 def test_who_ends_his_half_of_the_connection_gets_his_answer(server: "Server") -> None:
     read = b"GET /accounts HTTP/1.1\r\nHost: localhost\r\n\r\n"
     write = b"POST /accounts HTTP/1.1\r\n" + HEAD + b"Content-Length: 2\r\n\r\n{}"
-    for request in (read, write):
+    for request, status in ((read, b"200"), (write, b"422")):
         with socket.create_connection(server.bank.address(), timeout=30) as wire:
             wire.sendall(request)
             wire.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(partial(wire.recv, 65_536), b""))
-        assert answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 422"))
+        assert answer.startswith(b"HTTP/1.1 " + status)
         assert answer.endswith(b"}")
 
 
@@ -4070,31 +4220,35 @@ def test_a_follower_goes_on_after_an_event_and_nothing_else(
 
 def test_a_follower_sees_all_once_and_in_order_while_32_callers_write(servers: "Bank") -> None:
     names = [f"written {number}" for number in range(4)]
-    servers.given(dict.fromkeys(names, 100))
+    servers.given(dict.fromkeys(names, 1_000))
     start = [row[0] for row in servers.rows("SELECT id FROM event ORDER BY id")][-1]
     seen: list[str] = []
+    pages: list[None] = []
 
     def follow() -> None:
         page = servers.get("/events", after=seen[-1] if seen else start, limit=200).json()
         seen.extend(event["id"] for event in page["items"])
+        pages.extend([None] if page["items"] else [])
 
     def write(number: int) -> None:
         name, other = names[number % 4], names[(number + 1) % 4]
-        for _ in range(4):
-            assert servers.transfer(name, other, 1).status_code == 200
-            assert servers.void(servers.promised(name, other, 1)).status_code == 200
+        assert servers.transfer(name, other, 1).status_code == 200
+        assert servers.void(servers.promised(name, other, 1)).status_code == 200
 
-    with meanwhile(follow):
-        at_once([partial(write, number) for number in range(32)])
+    with meanwhile(follow, *[partial(write, number) for number in range(32)]):
+        # They go on until something was new to the follower many times.
+        wait_until(lambda: len(pages) >= 10 and len(seen) >= 300)
     while seen[-1:] != [row[0] for row in servers.rows("SELECT max(id) FROM event")]:
         follow()
     made = servers.rows(f"SELECT id FROM event WHERE id > '{start}' ORDER BY id")
     assert seen == [row[0] for row in made]
-    assert len(seen) == 32 * 4 * 3
 
 
 @on_postgresql
-def test_no_event_is_shown_while_one_with_a_lower_id_may_come(database: str) -> None:
+def test_no_event_is_shown_while_one_with_a_lower_id_may_come(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "BUSY_SECONDS_MAX", 60)
     taken, go_on = threading.Event(), threading.Event()
 
     def take_an_id_and_wait(book: ledger.Book) -> None:
@@ -4120,17 +4274,16 @@ def test_no_event_is_shown_while_one_with_a_lower_id_may_come(database: str) -> 
 
 
 @on_postgresql
-def test_a_follower_does_not_wait_for_ever(
-    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ledger, "BUSY_SECONDS_MAX", 0.05)
-    [first, last] = bank.given(alice=7).get("/events").json()["items"]
-    with closing(connect(bank.database)) as other:
-        # As a server that has begun a write, and does not end it.
-        other.execute(ledger.PostgresConnection.mark)
-        waited = bank.get("/events", after=first["id"]).json()
-        assert waited == {"items": [], "next": first["id"]}
-    assert bank.get("/events", after=first["id"]).json() == {"items": [last], "next": last["id"]}
+def test_a_follower_does_not_wait_for_ever(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(database) as bank, opened(database) as other:
+        [first, last] = bank.given(alice=7).get("/events").json()["items"]
+        look = partial(bank.get, "/events", after=first["id"])
+        with other.ledger.database.write() as connection, monkeypatch.context() as patch:
+            ledger.Book(connection).account(bank.ids["alice"])
+            patch.setattr(ledger, "BUSY_SECONDS_MAX", 0.05)
+            assert look().json() == {"items": [], "next": first["id"]}
+        # That write has ended, and what it had locked is free.
+        assert look().json() == {"items": [last], "next": last["id"]}
 
 
 @on_postgresql
@@ -4237,7 +4390,6 @@ def test_an_account_stands_once_in_a_transaction(bank: "Bank") -> None:
 
 def test_a_transaction_is_refused_as_a_whole(demo: "Bank") -> None:
     bank = demo.given(alice=10, bob=0, carol=0)
-    bank.post("/api/v1/wallets/users", user_id="zoe", email="z@example.com", username="zoe")
     gold = "SELECT id FROM account WHERE asset = 'GOLD' AND kind = 'CUSTOMER'"
     cash = "SELECT id FROM account WHERE asset = 'USD' AND name = 'cash'"
     (bank.ids["wallet"],) = bank.rows(gold)[0]
@@ -5932,22 +6084,22 @@ def test_any_name_can_be_read_again(demo: "Bank", name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"),
+    ("method", "path", "code"),
     [
-        ("GET", "/bank/accounts/a%00b/balance", 404),
-        ("GET", "/bank/accounts/%00/transactions?timestamp=1", 404),
-        ("GET", "/atm/accounts/%00/balance", 404),
-        ("POST", "/atm/accounts/%00/deposit", 404),
-        ("GET", f"{USERS}/%00/balance?asset_type_id=1", 404),
-        ("GET", "/accounts?name=%00", 422),
-        ("GET", "/bank/accounts/%ff%ed%a0%80/balance", 404),
+        ("GET", "/bank/accounts/a%00b/balance", "account_not_found"),
+        ("GET", "/bank/accounts/%00/transactions?timestamp=1", "account_not_found"),
+        ("GET", "/atm/accounts/%00/balance", "account_not_found"),
+        ("POST", "/atm/accounts/%00/deposit", "account_not_found"),
+        ("GET", f"{USERS}/%00/balance?asset_type_id=1", "account_not_found"),
+        ("GET", "/accounts?name=%00", "invalid_request"),
+        ("GET", "/bank/accounts/%ff%ed%a0%80/balance", "account_not_found"),
     ],
 )
 def test_a_name_that_cannot_be_is_not_found(
-    untouched: "Bank", method: str, path: str, status: int
+    untouched: "Bank", method: str, path: str, code: str
 ) -> None:
     body = {"json": {"amount": "1"}} if method == "POST" else {}
-    assert refusal(untouched.send(method, path, **body))[0] == status
+    assert refusal(untouched.send(method, path, **body))[1] == code
 
 
 @at_the_edge
@@ -6759,12 +6911,14 @@ def test_what_a_receiver_does_not_take_is_posted_again(
         # Nothing is posted before its time.
         deliver(bank)
         wait_no_longer(bank)
-    tried = ["account.opened"] * (6 if status >= 0 else 0)
-    wait_until(lambda: receiver.types() == tried)
+    tried = receiver.types()
+    # Whom a busy machine gives up too soon has had less.
+    assert tried == ["account.opened"] * {0: len(tried), -1: 0}.get(status, 6)
+    monkeypatch.setattr(ledger, "RECEIPT_SECONDS_MAX", 10)
     receiver.answering(200)
     if status >= 0:
         deliver(bank)
-        assert receiver.types()[6:] == ["account.opened", "transaction.posted"]
+        assert receiver.types()[-2:] == ["account.opened", "transaction.posted"]
         assert bank.rows("SELECT failures FROM webhook") == [(0,)]
 
 
@@ -6820,16 +6974,29 @@ def test_a_receiver_that_is_gone_is_told_nothing_more(
 
 
 def test_a_failure_holds_up_its_own_receiver_alone(
-    bank: "BankInside", receiver: "Receiver", monkeypatch: pytest.MonkeyPatch
+    bank: "BankInside", receiver: "Receiver"
 ) -> None:
-    monkeypatch.setattr(ledger, "RECEIPT_SECONDS_MAX", 2)
     subscribe(bank, receiver.answering(0, at="silent"))
     subscribe(bank, receiver.answering(200))
     bank.given(alice=7, bob=7)
-    deliver(bank)
-    assert len(receiver.receipts("silent")) == 1
-    assert len(receiver.receipts()) == 4
-    assert receiver.receipts()[-1].at - receiver.receipts("silent")[0].at < 2
+
+    async def deliver_to_both() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            await ledger.start_deliveries(bank.ledger, tasks)
+            async with asyncio.timeout(ledger.RECEIPT_SECONDS_MAX):
+                while len(receiver.receipts()) < 4:
+                    await asyncio.sleep(0.02)
+            # The other one still has its first, and has not answered.
+            assert len(receiver.receipts("silent")) == 1
+            receiver.answering(200, at="silent")
+
+    bank.runner.run(deliver_to_both())
+    # Neither was given up, so that the one was served while the other was waited for.
+    assert bank.rows("SELECT failures FROM webhook") == [(0,), (0,)]
+    had, silent = (
+        [each.headers["webhook-id"] for each in receiver.receipts(at)] for at in ("", "silent")
+    )
+    assert (silent[-4:], len(silent)) == (had, len(set(silent)))
 
 
 def test_a_receiver_can_be_for_one_account(bank: "BankInside", receiver: "Receiver") -> None:
@@ -6881,13 +7048,23 @@ def test_of_two_who_find_a_receiver_at_one_moment_one_serves_it(
 
 def run_hasty(*given: Any) -> None:
     """Serve, and hold a turn with a receiver for a short time only."""
-    ledger.POLL_SECONDS, ledger.SAVE_SECONDS, ledger.TURN_SECONDS = 0.1, 0, 2
+    ledger.POLL_SECONDS, ledger.SAVE_SECONDS, ledger.TURN_SECONDS = 0.1, 0, 4
     run_main(*given)
 
 
 def serving_hastily(database: str) -> Any:
     """Serve so until the block ends."""
     return serving(database, start=partial(as_fork, target=run_hasty))
+
+
+def leave_one_unanswered(server: "Server", receiver: "Receiver") -> None:
+    """Let a receiver have six receipts, and not answer the seventh."""
+    subscribe(server.bank, receiver.answering(200))
+    server.bank.given({f"person {number}": 0 for number in range(6)})
+    wait_until(lambda: len(receiver.receipts()) == 6)
+    receiver.answering(0)
+    server.bank.given({"person 6": 0})
+    wait_until(lambda: len(receiver.receipts()) == 7)
 
 
 @pytest.mark.parametrize("hours", [0.5, 1, 366 * 24, -366 * 24])
@@ -6985,12 +7162,11 @@ def test_a_receiver_elsewhere_is_reached_through_the_proxy(
 
 def test_receipts_outlive_the_server(database: str, receiver: "Receiver") -> None:
     with serving_hastily(database) as server:
-        subscribe(server.bank, receiver.answering(200, after=0.02))
-        server.bank.given({f"person {number}": 0 for number in range(20)})
-        wait_until(lambda: len(receiver.receipts()) > 5)
+        leave_one_unanswered(server, receiver)
+        server.bank.given({f"person {number}": 0 for number in range(7, 20)})
         server.process.kill()
-    before = len(receiver.receipts())
-    assert before < 20
+    assert len(receiver.ids()) == 7
+    receiver.answering(200)
     with serving_hastily(database) as server:
         server.bank.given(last=1)
         wait_until(lambda: receiver.types()[-1:] == ["transaction.posted"])
@@ -7025,13 +7201,16 @@ def test_of_two_servers_one_posts_receipts_and_the_other_takes_over(
 
 def test_a_server_that_ends_leaves_its_turn(database: str, receiver: "Receiver") -> None:
     with serving(database) as server:
-        subscribe(server.bank, receiver.answering(200, after=0.05))
-        server.bank.given({f"person {number}": 0 for number in range(20)})
-        wait_until(lambda: len(receiver.receipts()) > 5)
+        leave_one_unanswered(server, receiver)
+    # Nobody has to wait until it is over.
+    [(due_at,)] = server.bank.rows("SELECT due_at FROM webhook")
+    assert due_at <= ledger.utc_now()
+    receiver.answering(200)
     with serving(database) as server:
-        wait_until(lambda: len(receiver.ids()) == 20)
+        server.bank.given(last=0)
+        wait_until(lambda: len(receiver.ids()) == 8)
         # But for the one that was under way, none is posted twice.
-        assert len(receiver.receipts()) <= 21
+        assert len(receiver.receipts()) == 9
 
 
 # ----- Log
@@ -8626,6 +8805,7 @@ def eventful(new_database: "NewDatabase") -> Iterator[BankInside]:
         for name in ("old", "new"):
             new_api_key(database, name, "admin")
         key_command(database, "revoke", "old")
+        subscribe(bank, "http://localhost")
         yield bank
 
 
@@ -8793,8 +8973,11 @@ class Receiver(NamedTuple):
     name: str
 
     def answering(self, status: int, *, after: float = 0, at: str = "") -> str:
-        """Answer so from now on, or not at all if the status is 0; return the URL."""
-        Path(self.folder, self.name + at).write_text(f"{status} {after if status else 60}")
+        """Answer so from now on, or with 0 not until another status is said; return the URL."""
+        file = Path(self.folder, self.name + at)
+        # At once and as a whole, because it is read meanwhile.
+        file.with_suffix(".new").write_text(f"{status} {after}")
+        file.with_suffix(".new").replace(file)
         return f"{self.address}/{self.name}{at}"
 
     def receipts(self, at: str = "") -> list[Receipt]:
@@ -8825,13 +9008,15 @@ def receive(folder: str) -> None:
             line = json.dumps(Receipt(time.time(), str(self.client_address), headers, body))
             with Path(folder, f"{self.path[1:]}.noted").open("a") as noted:
                 noted.write(f"{line}\n")
-            status, seconds = Path(folder, self.path[1:]).read_text().split()
-            time.sleep(float(seconds))
-            self.send_response(int(status))
+            while (said := Path(folder, self.path[1:]).read_text().split())[0] == "0":
+                time.sleep(0.02)
+            time.sleep(float(said[1]))
+            self.send_response(int(said[0]))
             self.send_header("Location", self.path)
             self.send_header("Content-Length", "2")
-            self.end_headers()
-            self.wfile.write(b"ok")
+            with suppress(ConnectionError):  # Who has waited for long may be gone.
+                self.end_headers()
+                self.wfile.write(b"ok")
 
         def log_message(self, *_: Any) -> None:
             pass
