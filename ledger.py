@@ -2927,10 +2927,9 @@ def parse_details(arguments: Any) -> Any:
         return arguments
     with suppress(ValueError):
         if isinstance(details := json.loads(arguments), dict):
-            if "url" in details:
+            if url := details.get("url"):
                 # A receiver's scheme and host; the rest of its URL may be a secret.
-                url = str(details["url"])
-                details["url"] = re.sub(r"(?s)^(\w+://)?([^/?#]*@)?([^/?#]*).*", r"\1\3", url)
+                details["url"] = re.sub(r"(?s)(\w+://)?([^/?#]*@)?([^/?#]*).*", r"\1\3", str(url))
             return details
     return {"damaged": arguments}
 
@@ -4004,7 +4003,7 @@ class Database:
             # Looking first through a connection that only reads leaves a stranger's file alone.
             with self.read() as connection:
                 version = stored_version(connection)
-            if not version and (self.inline or not make):
+            if not version and (self.inline or not make):  # A new file is filled elsewhere.
                 raise StartupError(f"{self.name} has no tables: restore it as a whole")
             if make:
                 retry_while_busy(partial(complete_schema, self))
@@ -4143,8 +4142,7 @@ class SqliteDatabase(Database):
         file = url.removeprefix("sqlite:///")
         if file == url or re.match(r":memory:|file:|.*[?\0]|$", file):
             raise StartupError("the database must be a plain file, such as sqlite:///ledger.db")
-        # What a link leads to, because SQLite keeps the log there.
-        self.path = Path(os.path.realpath(file))
+        self.path = Path(os.path.realpath(file))  # Behind a link, where SQLite keeps the log.
         self.name = str(self.path)
         self._uri = f"{self.path.as_uri()}?mode=rw"  # Which never makes a file.
         self._log, *_ = self._logs = [f"{self.path}-wal", f"{self.path}-journal"]
@@ -4170,9 +4168,11 @@ class SqliteDatabase(Database):
         self._opened = []
         try:
             self.require_whole()
-            if make and not self.path.exists():
-                with suppress(FileExistsError), self.new() as new:  # Another server may be quicker.
-                    complete_schema(new)
+            self.path.parent.stat()
+            for _ in range(100 if make else 0):  # Others may make it, or die meanwhile.
+                if not self.path.exists():
+                    with suppress(FileExistsError, FileNotFoundError), self.new() as new:
+                        complete_schema(new)
         except OSError as error:
             raise StartupError(f"cannot open {self.path}: {error.strerror}") from None
         if not (make or os.path.exists(self._log) or os.access(self.path.parent, os.W_OK)):
@@ -4191,8 +4191,7 @@ class SqliteDatabase(Database):
             raise StartupError(f"{rest} is there without its ledger: restore that or remove this")
         if links > 1:
             raise StartupError(f"{self.path} is one of {links} links to a file: remove the others")
-        # At 18 and 19 it says whether it has a log: a backup has none.
-        if self._log in logs and header[18:20] != b"\2\2":
+        if self._log in logs and header[18:20] != b"\2\2":  # As a backup's, which needs no log.
             raise StartupError(f"{self._log} is not of this ledger, which has no log: remove it")
 
     @contextmanager
@@ -4212,8 +4211,6 @@ class SqliteDatabase(Database):
 
     def after_commit(self, rows_max: int = CHECKPOINT_ROWS) -> None:
         """Move committed pages into the file, in a thread, while the event loop goes on."""
-        if not self._writing:
-            return  # Another thread writes, and will come here.
         driver = self._writing[0].driver
         if self._checkpoint and self._checkpoint.done():
             self._checkpoint, self._rows_moved = None, driver.total_changes
@@ -4267,21 +4264,22 @@ def new_file(file: Path) -> Iterator[Path]:
     """Lend a place for a new file, which gets its name when it is whole and on disk."""
     for left in file.parent.glob("*.ledger-unfinished/lock") if sys.platform != "win32" else ():
         with suppress(OSError), left.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if len([*left.parent.iterdir()]) > 1:  # Whoever made it has died.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Else somebody is at work.
+            if os.path.samefile(left, lock.fileno()):
                 shutil.rmtree(left.parent)
     folder = Path(f"{file}.ledger-unfinished")
     folder.mkdir(0o700, exist_ok=True)
     with open(folder / "lock", "ab") as lock:
         if sys.platform != "win32":
             fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.samefile(folder / "lock", lock.fileno()):
+            raise FileExistsError(f"another program makes {file}")
         try:
             if os.path.lexists(file) or folder.is_symlink():
                 raise FileExistsError(f"cannot make {file}: File exists")
             place = folder / file.name
-            place.touch(0o600, exist_ok=False)
-            yield place
-            with place.open("rb+") as whole:
+            with open(place, "xb", opener=partial(os.open, mode=0o600)) as whole:
+                yield place
                 os.fsync(whole)
             place.replace(file)
             if sys.platform != "win32":
@@ -4983,8 +4981,7 @@ def create_app(
     try:
         _ = client_for("http://example.com"), client_for("https://example.com")
     except Exception as error:
-        why = f"the environment's proxy or certificates cannot be used: {error}"
-        raise StartupError(why) from None
+        raise StartupError(f"the environment's proxy or certificates are wrong: {error}") from None
     database = database_at(settings.database_url)
     try:
         database.open(make=True)
@@ -5163,7 +5160,8 @@ async def work_for_ever(ledger: Ledger) -> None:
                     told = warning
                 await start_deliveries(ledger, tasks)
                 await ledger.credit_due("SERVER", clocks["now"])
-                database.after_commit(rows_max=-1)
+                with suppress(IndexError):  # Another thread writes, and does it then.
+                    database.after_commit(rows_max=-1)
             except LedgerError as error:
                 log.warning("receipts and cashbacks wait: %s", error)
             except Exception:

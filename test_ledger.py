@@ -2076,6 +2076,33 @@ def die(_: Any) -> None:
     raise RuntimeError
 
 
+def make_for_ever(file: Path) -> None:
+    """Begin to make a file, and come to no end."""
+    with ledger.new_file(file) as place:
+        place.write_text("half of it")
+        time.sleep(600)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_a_start_waits_for_another_one_and_goes_on_if_that_dies(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.db"
+    other = forks().Process(target=make_for_ever, args=(file,))
+    other.start()
+    wait_until(lambda: [path.name for path in tmp_path.glob("*/*.db")] == ["ledger.db"])
+    with ThreadPoolExecutor() as threads:
+        starts = [threads.submit(make_ledger, f"sqlite:///{file}") for _ in range(3)]
+        time.sleep(0.1)
+        assert not any(start.done() for start in starts)
+        other.kill()
+        for start in starts:
+            start.result(60)
+    other.join()
+    other.close()
+    assert list(tmp_path.iterdir()) == [file]
+    with opened(f"sqlite:///{file}") as bank:
+        assert bank.wrong() == []
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
 def test_a_ledger_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
     copy, other = tmp_path / "copy.db", f"sqlite:///{tmp_path}/other.db"
@@ -7743,7 +7770,7 @@ def run_as_nobody(*given: Any) -> None:
 
 @on_sqlite
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
-@pytest.mark.parametrize("command", ["check", "export --format csv", "key list", "backup /new.db"])
+@pytest.mark.parametrize("command", ["check", "export --format csv", "key list", "backup new.db"])
 def test_a_closed_ledger_is_read_where_nothing_can_be_written(
     database: str, command: str, tmp_path: Path
 ) -> None:
