@@ -2927,9 +2927,10 @@ def parse_details(arguments: Any) -> Any:
         return arguments
     with suppress(ValueError):
         if isinstance(details := json.loads(arguments), dict):
-            if url := details.get("url"):
+            if "url" in details:
                 # A receiver's scheme and host; the rest of its URL may be a secret.
-                details["url"] = re.sub(r"(?s)(\w+://)?([^/?#]*@)?([^/?#]*).*", r"\1\3", str(url))
+                url = str(details["url"])
+                details["url"] = re.sub(r"(?s)^(\w+://)?([^/?#]*@)?([^/?#]*).*", r"\1\3", url)
             return details
     return {"damaged": arguments}
 

@@ -184,6 +184,43 @@ def test_text_that_is_no_plain_decimal_is_no_amount(text: str) -> None:
         ledger.minor_units(text, 2)
 
 
+# ----- Times and ids
+# Both rise from commit to commit, and nobody can guess an id.
+
+
+def test_ids_rise_even_when_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids: list[str] = []
+    for now in (10**15, 10**15, 10**15 + 1, 5, 10**15 + 10**6):
+        monkeypatch.setattr(ledger, "utc_now", lambda now=now: now)
+        book = ledger.Book(None)  # type: ignore[arg-type]
+        book.follow([{"id": ids[-1], "ts": 10**15}] if ids else [])
+        ids += [book.new_id(), book.new_id()]
+        assert book.now == max(now, 10**15)
+    assert ids == sorted(set(ids))
+    parsed = [uuid.UUID(one) for one in ids]
+    assert {(one.version, one.variant) for one in parsed} == {(7, uuid.RFC_4122)}
+    assert int(ids[0].replace("-", "")[:12], 16) == 10**12
+
+
+def test_nobody_can_guess_an_id(bank: "BankInside", monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    draw = secrets.token_hex
+
+    def draw_and_note(size: int) -> str:
+        drawn.append(draw(size))
+        return drawn[-1]
+
+    monkeypatch.setattr(secrets, "token_hex", draw_and_note)
+    bank.given(alice=100, bob=0).transfer("alice", "bob", 1)
+    bank.hold("alice", "bob", 1)
+    tables = ("event", "entry", "hold", "account WHERE kind = 'CUSTOMER'")
+    ids = [one for table in tables for (one,) in bank.rows(f"SELECT id FROM {table}")]
+    # After its time and its form, each has random digits of the system's, which no other one has.
+    digits = {one[20:].replace("-", "") for one in ids}
+    assert len(digits) == len(ids) == 5 + 4 + 1 + 2
+    assert digits <= {text[n : n + 15] for text in drawn for n in range(0, len(text), 15)}
+
+
 # ----- Refusals
 # Every refusal has one form, a code for programs and a sentence for people.
 
@@ -418,6 +455,415 @@ def test_an_operation_that_is_refused_at_its_second_post_takes_nothing_from_its_
         assert bank.balances() == {"alice": 102}
         assert len(bank.statement("alice")) == 3
         assert bank.wrong() == []
+
+
+# ----- Batches
+# What arrives together is committed together, a key acts once, and nobody is answered before the
+# commit. The last tests of the section load real servers, and kill them.
+
+
+def test_what_arrives_together_is_one_commit(bank: "BankInside") -> None:
+    deposit = (f"/accounts/{bank.given(alice=100).ids['alice']}/deposit", {"amount": 1})
+    answers = bank.together(*[deposit] * 20)
+    assert [answer.json()["balance"] for answer in answers] == list(range(101, 121))
+    assert bank.rows("SELECT COUNT(DISTINCT ts) FROM event WHERE kind = 'DEPOSIT'") == [(2,)]
+
+
+def test_a_refused_command_does_not_disturb_its_neighbours(bank: "BankInside") -> None:
+    path = f"/accounts/{bank.given(alice=10).ids['alice']}"
+    answers = bank.together(
+        (f"{path}/deposit", {"amount": 5}),
+        (f"{path}/withdraw", {"amount": 16}),
+        (f"{path}/withdraw", {"amount": 15}),
+        (f"/accounts/{NOBODY}/deposit", {"amount": 1}),
+    )
+    assert [outcome(answer) for answer in answers] == [
+        200, "insufficient_funds", 200, "account_not_found",
+    ]  # fmt: skip
+    assert bank.balances() == {"alice": 0}
+    assert bank.wrong() == []
+
+
+def test_a_command_that_the_database_refuses_sinks_alone(database: str) -> None:
+    faulty = APIRouter(prefix="/faulty", route_class=ledger.LedgerRoute)
+    faults = ["a row that breaks a constraint"]
+
+    @faulty.post("/{account_id}")
+    @ledger.allow(ledger.ADMINS)
+    def post_badly(book: ledger.Book, account_id: ledger.AccountId) -> ledger.AccountPublic:
+        """Deposit, and write what no table takes, as long as there are faults."""
+        for fault in faults:
+            columns = ("name", "prefix", "hash", "role", "created_at", "revoked_at")
+            book.insert("api_key", dict.fromkeys(columns) | {"name": fault})
+        return ledger.deposit(book, account_id, amount=1)
+
+    with opened(database, (ledger.api, faulty)) as bank:
+        alice = bank.given(alice=0).ids["alice"]
+        good = (f"/accounts/{alice}/deposit", {"amount": 1})
+        bad: Any = (f"/faulty/{alice}", {}, "k")
+        answers = bank.together(good, bad, good, good)
+        assert [answer.status_code for answer in answers] == [200, 500, 200, 200]
+        # To try it again would be of no use.
+        assert refusal(answers[1]) == (500, "internal_error")
+        # The error of the database was not stored as an answer: the key is still good.
+        faults.clear()
+        assert [answer.json()["balance"] for answer in bank.together(bad, good)] == [4, 5]
+
+
+def test_a_change_that_would_not_be_written_is_refused(bank: "BankInside") -> None:
+    def rename(book: ledger.Book) -> None:
+        book.change("account", vars(book.account(bank.ids["alice"])), asset="EUR")
+
+    bank.given(alice=5)
+    [outcome] = bank.ledger.commit_or_split([ledger.Command("test", "{}", rename)])
+    assert isinstance(outcome, LookupError)
+    assert bank.wrong() == []
+
+
+def test_a_batch_may_be_large(bank: "BankInside") -> None:
+    command = command_of(ledger.deposit, bank.given(alice=0).ids["alice"], amount=1)
+    answers = bank.ledger.commit([command._replace(key=f"k{n}") for n in range(2_000)])
+    assert {answer.status for answer in answers} == {200}
+    assert bank.balances() == {"alice": 2_000}
+
+
+def test_a_repeated_key_moves_money_once(bank: "Bank") -> None:
+    bank.given(alice=100, bob=0)
+    answers = [bank.transfer("alice", "bob", 10, key="once") for _ in range(3)]
+    assert len({answer.content for answer in answers}) == 1
+    assert ["Idempotent-Replayed" in answer.headers for answer in answers] == [False, True, True]
+    assert bank.balances() == {"alice": 90, "bob": 10}
+
+
+def test_a_key_that_is_repeated_within_one_batch_acts_once(
+    bank: "BankInside", caplog: pytest.LogCaptureFixture
+) -> None:
+    deposit = f"/accounts/{bank.given(alice=0).ids['alice']}/deposit"
+    answers = bank.together(*[(deposit, {"amount": 10}, "once")] * 40)
+    assert len({answer.content for answer in answers}) == 1
+    assert sum("Idempotent-Replayed" in answer.headers for answer in answers) == 39
+    assert bank.balances() == {"alice": 10}
+    # The batch saw it itself; it did not fall apart on the database's constraint.
+    assert not caplog.records
+
+
+def test_a_refusal_is_an_answer_and_is_replayed(bank: "Bank") -> None:
+    refused = bank.given(alice=5).withdraw("alice", 10, key="k")
+    bank.deposit("alice", 100)
+    again = bank.withdraw("alice", 10, key="k")
+    assert refusal(again) == (409, "insufficient_funds")
+    assert again.content == refused.content
+    assert again.headers["Idempotent-Replayed"] == "true"
+
+
+def test_an_opening_is_replayed_with_its_location(bank: "Bank") -> None:
+    first, again = (bank.post("/accounts", key="k", owner_name="Alice") for _ in range(2))
+    assert (again.status_code, again.content) == (201, first.content)
+    assert again.headers["Location"] == first.headers["Location"]
+    assert bank.balances() == {"Alice": 0}
+
+
+def test_a_request_that_never_reached_the_books_leaves_its_key_free(bank: "Bank") -> None:
+    bank.given(alice=0)
+    assert bank.deposit("alice", -1, key="k").status_code == 422
+    assert bank.deposit("alice", 1, key="k", memmo="typo").status_code == 422
+    assert bank.deposit("alice", 1, key="k").json()["balance"] == 1
+
+
+def test_arguments_are_compared_after_parsing(bank: "Bank") -> None:
+    path = f"/accounts/{bank.given(alice=0).ids['alice']}/deposit"
+    bodies = ['{"amount":1,"memo":"x"}', '{ "memo" : "\\u0078",\n"amount": 1 }']
+    answers = [bank.send_raw(path, body, key) for body in bodies for key in ("k", '"k"')]
+    assert {answer.content for answer in answers} == {answers[0].content}
+    assert bank.deposit("alice", 1, key="j").json()["balance"] == 2
+    assert bank.deposit("alice", 1, key="j", memo=None).json()["balance"] == 2
+
+
+@pytest.mark.parametrize(
+    "other", [{"amount": 2}, {"amount": 1, "memo": "x"}, {"amount": 1, "memo": ""}]
+)
+def test_a_key_with_other_arguments_is_refused(bank: "Bank", other: dict[str, Any]) -> None:
+    first = bank.given(alice=0, bob=0).deposit("alice", 1, key="k")
+    refused = bank.post(first.request.url.path, key="k", **other)
+    assert refusal(refused) == (409, "idempotency_key_reused")
+    assert refusal(bank.deposit("bob", 1, key="k")) == (409, "idempotency_key_reused")
+    assert bank.deposit("alice", 1, key="k").content == first.content
+    assert bank.balances() == {"alice": 1, "bob": 0}
+
+
+def test_a_key_belongs_to_its_operation(bank: "Bank") -> None:
+    bank.given(alice=10)
+    assert bank.deposit("alice", 5, key="k").json()["balance"] == 15
+    assert bank.withdraw("alice", 5, key="k").json()["balance"] == 10
+
+
+def test_stored_keys_of_different_callers_cannot_collide() -> None:
+    def stored(caller: str, key: str) -> str:
+        return ledger.stored_key(caller, "POST /x", key)
+
+    assert stored("jwt:a", "b|POST /x|c") != stored("jwt:a|POST /x|b", "c")
+    assert stored("jwt:a|", "b") != stored("jwt:a%7C", "b")
+
+
+def test_every_change_leaves_one_event(bank: "Bank") -> None:
+    bank.given(alice=100, bob=0)
+    bank.transfer("alice", "bob", 10, key="k", memo="rent")
+    bank.transfer("alice", "bob", 10, key="k", memo="rent")
+    bank.withdraw("bob", 999)
+    events = bank.rows("SELECT kind, account_id, id, arguments FROM event ORDER BY id")
+    assert [event[:2] for event in events] == [
+        ("open_account", bank.ids["alice"]),
+        ("DEPOSIT", bank.ids["alice"]),
+        ("open_account", bank.ids["bob"]),
+        ("TRANSFER", bank.ids["alice"]),
+    ]
+    assert events[-1][2] == bank.statement("bob")[0]["transaction_id"]
+    assert json.loads(events[-1][3])["body"]["memo"] == "rent"
+    assert bank.callers() == ["local"] * 4
+
+
+def test_event_loops_in_several_threads_share_one_ledger(bank: "BankInside") -> None:
+    deposit = (f"/accounts/{bank.given(alice=0).ids['alice']}/deposit", {"amount": 1})
+
+    def deposit_ten_times() -> None:
+        with inside(bank.app, bank.database) as other:
+            answers = other.together(*[deposit] * 10)
+            assert {answer.status_code for answer in answers} == {200}
+
+    at_once([deposit_ten_times] * 8)
+    assert bank.balances() == {"alice": 80}
+
+
+def test_200_parallel_deposits_of_1_leave_200(servers: "Bank") -> None:
+    servers.given(ada=0)
+    answers = at_once([lambda: servers.deposit("ada", 1)] * 200)
+    assert Counter(answer.status_code for answer in answers) == {200: 200}
+    assert servers.balances()["ada"] == 200
+
+
+def test_40_parallel_withdrawals_of_10_from_50_succeed_5_times(servers: "Bank") -> None:
+    servers.given(bea=50)
+    answers = at_once([lambda: servers.withdraw("bea", 10)] * 40)
+    assert Counter(map(outcome, answers)) == {200: 5, "insufficient_funds": 35}
+    assert servers.balances()["bea"] == 0
+
+
+def test_40_parallel_requests_with_one_key_act_once(servers: "Bank") -> None:
+    servers.given(cleo=0)
+    answers = at_once([partial(servers.deposit, "cleo", 7, key=new_key())] * 40)
+    assert len({answer.content for answer in answers}) == 1
+    assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
+    assert servers.balances()["cleo"] == 7
+
+
+def test_two_openings_with_one_key_at_one_moment_act_once(servers: "Bank") -> None:
+    for number in range(20):
+        # No account is named, so that nothing but the key itself keeps them apart.
+        twin = {"owner_name": f"twin {number}"}
+        first, second = at_once([partial(servers.post, "/accounts", key=new_key(), **twin)] * 2)
+        assert (first.status_code, first.content) == (201, second.content)
+        assert len(servers.get("/accounts", **twin).json()["items"]) == 1
+
+
+def test_40_parallel_holds_of_10_from_50_succeed_5_times(servers: "Bank") -> None:
+    servers.given(eva=50, fay=0)
+    answers = at_once([lambda: servers.hold("eva", "fay", 10)] * 40)
+    assert Counter(map(outcome, answers)) == {201: 5, "insufficient_funds": 35}
+    assert servers.funds("eva") == (50, 50, 0)
+
+
+def test_of_40_parallel_captures_one_wins(servers: "Bank") -> None:
+    servers.given(gil=50, hal=0)
+    hold = servers.promised("gil", "hal", 40)
+    answers = at_once([lambda: servers.capture(hold, amount=30)] * 40)
+    codes = Counter(answer.json().get("code", "done") for answer in answers)
+    assert codes == {"done": 1, "hold_captured": 39}
+    assert (servers.funds("gil"), servers.funds("hal")) == ((20, 0, 20), (30, 0, 30))
+
+
+def test_of_40_parallel_captures_and_voids_one_wins(servers: "Bank") -> None:
+    servers.given(ian=50, joe=0)
+    hold = servers.promised("ian", "joe", 40)
+    answers = at_once([partial(end, hold) for end in (servers.capture, servers.void) * 20])
+    [won] = [answer.json() for answer in answers if answer.status_code == 200]
+    lost = Counter(answer.json().get("code") for answer in answers if answer.status_code != 200)
+    assert lost == {f"hold_{won['status'].lower()}": 39}
+    moved = won["captured_amount"]
+    assert moved == {"CAPTURED": 40, "VOIDED": 0}[won["status"]]
+    assert servers.funds("ian") == (50 - moved, 0, 50 - moved)
+    assert servers.wrong() == []
+
+
+def test_captures_and_reversals_in_both_directions_all_get_through(servers: "Bank") -> None:
+    servers.given(ola=100, pia=100)
+    ends = [("ola", "pia"), ("pia", "ola")] * 10
+    act: list[Callable[[], httpx.Response]] = []
+    for source, dest in ends:
+        transfer = servers.transfer(source, dest, 2).json()["transfer_id"]
+        act += [partial(servers.capture, servers.promised(source, dest, 2))]
+        act += [partial(servers.reverse, transfer)]
+    answers = at_once(act)
+    assert Counter(answer.status_code for answer in answers) == {200: 20, 201: 20}
+    assert servers.funds("ola") == servers.funds("pia") == (100, 0, 100)
+    assert servers.wrong() == []
+
+
+def test_captures_and_voids_meet_the_moment_of_expiry(servers: "Bank") -> None:
+    servers.given(kim=0, leo=0)
+    ways, lasting = [(servers.capture, "CAPTURED"), (servers.void, "VOIDED")], itertools.count(1)
+    ended: Counter[str] = Counter()
+
+    def end(number: int, hold: dict[str, Any]) -> str:
+        # The first come in time and the last too late; those in between meet the moment itself.
+        at = ledger.parse_time(hold["expires_at"]) / 1_000_000 + (number - 10) / 50
+        time.sleep(max(0, at - time.time()))
+        way, status = ways[number % 2]
+        answered = outcome(way(hold["id"]))
+        shown = str(servers.get(f"/holds/{hold['id']}").json()["status"])
+        assert (answered, shown) in ((200, status), ("hold_expired", "EXPIRED"))
+        return shown
+
+    def some_came_in_time_and_some_did_not() -> bool:
+        # On a busy machine all may be too late: then the next ones last longer.
+        servers.deposit("kim", 200)
+        for_so_long = {"expires_in": next(lasting)}
+        holds = [servers.hold("kim", "leo", 10, **for_so_long).json() for _ in range(20)]
+        now = at_once([partial(end, number, hold) for number, hold in enumerate(holds)])
+        ended.update(now)
+        return set(now) == {"CAPTURED", "VOIDED", "EXPIRED"}
+
+    wait_until(some_came_in_time_and_some_did_not)
+    left = 10 * (ended["VOIDED"] + ended["EXPIRED"])
+    assert servers.funds("kim") == (left, 0, left)
+    assert servers.withdraw("kim", left).status_code == 200
+    assert servers.wrong() == []
+
+
+def test_holds_and_a_close_at_one_moment_respect_each_other(servers: "Bank") -> None:
+    servers.given(quy=50, ron=0)
+    hold, close = partial(servers.hold, "quy", "ron", 1), partial(servers.step, "ron", "close")
+    answers = at_once([hold, close] * 10)
+    codes = Counter(answer.json().get("code", "done") for answer in answers)
+    held = servers.funds("quy")[1]
+    # Either the first close came before all holds, or none came through.
+    closed = {"done": 1, "account_closed": 10, "invalid_state_transition": 9}
+    assert codes == (closed if held == 0 else {"done": 10, "holds_pending": 10})
+    assert held in (0, 10)
+    assert servers.wrong() == []
+
+
+def test_of_40_parallel_reversals_one_wins(servers: "Bank") -> None:
+    servers.given(mia=50, ned=100)
+    transfer = servers.transfer("mia", "ned", 20).json()["transfer_id"]
+    answers = at_once([lambda: servers.reverse(transfer)] * 40)
+    assert Counter(answer.status_code for answer in answers) == {201: 1, 409: 39}
+    [won] = [answer.json()["id"] for answer in answers if answer.status_code == 201]
+    lost = [answer.json() for answer in answers if answer.status_code == 409]
+    assert {(each["code"], each["reversed_by"]) for each in lost} == {("already_reversed", won)}
+    assert (servers.funds("mia"), servers.funds("ned")) == ((50, 0, 50), (100, 0, 100))
+    assert servers.wrong() == []
+
+
+def test_a_ring_of_transfers_keeps_its_total_at_every_moment(servers: "Bank") -> None:
+    names = [f"ring {number}" for number in range(8)]
+    servers.given(dict.fromkeys(names, 100))
+    seen: list[tuple[int, ...]] = []
+
+    def look() -> None:
+        balances = servers.balances()
+        seen.append(tuple(balances[name] for name in names))
+
+    def pass_on(number: int) -> None:
+        source, dest = names[number % 8], names[(number + 1) % 8]
+        answer = servers.transfer(source, dest, random.randint(1, 60))
+        assert outcome(answer) in (200, "insufficient_funds")
+
+    with meanwhile(look, look, *[partial(pass_on, number) for number in range(32)]):
+        # Until it was seen at many moments, each of which was another one.
+        wait_until(lambda: len(set(seen)) > 20)
+    look()
+    assert {sum(balances) for balances in seen} == {800}
+    assert min(map(min, seen)) >= 0
+
+
+def test_an_answer_goes_out_only_after_the_commit(servers: "Bank") -> None:
+    servers.given(dora=0)
+
+    def deposit_and_look() -> None:
+        key = new_key()
+        assert servers.deposit("dora", 1, key=key).status_code == 200
+        stored = servers.rows(f"SELECT status FROM idempotency_key WHERE id LIKE '%|{key}'")
+        assert stored == [(200,)]
+
+    at_once([deposit_and_look] * 20)
+
+
+def test_nothing_is_lost_and_nothing_happens_twice_however_often_it_dies(database: str) -> None:
+    people = {f"person {number}": 1_000 for number in range(6)}
+    moves: dict[Move, dict[str, int] | None] = {}
+    with opened(database) as bank:
+        ids = bank.given(people).ids
+    for death in range(CYCLES + 1):
+        with serving(database) as server:
+            server.bank.ids = ids
+            # First of all, what was in doubt when the last process died is asked once more.
+            for move in [move for move, changes in moves.items() if changes is None]:
+                moves[move] = made(server.bank, move)
+            model = Counter(people)
+            for changes in moves.values():
+                model.update(changes)
+            assert server.bank.balances() == model
+            if death < CYCLES:
+                load_until_killed(server, partial(move_at_random, server.bank, moves), 200)
+    assert ledger.main(["check", "--database-url", database]) == 0
+
+
+class Move(NamedTuple):
+    """A transfer, or a hold and its capture, under a key."""
+
+    source: str
+    dest: str
+    amount: int
+    key: str
+
+
+def move_at_random(bank: "Bank", moves: dict[Move, dict[str, int] | None]) -> None:
+    """Transfer something, and note how it changed balances; None as long as nobody knows."""
+    source, dest = random.sample(sorted(bank.ids), 2)
+    move = Move(source, dest, random.randint(1, 400), new_key())
+    moves[move] = None
+    moves[move] = made(bank, move)
+
+
+def made(bank: "Bank", move: Move) -> dict[str, int]:
+    """Ask for a transfer, or a hold and its capture, and return how it changed balances."""
+    is_held = move.amount % 3 == 0
+    answer = (bank.hold if is_held else bank.transfer)(*move[:3], key=move.key)
+    if is_held and answer.is_success:
+        answer = bank.capture(answer.json()["id"], key=move.key)
+    is_done = outcome(answer) == 200
+    assert is_done or refusal(answer) == (409, "insufficient_funds")
+    return {move.source: -move.amount, move.dest: move.amount} if is_done else {}
+
+
+def load_until_killed(server: "Server", act: Callable[[], Any], most: int) -> None:
+    """Act over 8 connections, until `kill -9` after some of it was answered."""
+    answered: list[None] = []
+    enough = random.randint(1, most)
+
+    def act_on() -> None:
+        with suppress(httpx.TransportError):
+            while True:
+                act()
+                answered.append(None)
+
+    def kill() -> None:
+        try:
+            wait_until(lambda: len(answered) >= enough)
+        finally:
+            server.process.kill()
+
+    at_once([kill, *[act_on] * 8])
 
 
 # ----- Operations
@@ -1442,1501 +1888,7 @@ def test_of_two_who_revoke_one_key_the_later_hears_that_it_is_gone(database: str
         assert kinds == ["Answer", "StartupError"]
 
 
-# ----- Batches
-# What arrives together is committed together, a key acts once, and nobody is answered before the
-# commit. The last tests of the section load real servers, and kill them.
-
-
-def test_what_arrives_together_is_one_commit(bank: "BankInside") -> None:
-    deposit = (f"/accounts/{bank.given(alice=100).ids['alice']}/deposit", {"amount": 1})
-    answers = bank.together(*[deposit] * 20)
-    assert [answer.json()["balance"] for answer in answers] == list(range(101, 121))
-    assert bank.rows("SELECT COUNT(DISTINCT ts) FROM event WHERE kind = 'DEPOSIT'") == [(2,)]
-
-
-def test_a_refused_command_does_not_disturb_its_neighbours(bank: "BankInside") -> None:
-    path = f"/accounts/{bank.given(alice=10).ids['alice']}"
-    answers = bank.together(
-        (f"{path}/deposit", {"amount": 5}),
-        (f"{path}/withdraw", {"amount": 16}),
-        (f"{path}/withdraw", {"amount": 15}),
-        (f"/accounts/{NOBODY}/deposit", {"amount": 1}),
-    )
-    assert [outcome(answer) for answer in answers] == [
-        200, "insufficient_funds", 200, "account_not_found",
-    ]  # fmt: skip
-    assert bank.balances() == {"alice": 0}
-    assert bank.wrong() == []
-
-
-def test_a_command_that_the_database_refuses_sinks_alone(database: str) -> None:
-    faulty = APIRouter(prefix="/faulty", route_class=ledger.LedgerRoute)
-    faults = ["a row that breaks a constraint"]
-
-    @faulty.post("/{account_id}")
-    @ledger.allow(ledger.ADMINS)
-    def post_badly(book: ledger.Book, account_id: ledger.AccountId) -> ledger.AccountPublic:
-        """Deposit, and write what no table takes, as long as there are faults."""
-        for fault in faults:
-            columns = ("name", "prefix", "hash", "role", "created_at", "revoked_at")
-            book.insert("api_key", dict.fromkeys(columns) | {"name": fault})
-        return ledger.deposit(book, account_id, amount=1)
-
-    with opened(database, (ledger.api, faulty)) as bank:
-        alice = bank.given(alice=0).ids["alice"]
-        good = (f"/accounts/{alice}/deposit", {"amount": 1})
-        bad: Any = (f"/faulty/{alice}", {}, "k")
-        answers = bank.together(good, bad, good, good)
-        assert [answer.status_code for answer in answers] == [200, 500, 200, 200]
-        # To try it again would be of no use.
-        assert refusal(answers[1]) == (500, "internal_error")
-        # The error of the database was not stored as an answer: the key is still good.
-        faults.clear()
-        assert [answer.json()["balance"] for answer in bank.together(bad, good)] == [4, 5]
-
-
-def test_a_change_that_would_not_be_written_is_refused(bank: "BankInside") -> None:
-    def rename(book: ledger.Book) -> None:
-        book.change("account", vars(book.account(bank.ids["alice"])), asset="EUR")
-
-    bank.given(alice=5)
-    [outcome] = bank.ledger.commit_or_split([ledger.Command("test", "{}", rename)])
-    assert isinstance(outcome, LookupError)
-    assert bank.wrong() == []
-
-
-def test_a_batch_may_be_large(bank: "BankInside") -> None:
-    command = command_of(ledger.deposit, bank.given(alice=0).ids["alice"], amount=1)
-    answers = bank.ledger.commit([command._replace(key=f"k{n}") for n in range(2_000)])
-    assert {answer.status for answer in answers} == {200}
-    assert bank.balances() == {"alice": 2_000}
-
-
-def test_a_repeated_key_moves_money_once(bank: "Bank") -> None:
-    bank.given(alice=100, bob=0)
-    answers = [bank.transfer("alice", "bob", 10, key="once") for _ in range(3)]
-    assert len({answer.content for answer in answers}) == 1
-    assert ["Idempotent-Replayed" in answer.headers for answer in answers] == [False, True, True]
-    assert bank.balances() == {"alice": 90, "bob": 10}
-
-
-def test_a_key_that_is_repeated_within_one_batch_acts_once(
-    bank: "BankInside", caplog: pytest.LogCaptureFixture
-) -> None:
-    deposit = f"/accounts/{bank.given(alice=0).ids['alice']}/deposit"
-    answers = bank.together(*[(deposit, {"amount": 10}, "once")] * 40)
-    assert len({answer.content for answer in answers}) == 1
-    assert sum("Idempotent-Replayed" in answer.headers for answer in answers) == 39
-    assert bank.balances() == {"alice": 10}
-    # The batch saw it itself; it did not fall apart on the database's constraint.
-    assert not caplog.records
-
-
-def test_a_refusal_is_an_answer_and_is_replayed(bank: "Bank") -> None:
-    refused = bank.given(alice=5).withdraw("alice", 10, key="k")
-    bank.deposit("alice", 100)
-    again = bank.withdraw("alice", 10, key="k")
-    assert refusal(again) == (409, "insufficient_funds")
-    assert again.content == refused.content
-    assert again.headers["Idempotent-Replayed"] == "true"
-
-
-def test_an_opening_is_replayed_with_its_location(bank: "Bank") -> None:
-    first, again = (bank.post("/accounts", key="k", owner_name="Alice") for _ in range(2))
-    assert (again.status_code, again.content) == (201, first.content)
-    assert again.headers["Location"] == first.headers["Location"]
-    assert bank.balances() == {"Alice": 0}
-
-
-def test_a_request_that_never_reached_the_books_leaves_its_key_free(bank: "Bank") -> None:
-    bank.given(alice=0)
-    assert bank.deposit("alice", -1, key="k").status_code == 422
-    assert bank.deposit("alice", 1, key="k", memmo="typo").status_code == 422
-    assert bank.deposit("alice", 1, key="k").json()["balance"] == 1
-
-
-def test_arguments_are_compared_after_parsing(bank: "Bank") -> None:
-    path = f"/accounts/{bank.given(alice=0).ids['alice']}/deposit"
-    bodies = ['{"amount":1,"memo":"x"}', '{ "memo" : "\\u0078",\n"amount": 1 }']
-    answers = [bank.send_raw(path, body, key) for body in bodies for key in ("k", '"k"')]
-    assert {answer.content for answer in answers} == {answers[0].content}
-    assert bank.deposit("alice", 1, key="j").json()["balance"] == 2
-    assert bank.deposit("alice", 1, key="j", memo=None).json()["balance"] == 2
-
-
-@pytest.mark.parametrize(
-    "other", [{"amount": 2}, {"amount": 1, "memo": "x"}, {"amount": 1, "memo": ""}]
-)
-def test_a_key_with_other_arguments_is_refused(bank: "Bank", other: dict[str, Any]) -> None:
-    first = bank.given(alice=0, bob=0).deposit("alice", 1, key="k")
-    refused = bank.post(first.request.url.path, key="k", **other)
-    assert refusal(refused) == (409, "idempotency_key_reused")
-    assert refusal(bank.deposit("bob", 1, key="k")) == (409, "idempotency_key_reused")
-    assert bank.deposit("alice", 1, key="k").content == first.content
-    assert bank.balances() == {"alice": 1, "bob": 0}
-
-
-def test_a_key_belongs_to_its_operation(bank: "Bank") -> None:
-    bank.given(alice=10)
-    assert bank.deposit("alice", 5, key="k").json()["balance"] == 15
-    assert bank.withdraw("alice", 5, key="k").json()["balance"] == 10
-
-
-def test_stored_keys_of_different_callers_cannot_collide() -> None:
-    def stored(caller: str, key: str) -> str:
-        return ledger.stored_key(caller, "POST /x", key)
-
-    assert stored("jwt:a", "b|POST /x|c") != stored("jwt:a|POST /x|b", "c")
-    assert stored("jwt:a|", "b") != stored("jwt:a%7C", "b")
-
-
-def test_every_change_leaves_one_event(bank: "Bank") -> None:
-    bank.given(alice=100, bob=0)
-    bank.transfer("alice", "bob", 10, key="k", memo="rent")
-    bank.transfer("alice", "bob", 10, key="k", memo="rent")
-    bank.withdraw("bob", 999)
-    events = bank.rows("SELECT kind, account_id, id, arguments FROM event ORDER BY id")
-    assert [event[:2] for event in events] == [
-        ("open_account", bank.ids["alice"]),
-        ("DEPOSIT", bank.ids["alice"]),
-        ("open_account", bank.ids["bob"]),
-        ("TRANSFER", bank.ids["alice"]),
-    ]
-    assert events[-1][2] == bank.statement("bob")[0]["transaction_id"]
-    assert json.loads(events[-1][3])["body"]["memo"] == "rent"
-    assert bank.callers() == ["local"] * 4
-
-
-def test_event_loops_in_several_threads_share_one_ledger(bank: "BankInside") -> None:
-    deposit = (f"/accounts/{bank.given(alice=0).ids['alice']}/deposit", {"amount": 1})
-
-    def deposit_ten_times() -> None:
-        with inside(bank.app, bank.database) as other:
-            answers = other.together(*[deposit] * 10)
-            assert {answer.status_code for answer in answers} == {200}
-
-    at_once([deposit_ten_times] * 8)
-    assert bank.balances() == {"alice": 80}
-
-
-def test_200_parallel_deposits_of_1_leave_200(servers: "Bank") -> None:
-    servers.given(ada=0)
-    answers = at_once([lambda: servers.deposit("ada", 1)] * 200)
-    assert Counter(answer.status_code for answer in answers) == {200: 200}
-    assert servers.balances()["ada"] == 200
-
-
-def test_40_parallel_withdrawals_of_10_from_50_succeed_5_times(servers: "Bank") -> None:
-    servers.given(bea=50)
-    answers = at_once([lambda: servers.withdraw("bea", 10)] * 40)
-    assert Counter(map(outcome, answers)) == {200: 5, "insufficient_funds": 35}
-    assert servers.balances()["bea"] == 0
-
-
-def test_40_parallel_requests_with_one_key_act_once(servers: "Bank") -> None:
-    servers.given(cleo=0)
-    answers = at_once([partial(servers.deposit, "cleo", 7, key=new_key())] * 40)
-    assert len({answer.content for answer in answers}) == 1
-    assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
-    assert servers.balances()["cleo"] == 7
-
-
-def test_two_openings_with_one_key_at_one_moment_act_once(servers: "Bank") -> None:
-    for number in range(20):
-        # No account is named, so that nothing but the key itself keeps them apart.
-        twin = {"owner_name": f"twin {number}"}
-        first, second = at_once([partial(servers.post, "/accounts", key=new_key(), **twin)] * 2)
-        assert (first.status_code, first.content) == (201, second.content)
-        assert len(servers.get("/accounts", **twin).json()["items"]) == 1
-
-
-def test_40_parallel_holds_of_10_from_50_succeed_5_times(servers: "Bank") -> None:
-    servers.given(eva=50, fay=0)
-    answers = at_once([lambda: servers.hold("eva", "fay", 10)] * 40)
-    assert Counter(map(outcome, answers)) == {201: 5, "insufficient_funds": 35}
-    assert servers.funds("eva") == (50, 50, 0)
-
-
-def test_of_40_parallel_captures_one_wins(servers: "Bank") -> None:
-    servers.given(gil=50, hal=0)
-    hold = servers.promised("gil", "hal", 40)
-    answers = at_once([lambda: servers.capture(hold, amount=30)] * 40)
-    codes = Counter(answer.json().get("code", "done") for answer in answers)
-    assert codes == {"done": 1, "hold_captured": 39}
-    assert (servers.funds("gil"), servers.funds("hal")) == ((20, 0, 20), (30, 0, 30))
-
-
-def test_of_40_parallel_captures_and_voids_one_wins(servers: "Bank") -> None:
-    servers.given(ian=50, joe=0)
-    hold = servers.promised("ian", "joe", 40)
-    answers = at_once([partial(end, hold) for end in (servers.capture, servers.void) * 20])
-    [won] = [answer.json() for answer in answers if answer.status_code == 200]
-    lost = Counter(answer.json().get("code") for answer in answers if answer.status_code != 200)
-    assert lost == {f"hold_{won['status'].lower()}": 39}
-    moved = won["captured_amount"]
-    assert moved == {"CAPTURED": 40, "VOIDED": 0}[won["status"]]
-    assert servers.funds("ian") == (50 - moved, 0, 50 - moved)
-    assert servers.wrong() == []
-
-
-def test_captures_and_reversals_in_both_directions_all_get_through(servers: "Bank") -> None:
-    servers.given(ola=100, pia=100)
-    ends = [("ola", "pia"), ("pia", "ola")] * 10
-    act: list[Callable[[], httpx.Response]] = []
-    for source, dest in ends:
-        transfer = servers.transfer(source, dest, 2).json()["transfer_id"]
-        act += [partial(servers.capture, servers.promised(source, dest, 2))]
-        act += [partial(servers.reverse, transfer)]
-    answers = at_once(act)
-    assert Counter(answer.status_code for answer in answers) == {200: 20, 201: 20}
-    assert servers.funds("ola") == servers.funds("pia") == (100, 0, 100)
-    assert servers.wrong() == []
-
-
-def test_captures_and_voids_meet_the_moment_of_expiry(servers: "Bank") -> None:
-    servers.given(kim=0, leo=0)
-    ways, lasting = [(servers.capture, "CAPTURED"), (servers.void, "VOIDED")], itertools.count(1)
-    ended: Counter[str] = Counter()
-
-    def end(number: int, hold: dict[str, Any]) -> str:
-        # The first come in time and the last too late; those in between meet the moment itself.
-        at = ledger.parse_time(hold["expires_at"]) / 1_000_000 + (number - 10) / 50
-        time.sleep(max(0, at - time.time()))
-        way, status = ways[number % 2]
-        answered = outcome(way(hold["id"]))
-        shown = str(servers.get(f"/holds/{hold['id']}").json()["status"])
-        assert (answered, shown) in ((200, status), ("hold_expired", "EXPIRED"))
-        return shown
-
-    def some_came_in_time_and_some_did_not() -> bool:
-        # On a busy machine all may be too late: then the next ones last longer.
-        servers.deposit("kim", 200)
-        for_so_long = {"expires_in": next(lasting)}
-        holds = [servers.hold("kim", "leo", 10, **for_so_long).json() for _ in range(20)]
-        now = at_once([partial(end, number, hold) for number, hold in enumerate(holds)])
-        ended.update(now)
-        return set(now) == {"CAPTURED", "VOIDED", "EXPIRED"}
-
-    wait_until(some_came_in_time_and_some_did_not)
-    left = 10 * (ended["VOIDED"] + ended["EXPIRED"])
-    assert servers.funds("kim") == (left, 0, left)
-    assert servers.withdraw("kim", left).status_code == 200
-    assert servers.wrong() == []
-
-
-def test_holds_and_a_close_at_one_moment_respect_each_other(servers: "Bank") -> None:
-    servers.given(quy=50, ron=0)
-    hold, close = partial(servers.hold, "quy", "ron", 1), partial(servers.step, "ron", "close")
-    answers = at_once([hold, close] * 10)
-    codes = Counter(answer.json().get("code", "done") for answer in answers)
-    held = servers.funds("quy")[1]
-    # Either the first close came before all holds, or none came through.
-    closed = {"done": 1, "account_closed": 10, "invalid_state_transition": 9}
-    assert codes == (closed if held == 0 else {"done": 10, "holds_pending": 10})
-    assert held in (0, 10)
-    assert servers.wrong() == []
-
-
-def test_of_40_parallel_reversals_one_wins(servers: "Bank") -> None:
-    servers.given(mia=50, ned=100)
-    transfer = servers.transfer("mia", "ned", 20).json()["transfer_id"]
-    answers = at_once([lambda: servers.reverse(transfer)] * 40)
-    assert Counter(answer.status_code for answer in answers) == {201: 1, 409: 39}
-    [won] = [answer.json()["id"] for answer in answers if answer.status_code == 201]
-    lost = [answer.json() for answer in answers if answer.status_code == 409]
-    assert {(each["code"], each["reversed_by"]) for each in lost} == {("already_reversed", won)}
-    assert (servers.funds("mia"), servers.funds("ned")) == ((50, 0, 50), (100, 0, 100))
-    assert servers.wrong() == []
-
-
-def test_a_ring_of_transfers_keeps_its_total_at_every_moment(servers: "Bank") -> None:
-    names = [f"ring {number}" for number in range(8)]
-    servers.given(dict.fromkeys(names, 100))
-    seen: list[tuple[int, ...]] = []
-
-    def look() -> None:
-        balances = servers.balances()
-        seen.append(tuple(balances[name] for name in names))
-
-    def pass_on(number: int) -> None:
-        source, dest = names[number % 8], names[(number + 1) % 8]
-        answer = servers.transfer(source, dest, random.randint(1, 60))
-        assert outcome(answer) in (200, "insufficient_funds")
-
-    with meanwhile(look, look, *[partial(pass_on, number) for number in range(32)]):
-        # Until it was seen at many moments, each of which was another one.
-        wait_until(lambda: len(set(seen)) > 20)
-    look()
-    assert {sum(balances) for balances in seen} == {800}
-    assert min(map(min, seen)) >= 0
-
-
-def test_an_answer_goes_out_only_after_the_commit(servers: "Bank") -> None:
-    servers.given(dora=0)
-
-    def deposit_and_look() -> None:
-        key = new_key()
-        assert servers.deposit("dora", 1, key=key).status_code == 200
-        stored = servers.rows(f"SELECT status FROM idempotency_key WHERE id LIKE '%|{key}'")
-        assert stored == [(200,)]
-
-    at_once([deposit_and_look] * 20)
-
-
-def test_nothing_is_lost_and_nothing_happens_twice_however_often_it_dies(database: str) -> None:
-    people = {f"person {number}": 1_000 for number in range(6)}
-    moves: dict[Move, dict[str, int] | None] = {}
-    with opened(database) as bank:
-        ids = bank.given(people).ids
-    for death in range(CYCLES + 1):
-        with serving(database) as server:
-            server.bank.ids = ids
-            # First of all, what was in doubt when the last process died is asked once more.
-            for move in [move for move, changes in moves.items() if changes is None]:
-                moves[move] = made(server.bank, move)
-            model = Counter(people)
-            for changes in moves.values():
-                model.update(changes)
-            assert server.bank.balances() == model
-            if death < CYCLES:
-                load_until_killed(server, partial(move_at_random, server.bank, moves), 200)
-    assert ledger.main(["check", "--database-url", database]) == 0
-
-
-class Move(NamedTuple):
-    """A transfer, or a hold and its capture, under a key."""
-
-    source: str
-    dest: str
-    amount: int
-    key: str
-
-
-def move_at_random(bank: "Bank", moves: dict[Move, dict[str, int] | None]) -> None:
-    """Transfer something, and note how it changed balances; None as long as nobody knows."""
-    source, dest = random.sample(sorted(bank.ids), 2)
-    move = Move(source, dest, random.randint(1, 400), new_key())
-    moves[move] = None
-    moves[move] = made(bank, move)
-
-
-def made(bank: "Bank", move: Move) -> dict[str, int]:
-    """Ask for a transfer, or a hold and its capture, and return how it changed balances."""
-    is_held = move.amount % 3 == 0
-    answer = (bank.hold if is_held else bank.transfer)(*move[:3], key=move.key)
-    if is_held and answer.is_success:
-        answer = bank.capture(answer.json()["id"], key=move.key)
-    is_done = outcome(answer) == 200
-    assert is_done or refusal(answer) == (409, "insufficient_funds")
-    return {move.source: -move.amount, move.dest: move.amount} if is_done else {}
-
-
-def load_until_killed(server: "Server", act: Callable[[], Any], most: int) -> None:
-    """Act over 8 connections, until `kill -9` after some of it was answered."""
-    answered: list[None] = []
-    enough = random.randint(1, most)
-
-    def act_on() -> None:
-        with suppress(httpx.TransportError):
-            while True:
-                act()
-                answered.append(None)
-
-    def kill() -> None:
-        try:
-            wait_until(lambda: len(answered) >= enough)
-        finally:
-            server.process.kill()
-
-    at_once([kill, *[act_on] * 8])
-
-
-# ===== Part two: storage
-
-
-# ----- Times and ids
-# Both rise from commit to commit, and nobody can guess an id.
-
-
-def test_ids_rise_even_when_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids: list[str] = []
-    for now in (10**15, 10**15, 10**15 + 1, 5, 10**15 + 10**6):
-        monkeypatch.setattr(ledger, "utc_now", lambda now=now: now)
-        book = ledger.Book(None)  # type: ignore[arg-type]
-        book.follow([{"id": ids[-1], "ts": 10**15}] if ids else [])
-        ids += [book.new_id(), book.new_id()]
-        assert book.now == max(now, 10**15)
-    assert ids == sorted(set(ids))
-    parsed = [uuid.UUID(one) for one in ids]
-    assert {(one.version, one.variant) for one in parsed} == {(7, uuid.RFC_4122)}
-    assert int(ids[0].replace("-", "")[:12], 16) == 10**12
-
-
-def test_nobody_can_guess_an_id(bank: "BankInside", monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[str] = []
-    draw = secrets.token_hex
-
-    def draw_and_note(size: int) -> str:
-        drawn.append(draw(size))
-        return drawn[-1]
-
-    monkeypatch.setattr(secrets, "token_hex", draw_and_note)
-    bank.given(alice=100, bob=0).transfer("alice", "bob", 1)
-    bank.hold("alice", "bob", 1)
-    tables = ("event", "entry", "hold", "account WHERE kind = 'CUSTOMER'")
-    ids = [one for table in tables for (one,) in bank.rows(f"SELECT id FROM {table}")]
-    # After its time and its form, each has random digits of the system's, which no other one has.
-    digits = {one[20:].replace("-", "") for one in ids}
-    assert len(digits) == len(ids) == 5 + 4 + 1 + 2
-    assert digits <= {text[n : n + 15] for text in drawn for n in range(0, len(text), 15)}
-
-
-# ----- Database
-# What a read and a write need of an engine, and what callers see when the engine is busy, full,
-# gone or not what it should be.
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["", "ledger.db", "mysql://x/y", "sqlite://", "sqlite:///:memory:", "sqlite:///file:x?uri=1",
-     "sqlite://host/x.db", "sqlite://u:p@/x.db", "sqlite+aiosqlite:///x.db", "sqlite+nope:///x.db",
-     "postgresql://h/db?nope=1", "oracle://[::1", "sqlite:///\0.db"],
-)  # fmt: skip
-def test_a_url_that_names_no_database_stops_the_start(url: str) -> None:
-    with pytest.raises(ledger.StartupError, match="the database"):
-        ledger.database_at(url)
-
-
-@pytest.mark.parametrize("mark", ["@", "/", "@@", ":@", "?@", "%"])
-def test_a_password_that_is_not_escaped_is_not_printed(mark: str) -> None:
-    with pytest.raises(ledger.StartupError, match="must be") as refused:
-        ledger.database_at(f"postgresql://user:open{mark}sesame@127.0.0.1/x")
-    for part in ("open", "sesame", "127.0.0.1"):
-        assert part not in str(refused.value)
-
-
-def refused_start(database: str) -> str:
-    """Return why a ledger cannot be opened."""
-    with pytest.raises(ledger.StartupError) as refused:
-        ledger.create_app(ledger.Settings(database))
-    return str(refused.value)
-
-
-def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
-    letter = tmp_path / "letter.db"
-    letter.write_text("Dear Alice, " * 100)
-    assert "file is not a database" in refused_start(f"sqlite:///{letter}")
-    assert letter.read_text() == "Dear Alice, " * 100
-
-
-def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
-    assert refused_start(f"sqlite:///{tmp_path}") == f"cannot open {tmp_path}: Is a directory"
-    assert "No such file" in refused_start(f"sqlite:///{tmp_path}/nowhere/ledger.db")
-
-
-def test_a_file_that_was_a_ledger_never_becomes_a_new_one(tmp_path: Path) -> None:
-    file = tmp_path / "ledger.db"
-    with closing(sqlite3.connect(file)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-    assert "has no tables: restore it" in refused_start(f"sqlite:///{file}")
-    for rest, name in itertools.product((b"", None), ("ledger.db-wal", "ledger.db-journal")):
-        log = tmp_path / name
-        file.unlink(missing_ok=True) if rest is None else file.write_bytes(rest)
-        log.write_bytes(b"what was committed last")
-        assert f"{log} is there without its ledger" in refused_start(f"sqlite:///{file}")
-        # Nor do commands destroy it that only read.
-        assert ledger.main(["check", "--database-url", f"sqlite:///{file}"]) == 1
-        assert log.read_bytes() == b"what was committed last"
-        log.unlink()
-
-
-def test_an_empty_file_is_no_invitation_to_begin_a_ledger(tmp_path: Path) -> None:
-    file, other = tmp_path / "ledger.db", tmp_path / "other.db"
-    file.touch()
-    url = f"sqlite:///{file}"
-    assert refused_start(url).startswith(f"{file} is there without its ledger")
-    make_ledger(f"sqlite:///{other}")
-    for command in (
-        ["check", "--database-url", url],
-        ["key", "add", "--name", "x", "--role", "admin", "--database-url", url],
-        ["copy", "--from", f"sqlite:///{other}", "--to", url],
-    ):
-        assert ledger.main(command) == 1
-    assert sorted(tmp_path.iterdir()) == [file, other]
-    assert file.read_bytes() == b""
-
-
-@pytest.fixture
-def restored(tmp_path: Path) -> Path:
-    """A backup in the place of a ledger, whose log is still there."""
-    file, backup = tmp_path / "ledger.db", tmp_path / "backup.db"
-    with opened(f"sqlite:///{file}") as bank:
-        bank.given(alice=100)
-        assert ledger.main(["backup", str(backup), "--database-url", bank.database]) == 0
-        bank.deposit("alice", 1)
-        log = Path(f"{file}-wal").read_bytes()
-    backup.replace(file)
-    Path(f"{file}-wal").write_bytes(log)
-    return file
-
-
-@pytest.mark.parametrize(
-    "command", ["check", "backup copy.db", "export --format csv", "seed", "key list"]
-)
-def test_a_backup_beside_the_log_of_another_ledger_is_left_alone(
-    restored: Path,
-    command: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(restored.parent)
-    log = Path(f"{restored}-wal")
-    before = restored.read_bytes(), log.read_bytes()
-    why = f"{log} is not of this ledger, which has no log: remove it"
-    assert refused_start(f"sqlite:///{restored}") == why
-    assert ledger.main(command.split()) == 1
-    assert why in capsys.readouterr().err
-    assert (restored.read_bytes(), log.read_bytes()) == before
-    log.unlink()
-    with opened(f"sqlite:///{restored}") as bank:
-        assert (bank.balances(), bank.wrong()) == ({"alice": 100}, [])
-
-
-@pytest.fixture(params=["file", "folder"])
-def linked(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
-    """A name of a ledger that leads to another one by a link, and that other one."""
-    real, link = tmp_path / "data" / "real.db", tmp_path / "ledger.db"
-    real.parent.mkdir()
-    if request.param == "folder":
-        (tmp_path / "here").symlink_to(real.parent)
-        return tmp_path / "here" / "real.db", real
-    link.symlink_to(real)
-    return link, real
-
-
-@pytest.mark.parametrize("fate", ["replaced", "deleted with its log", "linked anew"])
-def test_a_ledger_behind_a_link_is_watched_where_it_is(
-    linked: tuple[Path, Path], fate: str
-) -> None:
-    link, real = linked
-    with opened(f"sqlite:///{link}") as bank:
-        bank.given(alice=100)
-        if fate == "replaced":
-            real.with_name("copy.db").write_bytes(new_ledger())
-            real.with_name("copy.db").replace(real)
-        elif fate == "deleted with its log":
-            for file in real.parent.glob("real.db*"):
-                file.unlink()
-        else:
-            moved = link if link.is_symlink() else link.parent
-            moved.unlink()
-            moved.symlink_to(link.parent.parent)
-        for answer in (bank.deposit("alice", 1), bank.get("/health")):
-            assert refusal(answer) == (503, "database_unavailable")
-
-
-def test_no_new_ledger_is_begun_over_a_log_behind_a_link(linked: tuple[Path, Path]) -> None:
-    link, real = linked
-    real.with_name("real.db-wal").write_bytes(b"what was committed last")
-    assert "real.db-wal is there without its ledger" in refused_start(f"sqlite:///{link}")
-    assert not real.exists()
-
-
-def test_a_ledger_has_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, link = tmp_path / "ledger.db", tmp_path / "link.db"
-    with opened(f"sqlite:///{file}") as bank:
-        link.hardlink_to(file)
-        # Each name would have a log of its own, of which the others know nothing.
-        assert "link.db is one of 2 links to a file" in refused_start(f"sqlite:///{link}")
-        for name in (file, link):
-            assert ledger.main(["check", "--database-url", f"sqlite:///{name}"]) == 1
-            assert "is one of 2 links to a file" in capsys.readouterr().err
-        assert sorted(tmp_path.glob("link.db*")) == [link]
-        # Who was there first goes on.
-        assert bank.given(alice=100).balances() == {"alice": 100}
-    link.unlink()
-    assert ledger.main(["check", "--database-url", f"sqlite:///{file}"]) == 0
-
-
-def test_a_start_that_dies_leaves_no_half_of_a_ledger(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    database = f"sqlite:///{tmp_path}/ledger.db"
-    with monkeypatch.context() as patch:
-        patch.setattr(ledger, "create_triggers", die)
-        with pytest.raises(RuntimeError):
-            ledger.create_app(ledger.Settings(database))
-    assert list(tmp_path.iterdir()) == []
-    with opened(database) as bank:
-        assert bank.wrong() == []
-
-
-def die(_: Any) -> None:
-    """End a start in its middle."""
-    raise RuntimeError
-
-
-def make_for_ever(file: Path) -> None:
-    """Begin to make a file, and come to no end."""
-    with ledger.new_file(file) as place:
-        place.write_text("half of it")
-        time.sleep(600)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
-def test_a_start_waits_for_another_one_and_goes_on_if_that_dies(tmp_path: Path) -> None:
-    file = tmp_path / "ledger.db"
-    other = forks().Process(target=make_for_ever, args=(file,))
-    other.start()
-    wait_until(lambda: [path.name for path in tmp_path.glob("*/*.db")] == ["ledger.db"])
-    with ThreadPoolExecutor() as threads:
-        starts = [threads.submit(make_ledger, f"sqlite:///{file}") for _ in range(3)]
-        time.sleep(0.1)
-        assert not any(start.done() for start in starts)
-        other.kill()
-        for start in starts:
-            start.result(60)
-    other.join()
-    other.close()
-    assert list(tmp_path.iterdir()) == [file]
-    with opened(f"sqlite:///{file}") as bank:
-        assert bank.wrong() == []
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
-def test_a_ledger_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
-    copy, other = tmp_path / "copy.db", f"sqlite:///{tmp_path}/other.db"
-    with new_file(blank=True) as database, opened(database):
-        assert ledger.main(["backup", str(copy), "--database-url", database]) == 0
-        assert ledger.main(["copy", "--from", database, "--to", other]) == 0
-        export = ["export", "--format", "csv", str(tmp_path / "books.csv")]
-        assert ledger.main([*export, "--database-url", database]) == 0
-        files = [*tmp_path.iterdir(), *file_of(database).parent.glob("ledger.db*")]
-        assert len(files) == 6
-        assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
-
-
-@on_sqlite
-@pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
-def test_a_file_that_is_deleted_under_a_server_is_noticed(bank: "BankInside", suffix: str) -> None:
-    bank.given(alice=100)
-    Path(f"{file_of(bank.database)}{suffix}").unlink()
-    assert refusal(bank.deposit("alice", 1)) == (503, "database_unavailable")
-
-
-@on_sqlite
-def test_a_key_is_in_the_ledgers_own_file_at_once(bank: "BankInside", tmp_path: Path) -> None:
-    # The server keeps its log open; whoever loses that must not find the ledger in open mode.
-    new_api_key(bank.database, "a", "auditor")
-    shutil.copy(file_of(bank.database), tmp_path / "alone.db")
-    app = ledger.create_app(ledger.Settings(f"sqlite:///{tmp_path}/alone.db"))
-    with closing(app.state.ledger.database):
-        assert not app.state.callers.open_mode
-
-
-@on_postgresql
-def test_a_search_path_may_begin_with_the_catalog(database: str) -> None:
-    with opened(f"{database}&options=-csearch_path%3Dpg_catalog,public") as bank:
-        bank.given(alice=1)
-        assert bank.wrong() == []
-
-
-def test_a_database_of_another_encoding_is_refused(postgresql: str) -> None:
-    with new_postgresql(postgresql, "ENCODING 'SQL_ASCII' LOCALE 'C'") as other:
-        assert "must be made with the encoding UTF8" in refused_start(other)
-
-
-@on_sqlite
-def test_a_commit_stands_whatever_fails_after_it(
-    bank: "BankInside", monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail() -> None:
-        raise sqlite3.OperationalError("disk I/O error")
-
-    bank.given(alice=100, bob=100)
-    monkeypatch.setattr(bank.ledger.database, "after_commit", fail)
-    answers = bank.together(*[("/accounts", {"owner_name": n}, None) for n in ("carol", "dan")])
-    assert [answer.status_code for answer in answers] == [201, 201]
-    assert bank.balances() == {"alice": 100, "bob": 100, "carol": 0, "dan": 0}
-    assert "committed, but what follows failed: disk I/O error" in caplog.text
-
-
-@on_sqlite
-def test_a_write_is_synced_to_disk_and_takes_the_lock_at_its_start(bank: "BankInside") -> None:
-    with bank.ledger.database.write() as connection:
-        pragmas = ("journal_mode", "synchronous", "foreign_keys", "recursive_triggers")
-        found = [connection.driver.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas]
-        with pytest.raises(sqlite3.OperationalError, match="locked"):
-            bank.tamper("PRAGMA busy_timeout = 0", "BEGIN IMMEDIATE")
-    full = 2
-    assert found == ["wal", full, 1, 1]
-
-
-@on_sqlite
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells the open files")
-def test_a_write_needs_no_temporary_files(bank: "BankInside") -> None:
-    def fill(book: ledger.Book) -> None:
-        for number in range(200):
-            ledger.open_account(book, owner_name=f"{number}", asset="USD", notes='{"a": "b"}')
-        book.write()
-        # SQLite keeps what undoes a statement, until the commit.
-        book.connection.execute("UPDATE account SET owner_name = owner_name || 'x'")
-        files.extend(map(os.path.realpath, Path("/proc/self/fd").iterdir()))
-
-    files: list[str] = []
-    bank.execute(fill)
-    folder = file_of(bank.database).parent
-    assert {f"{folder}/ledger.db", f"{folder}/ledger.db-wal"} <= set(files)
-    assert [file for file in files if "etilqs" in file] == []
-
-
-@on_sqlite
-def test_a_log_that_a_long_reader_has_let_grow_is_cut(
-    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = Path(f"{file_of(bank.database)}-wal")
-    database = bank.ledger.database
-
-    def is_cut() -> bool:
-        database.after_commit(-1)
-        return log.stat().st_size == 0
-
-    bank.given(alice=100)
-    monkeypatch.setattr(ledger, "LOG_BYTES_MAX", log.stat().st_size // 2)
-    with database.read() as reader:
-        before = reader.rows("SELECT balance FROM account WHERE owner_name = 'alice'")
-        for _ in range(20):
-            bank.deposit("alice", 1)
-        for _ in range(10):
-            assert not is_cut()
-            time.sleep(0.02)
-        assert reader.rows("SELECT balance FROM account WHERE owner_name = 'alice'") == before
-    # Nobody writes any more, and nobody reads.
-    wait_until(is_cut)
-    assert bank.deposit("alice", 1).json()["balance"] == 121
-    assert bank.wrong() == []
-
-
-@on_sqlite
-def test_a_server_looks_after_its_log_while_nothing_comes(
-    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = Path(f"{file_of(bank.database)}-wal")
-    bank.given(alice=100)
-    monkeypatch.setattr(ledger, "LOG_BYTES_MAX", log.stat().st_size // 2)
-    monkeypatch.setattr(ledger, "POLL_SECONDS", 0.01)
-
-    async def work() -> None:
-        working = asyncio.create_task(ledger.work_for_ever(bank.ledger))
-        while log.stat().st_size:
-            await asyncio.sleep(0.01)
-        working.cancel()
-
-    bank.runner.run(asyncio.wait_for(work(), 60))
-
-
-def is_synced(bank: "BankInside") -> str:
-    """Return how a session of the ledger that writes waits for the disk."""
-    with bank.ledger.database.write() as connection:
-        return str(connection.rows("SELECT current_setting('synchronous_commit') AS it")[0]["it"])
-
-
-@on_postgresql
-@pytest.mark.parametrize("default", ["off", "local", "remote_write", "on", "remote_apply"])
-def test_a_write_is_synced_to_disk_whatever_the_servers_default_is(
-    database: str, default: str
-) -> None:
-    given = with_parameters(database, options=f"-c synchronous_commit={default}")
-    with opened(given) as bank:
-        assert is_synced(bank) == ("remote_apply" if default == "remote_apply" else "on")
-
-
-def test_a_write_is_synced_to_disk_when_the_servers_default_changes_under_it(
-    stoppable: tuple[str, Callable[[str], None]],
-) -> None:
-    url, _ = stoppable
-    with new_postgresql(url) as database, opened(database) as bank:
-        before = is_synced(bank)
-        with closing(psycopg.connect(url, autocommit=True)) as admin:
-            shown = "SELECT setting FROM pg_settings WHERE name = 'synchronous_commit'"
-            admin.execute("ALTER SYSTEM SET synchronous_commit = off")
-            admin.execute("SELECT pg_reload_conf()")
-            wait_until(lambda: admin.execute(shown).fetchone() == ("off",))
-            after = is_synced(bank)
-            admin.execute("ALTER SYSTEM RESET synchronous_commit")
-            admin.execute("SELECT pg_reload_conf()")
-        assert (before, after) == ("on", "on")
-
-
-@pytest.mark.parametrize(
-    "scheme",
-    ["postgres", "postgresql", "POSTGRESQL", "postgresql+psycopg", "postgresql+psycopg2",
-     "postgresql+asyncpg"],
-)  # fmt: skip
-def test_every_name_of_postgresql_means_it(scheme: str) -> None:
-    with closing(ledger.database_at(f"{scheme}://me@localhost/books")) as database:
-        assert database.name == "books at localhost"
-
-
-def test_a_parameter_that_is_unknown_is_named_and_what_stands_for_it() -> None:
-    with pytest.raises(ledger.StartupError, match=r'"schema" is unknown.*search_path'):
-        ledger.database_at("postgresql://me@localhost/books?schema=mine")
-
-
-def test_a_read_cannot_write(bank: "BankInside") -> None:
-    with pytest.raises(ledger.DatabaseUnavailable), bank.ledger.database.read() as connection:
-        connection.execute("INSERT INTO asset VALUES ('X', 'X', 0, 0)")
-
-
-@on_sqlite
-def test_all_page_caches_together_stay_under_16_megabytes(bank: "BankInside") -> None:
-    readers, kibibytes = ledger.LONG_READERS_MAX + 1, {}
-    for write in (True, False):
-        with closing(bank.ledger.database.connect(write=write).driver) as driver:
-            [kibibytes[write]] = driver.execute("PRAGMA cache_size").fetchone()
-    assert 0 < -1024 * (kibibytes[True] + readers * kibibytes[False]) <= 16 * 2**20
-
-
-def test_what_was_written_is_there_after_a_restart(database: str) -> None:
-    with opened(database) as bank:
-        first = bank.given(alice=100).deposit("alice", 5, key="k")
-        before = bank.contents()
-    with opened(database) as bank:
-        again = bank.post(first.request.url.path, key="k", amount=5)
-        assert (again.content, again.headers["Idempotent-Replayed"]) == (first.content, "true")
-        assert bank.contents() == before
-
-
-@on_sqlite
-def test_a_replaced_file_is_noticed_before_anything_is_lost(bank: "Bank") -> None:
-    file = file_of(bank.given(alice=100).database)
-    file.rename(file.with_suffix(".gone"))
-    sqlite3.connect(file).close()
-    for answer in (bank.deposit("alice", 1), bank.get("/accounts"), bank.get("/health")):
-        assert refusal(answer) == (503, "database_unavailable")
-
-
-@contextmanager
-def held(database: str) -> Iterator[sqlite3.Connection]:
-    """Hold the write lock of a file, as another process would."""
-    with closing(sqlite3.connect(file_of(database), isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        yield other
-
-
-@on_sqlite
-def test_a_write_waits_for_another_process_while_reads_go_on(
-    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ledger, "BUSY_SECONDS_MAX", 60)
-    path = f"/accounts/{bank.given(alice=100).ids['alice']}"
-
-    async def scene(other: sqlite3.Connection) -> tuple[httpx.Response, httpx.Response]:
-        headers = {"Idempotency-Key": "k"}
-        sent = bank.ask("POST", f"{path}/deposit", json={"amount": 1}, headers=headers)
-        waiting = asyncio.ensure_future(sent)
-        await asyncio.sleep(0.05)
-        read = await bank.ask("GET", path)
-        assert not waiting.done()
-        other.execute("COMMIT")
-        return read, await waiting
-
-    with held(bank.database) as other:
-        read, written = bank.runner.run(scene(other))
-    assert (read.json()["balance"], written.json()["balance"]) == (100, 101)
-
-
-@on_sqlite
-def test_a_write_that_waits_too_long_is_refused_and_not_done(
-    bank: "Bank", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ledger, "BUSY_SECONDS_MAX", 0.05)
-    bank.given(alice=100)
-    with held(bank.database):
-        refused = bank.deposit("alice", 1, key="k")
-    assert refusal(refused) == (503, "database_busy")
-    assert refused.headers["Retry-After"] == "1"
-    assert bank.deposit("alice", 1, key="k").json()["balance"] == 101
-
-
-@on_sqlite
-def test_a_full_disk_refuses_and_loses_nothing(bank: "BankInside") -> None:
-    bank.given(alice=100)
-    with bank.ledger.database.write() as writer:
-        [pages] = writer.driver.execute("PRAGMA page_count").fetchone()
-        writer.driver.execute(f"PRAGMA max_page_count = {pages}")
-    answers = [bank.deposit("alice", 1, key=f"k{n}") for n in range(60)]
-    assert refusal(answers[-1]) == (507, "storage_full")
-    assert refusal(bank.get("/health")) == (503, "database_unavailable")
-    writer.driver.execute("PRAGMA max_page_count = 1000000")
-    for number, answer in enumerate(answers):
-        again = bank.deposit("alice", 1, key=f"k{number}")
-        assert again.status_code == 200
-        assert answer.status_code == 507 or again.content == answer.content
-    assert bank.balances() == {"alice": 160}
-
-
-def test_serving_resumes_by_itself_when_the_database_is_back(
-    stoppable: tuple[str, Callable[[str], None]],
-) -> None:
-    url, control = stoppable
-    with serving(url) as server:
-        bank = server.bank.given(alice=100)
-        control("stop")
-        for answer in (bank.deposit("alice", 1, key="k"), bank.get("/accounts")):
-            assert refusal(answer) == (503, "database_unavailable")
-            assert answer.headers["Retry-After"] == "1"
-        assert refusal(bank.get("/health")) == (503, "database_unavailable")
-        control("start")
-        wait_until(lambda: bank.get("/health").status_code == 200)
-        assert bank.deposit("alice", 1, key="k").json()["balance"] == 101
-
-
-def run_hastily(*given: Any) -> None:
-    """Serve, and at the end give a second, instead of 8, to what is under way."""
-    configure = uvicorn.Config
-
-    def configure_hastily(app: Any, *, timeout_graceful_shutdown: int, **options: Any) -> Any:
-        assert timeout_graceful_shutdown == 8
-        return configure(app, timeout_graceful_shutdown=1, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uvicorn, "Config", configure_hastily)
-        run_main(*given)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot stop a process")
-def test_a_database_that_hangs_does_not_keep_the_server_from_ending(
-    stoppable: tuple[str, Callable[[str], None]],
-) -> None:
-    url, _ = stoppable
-    with serving(url, start=partial(as_fork, target=run_hastily)) as server:
-        server.bank.given(alice=100)
-
-        def deposit() -> None:
-            with suppress(httpx.TransportError):
-                server.bank.deposit("alice", 1)
-
-        ours = "SELECT pid FROM pg_stat_activity WHERE application_name = 'ledger.py'"
-        found = server.bank.rows(ours)
-        try:
-            for (pid,) in found:
-                os.kill(pid, signal.SIGSTOP)
-            with meanwhile(deposit):
-                server.process.terminate()
-                server.process.join(60)
-                assert server.process.exitcode is not None
-        finally:
-            for (pid,) in found:
-                os.kill(pid, signal.SIGCONT)
-
-
-def test_killed_back_ends_are_a_line_each_in_the_log(postgresql: str) -> None:
-    with new_postgresql(postgresql) as url, serving(url) as server:
-        server.bank.given(alice=0)
-        for _ in range(3):
-            server.bank.rows(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                "WHERE pid <> pg_backend_pid() AND datname = current_database()"
-            )
-            wait_until(lambda: server.bank.deposit("alice", 1, key="k").status_code == 200)
-        assert server.bank.balances() == {"alice": 1}
-        lines = server.log.read_text().splitlines()
-        assert max(map(len, lines)) < 500
-
-
-@on_postgresql
-@pytest.mark.parametrize("lost", [psycopg.OperationalError, psycopg.errors.AdminShutdown])
-def test_nothing_is_done_again_after_a_connection_was_lost_in_commit(
-    bank: "BankInside", monkeypatch: pytest.MonkeyPatch, lost: type[psycopg.Error]
-) -> None:
-    bank.given(carol=0)
-    with bank.ledger.database.write() as writer:
-        pass  # The next write takes the same connection.
-
-    @contextmanager
-    def commit_and_lose() -> Iterator[None]:
-        with writer.driver.pipeline():
-            yield
-        raise lost("the server closed the connection")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(writer, "pipeline", commit_and_lose)
-        alice, bob = {"owner_name": "alice"}, {"owner_name": "bob"}
-        answers = bank.together(("/accounts", alice, "k"), ("/accounts", bob, None))
-    assert [refusal(answer) for answer in answers] == [(503, "database_unavailable")] * 2
-    # Both had been done: the key tells, and what has none was not tried a second time.
-    again = bank.post("/accounts", key="k", **alice)
-    assert (again.status_code, again.headers["Idempotent-Replayed"]) == (201, "true")
-    assert bank.rows("SELECT COUNT(*) FROM account WHERE kind = 'CUSTOMER'") == [(3,)]
-    assert bank.balances() == {"alice": 0, "bob": 0, "carol": 0}
-
-
-def test_the_server_that_can_be_written_to_is_found_among_several(postgresql: str) -> None:
-    read_only = "SET default_transaction_read_only = on"
-    with new_postgresql(postgresql) as url, closing(psycopg.connect(url, autocommit=True)) as admin:
-        name, host = admin.info.dbname, f"/nowhere,{admin.info.host}"
-        several = with_parameters(url, host=host, target_session_attrs="read-write")
-        with opened(several) as bank:
-            bank.given(alice=5)
-            # The primary becomes a standby: what is connected can only read, and nobody else can
-            # connect to write.
-            admin.execute(f"ALTER DATABASE {name} {read_only}")
-            for begin in (bank.ledger.database.read, bank.ledger.database.write):
-                with begin() as connection:
-                    connection.execute(read_only)
-            assert refusal(bank.get("/health")) == (503, "database_unavailable")
-            for _ in range(2):
-                refused = bank.deposit("alice", 1, key="k")
-                assert refusal(refused) == (503, "database_unavailable")
-            admin.execute("SET default_transaction_read_only = off")
-            admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
-            assert bank.deposit("alice", 1, key="k").json()["balance"] == 6
-
-
-# ----- Schema
-# Triggers keep stored rows as they were written, and the check finds what got past them.
-
-
-def test_a_strangers_file_is_refused_and_left_alone(tmp_path: Path) -> None:
-    stranger = tmp_path / "stranger.db"
-    with closing(sqlite3.connect(stranger)) as connection:
-        connection.execute("CREATE TABLE theirs (x)")
-    before = stranger.read_bytes()
-    why = "the database holds something other than a ledger"
-    assert refused_start(f"sqlite:///{stranger}") == why
-    assert stranger.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("statement", "version"),
-    [("UPDATE schema_version SET version = 99", "99"), ("DELETE FROM schema_version", "(none)")],
-)
-def test_an_unknown_schema_version_is_refused(bank: "Bank", statement: str, version: str) -> None:
-    bank.tamper_freely(statement)
-    assert refused_start(bank.database) == f"schema version {version} is not 1, the known one"
-
-
-def test_servers_may_make_one_new_ledger_at_one_moment(new_database: "NewDatabase") -> None:
-    with new_database(blank=True) as database:
-        for app in at_once([partial(ledger.create_app, ledger.Settings(database))] * 4):
-            app.state.ledger.database.close()
-        with opened(database) as bank:
-            accounts = bank.rows("SELECT COUNT(*) FROM account WHERE kind = 'SYSTEM'")
-            assert accounts == [(len(ledger.SYSTEM_ACCOUNTS),)]
-            assert bank.wrong() == []
-
-
-def test_what_a_later_version_adds_comes_after_the_newest_event(
-    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bank.pass_time(2 * HOUR)
-    bank.given(alice=5)
-    bank.pass_time(-2 * HOUR)
-    later = ledger.Asset(code="NEW", name="New", exponent=2, closed_loop=0)
-    monkeypatch.setitem(ledger.ASSETS, "NEW", later)
-    monkeypatch.setattr(ledger, "SYSTEM_ACCOUNTS", ledger.SYSTEM_ACCOUNTS | {("cash", "NEW")})
-    make_ledger(bank.database)
-    RENEWALS.pop(bank.database, None)
-    [[added]] = bank.rows("SELECT id FROM account WHERE asset = 'NEW'")
-    assert added > max(event for (event,) in bank.rows("SELECT id FROM event"))
-
-
-@pytest.mark.parametrize(
-    ("statement", "message"),
-    [
-        ("UPDATE entry SET amount = 1", "for ever"),
-        ("DELETE FROM entry", "for ever"),
-        ("UPDATE event SET memo = NULL", "for ever"),
-        ("UPDATE event SET caller = 'x'", "for ever"),
-        ("DELETE FROM event", "for ever"),
-        ("UPDATE idempotency_key SET body = 'x'", "for ever"),
-        ("DELETE FROM account", "for ever"),
-        ("UPDATE account SET kind = 'SYSTEM'", "for ever"),
-        ("UPDATE account SET balance = balance + 1", "last entry"),
-        ("UPDATE account SET last_seq = 9", "last entry"),
-        ("UPDATE account SET balance = 0, last_seq = 0", "last entry"),
-        ("UPDATE api_key SET role = 'service' WHERE name = 'new'", "for ever"),
-        ("UPDATE api_key SET revoked_at = NULL WHERE name = 'old'", "revoked once"),
-        ("DELETE FROM api_key", "for ever"),
-        ("UPDATE asset SET exponent = 3", "for ever"),
-        ("DELETE FROM asset", "for ever"),
-        (entries_like(seq="seq + 2"), "must follow"),
-        (entries_like(seq="seq + 1"), "must follow"),
-        (new_account("CUSTOMER", balance="5"), "opens empty"),
-        ("UPDATE scheduled_cashback SET amount = 99", "for ever"),
-        ("UPDATE scheduled_cashback SET due_at = 0, status = 'CREDITED'", "for ever"),
-        ("DELETE FROM scheduled_cashback", "for ever"),
-    ],
-)
-def test_the_database_itself_refuses(eventful: "Bank", statement: str, message: str) -> None:
-    with pytest.raises(REFUSED, match=f"(?i){message}"):
-        eventful.tamper(statement)
-    assert eventful.wrong() == []
-
-
-@pytest.mark.parametrize(
-    ("statement", "message"),
-    [
-        ("UPDATE webhook SET url = 'http://b'", "for ever"),
-        ("UPDATE webhook SET due_at = 0 WHERE url = 'http://a'", "ends once"),
-        ("UPDATE webhook SET position = 'x' WHERE due_at >= 0", "FOREIGN KEY"),
-        ("DELETE FROM webhook", "for ever"),
-    ],
-)
-def test_the_database_keeps_receivers(bank: "Bank", statement: str, message: str) -> None:
-    for name in ("a", "b"):
-        subscribe(bank, f"http://{name}")
-    printed(bank.database, "webhook", "remove", "http://a")
-    with pytest.raises(REFUSED, match=f"(?i){message}"):
-        bank.tamper(*["PRAGMA foreign_keys = ON"] * ("sqlite" in bank.database), statement)
-    assert bank.wrong() == []
-
-
-@pytest.mark.parametrize(
-    ("statement", "message"),
-    [
-        ("UPDATE hold SET amount = 1", "for ever"),
-        ("UPDATE hold SET expires_at = expires_at + 1", "for ever"),
-        ("DELETE FROM hold", "for ever"),
-        ("UPDATE hold SET status = 'VOIDED', transaction_id = NULL, captured_amount = 0 "
-         "WHERE status = 'CAPTURED'", "ends once"),
-        ("UPDATE hold SET status = 'PENDING' WHERE status = 'VOIDED'", "ends once"),
-        ("UPDATE hold SET captured_amount = 1 WHERE status = 'CAPTURED'", "ends once"),
-        ("UPDATE hold SET status = 'CAPTURED' WHERE status = 'PENDING'", "CHECK"),
-        ("UPDATE hold SET captured_amount = 11 WHERE status = 'PENDING'", "CHECK"),
-        ("UPDATE account SET held = -1 WHERE owner_name = 'alice'", "CHECK"),
-        ("UPDATE account SET held = balance + 1 WHERE owner_name = 'alice'", "CHECK"),
-        ("INSERT INTO event (id, kind, ts, caller, arguments, reverses) "
-         "SELECT 'x', kind, ts, caller, arguments, reverses FROM event WHERE kind = 'REVERSAL'",
-         "UNIQUE"),
-        ("INSERT INTO event (id, kind, ts, caller, arguments) "
-         "SELECT 'x', kind, ts, caller, arguments FROM event WHERE kind = 'REVERSAL'", "CHECK"),
-        ("UPDATE event SET reverses = NULL", "for ever"),
-    ],
-)  # fmt: skip
-def test_the_database_keeps_holds_and_reversals(
-    eventful: "Bank", statement: str, message: str
-) -> None:
-    with pytest.raises(REFUSED, match=f"(?i){message}"):
-        eventful.tamper(statement)
-    assert eventful.wrong() == []
-
-
-def new_promise(payment: str, *, amount: str = "1", clock: str = "SERVER") -> str:
-    """Return the statement that promises a cashback past the code."""
-    columns = "payment_id, account_id, due_at, status, amount, clock, number"
-    values = f"id, account_id, 0, 'SCHEDULED', {amount}, '{clock}', 1"
-    return f"INSERT INTO scheduled_cashback ({columns}) SELECT {values} FROM event WHERE {payment}"
-
-
-CAPTURED = """UPDATE hold SET status = 'CAPTURED', captured_amount = {},
-    transaction_id = {} WHERE status = 'PENDING'"""
-NEW_HOLDS = "id, status, account_id, dest_account_id, asset, amount, captured_amount, created_at"
-NEW_HOLDS = f"INSERT INTO hold ({NEW_HOLDS}, expires_at, external_id) SELECT "
-
-
-@pytest.mark.parametrize(
-    ("statement", "message"),
-    [
-        (new_account("PARTNER", balance="0"), "CHECK"),
-        ("UPDATE scheduled_cashback SET status = 'LOST'", "CHECK"),
-        (new_promise("kind = 'DEPOSIT'", amount="-1"), "CHECK"),
-        (new_promise("kind = 'DEPOSIT'", clock="MOON"), "CHECK"),
-        (new_promise("kind IN ('DEPOSIT', 'CAPTURE')"), "UNIQUE"),
-        ("UPDATE hold SET status = 'LOST' WHERE status = 'PENDING'", "CHECK"),
-        (CAPTURED.format("11", "(SELECT min(id) FROM event)"), "CHECK"),
-        (CAPTURED.format("0", "(SELECT min(id) FROM event)"), "CHECK"),
-        (CAPTURED.format("1", "NULL"), "CHECK"),
-        (NEW_HOLDS + "'x', 'PENDING', account_id, account_id, 'USD', 0, 0, 0, 0, NULL FROM hold "
-         "WHERE status = 'PENDING'", "CHECK"),
-        (NEW_HOLDS + "'x' || id, 'PENDING', account_id, account_id, 'USD', 1, 0, 0, 0, 'x' "
-         "FROM hold", "UNIQUE"),
-        ("INSERT INTO account (id, name, owner_name, asset, status, balance, held, created_at, "
-         "kind, last_seq) SELECT 'x' || id, name, '', asset, status, 0, 0, 0, kind, 0 FROM account "
-         "WHERE name = 'cash'", "UNIQUE"),
-        ("INSERT INTO account (id, external_id, owner_name, asset, status, balance, held, "
-         "created_at, kind, last_seq) SELECT 'x' || id, 'x', '', asset, status, 0, 0, 0, kind, 0 "
-         "FROM account", "UNIQUE"),
-        ("INSERT INTO event (id, kind, ts, caller, arguments, external_id) "
-         "SELECT 'x' || id, kind, 0, '', '', 'x' FROM event WHERE kind <> 'REVERSAL'", "UNIQUE"),
-        ("INSERT INTO api_key SELECT name || 'x', prefix, hash, role, 0, NULL FROM api_key",
-         "UNIQUE"),
-    ],
-    ids=short,
-)  # fmt: skip
-def test_the_database_keeps_what_may_stand_in_a_column(
-    eventful: "Bank", statement: str, message: str
-) -> None:
-    with pytest.raises(REFUSED, match=f"(?i){message}"):
-        eventful.tamper(statement)
-    assert eventful.wrong() == []
-
-
-# What may change of a row. Whatever else a table holds is for ever, but for metadata's index.
-CHANGING = {
-    "account": {"status", "balance", "held", "last_seq", "owner_name", "notes"},
-    "hold": {"status", "captured_amount", "transaction_id"},
-    "scheduled_cashback": {"status", "transaction_id"},
-    "api_key": {"revoked_at"},
-    "webhook": {"position", "failures", "due_at"},
-}
-
-
-@pytest.mark.parametrize("table", sorted(ledger.TABLES.keys() - {"note"}))
-def test_no_row_ever_goes_or_changes_but_in_what_may_change(
-    eventful: "Bank", engine: str, table: str
-) -> None:
-    fixed = {*ledger.TABLES[table].columns.keys()} - CHANGING.get(table, set())
-    statements = [f"UPDATE {table} SET {name} = {name}" for name in fixed]
-    statements += [f"DELETE FROM {table}"]
-    statements += [f"TRUNCATE {table} CASCADE"] * (engine == "postgresql")
-    for statement in statements:
-        with pytest.raises(REFUSED, match=f"what {table} holds is for ever"):
-            eventful.tamper(statement)
-
-
-def test_the_database_keeps_closed_accounts_closed(bank: "Bank") -> None:
-    bank.given(alice=0).step("alice", "close")
-    with pytest.raises(REFUSED, match="never comes back"):
-        bank.tamper("UPDATE account SET status = 'ACTIVE' WHERE kind = 'CUSTOMER'")
-
-
-def test_the_database_keeps_frozen_accounts_still(bank: "Bank") -> None:
-    bank.given(alice=100).step("alice", "freeze")
-    another = entries_like(seq="2", amount="1", balance="101")
-    refused = pytest.raises(REFUSED, match="only an active account moves money")
-    with refused:
-        bank.tamper(f"{another} WHERE account_id = '{bank.ids['alice']}'")
-    # Nor does it help to write the entry before it is frozen, and the account after that.
-    bank.step("alice", "unfreeze")
-    with refused:
-        bank.tamper(
-            f"{another} WHERE account_id = '{bank.ids['alice']}'",
-            f"UPDATE account SET status = 'FROZEN' WHERE id = '{bank.ids['alice']}'",
-            f"UPDATE account SET balance = 101, last_seq = 2 WHERE id = '{bank.ids['alice']}'",
-        )
-    assert bank.wrong() == []
-
-
-def test_the_database_credits_a_cashback_once(bank: "Bank") -> None:
-    bank.given(alice=100).pay("alice", 100)
-    bank.tamper("UPDATE scheduled_cashback SET status = 'CREDITED'")
-    with pytest.raises(REFUSED, match="credited once"):
-        bank.tamper("UPDATE scheduled_cashback SET status = 'SCHEDULED'")
-
-
-@on_sqlite
-def test_sqlite_replaces_no_entry(bank: "Bank") -> None:
-    bank.given(alice=100)
-    replaced = "REPLACE INTO entry SELECT * FROM entry WHERE seq = 1"
-    with pytest.raises(sqlite3.IntegrityError, match="for ever"):
-        bank.tamper("PRAGMA recursive_triggers = ON", replaced)
-
-
-def new_event(event_id: str, kind: str) -> str:
-    """Return the statement that writes an event past the code."""
-    values = f"'{event_id}', '{kind}', 0, 'x', '{{}}'"
-    return f"INSERT INTO event (id, kind, ts, caller, arguments) VALUES ({values})"
-
-
-ALICES = "(SELECT id FROM account WHERE owner_name = 'alice')"
-
-
-@pytest.mark.parametrize(
-    ("statement", "finding"),
-    [
-        ("UPDATE entry SET amount = 99 WHERE type = 'CREDIT'", "sums to"),
-        ("UPDATE entry SET amount = amount + 1", "entry 1 with balance"),
-        (f"UPDATE entry SET balance = 5 WHERE account_id = {ALICES}", "balance 5 stands where"),
-        (f"UPDATE entry SET seq = 7 WHERE account_id = {ALICES}", "entry 7 with balance"),
-        (f"UPDATE entry SET balance = -1 WHERE account_id = {ALICES}", "leaves a customer at -1"),
-        ("DELETE FROM entry", "its row says 1 entries"),
-        ("DELETE FROM entry WHERE type = 'DEBIT'", "sums to"),
-        ("DELETE FROM event", "missing row of event"),
-        ("UPDATE account SET balance = 5 WHERE owner_name = 'alice'", "its row says 1 entries and"),
-        ("UPDATE account SET last_seq = 2 WHERE owner_name = 'alice'", "its row says 2 entries"),
-        ("UPDATE account SET status = 'CLOSED' WHERE owner_name = 'alice'", "CHECK"),
-        ("UPDATE account SET kind = 'CUSTOMER'", "CHECK"),
-        ("UPDATE account SET balance = -1", "CHECK"),
-        ("DROP TRIGGER entry_kept ON entry", "entry_kept is not as it was made"),
-        (new_event("t", "TRANSFER"), "transaction t has no entries"),
-        (
-            "UPDATE account SET kind = 'SYSTEM' WHERE owner_name = 'alice'",
-            "asset or system account",
-        ),
-        ("DROP INDEX account_owner", "account_owner is not as it was made"),
-    ],
-)
-def test_the_check_finds_what_was_tampered_with(
-    bank: "Bank", engine: str, statement: str, finding: str
-) -> None:
-    bank.given(alice=100)
-    if (engine, finding) == ("postgresql", "CHECK"):
-        # PostgreSQL keeps these rules whoever asks.
-        with pytest.raises(psycopg.IntegrityError):
-            bank.tamper_freely(statement)
-    else:
-        bank.tamper_freely(statement)
-        assert any(finding in found for found in bank.wrong())
-
-
-@pytest.mark.parametrize(
-    ("statement", "finding"),
-    [
-        ("UPDATE scheduled_cashback SET amount = 9", "promised 9"),
-        ("UPDATE scheduled_cashback SET status = 'CREDITED'", "is CREDITED, its cashback is not"),
-        ("DELETE FROM scheduled_cashback", "has no cashback"),
-        ("UPDATE event SET kind = 'CASHBACK' WHERE kind = 'PAYMENT'", "was not promised"),
-        ("DELETE FROM api_key", "key 'till' is not as its events say"),
-        ("UPDATE api_key SET revoked_at = 5", "key 'till' is not as its events say"),
-        (
-            "UPDATE asset SET exponent = 3 WHERE code = 'JPY'",
-            "asset or system account ('JPY', 'Yen'",
-        ),
-        ("DELETE FROM account WHERE name = 'treasury'", "system account ('treasury', 'PTS')"),
-        (
-            "UPDATE account SET kind = CASE kind WHEN 'SYSTEM' THEN 'CUSTOMER' ELSE 'SYSTEM' END "
-            "WHERE balance >= 0",
-            "system account (None, 'USD')",
-        ),
-        ("UPDATE entry SET id = (SELECT min(id) FROM entry)", "stands twice"),
-        ("INSERT INTO schema_version SELECT 2, description FROM schema_version", "a second row"),
-        ("UPDATE event SET kind = 'GIFT' WHERE kind = 'DEPOSIT'", "is a GIFT"),
-        ("UPDATE event SET id = 'ZZ' WHERE kind = 'open_account'", "event ZZ has no UUID"),
-        (f"UPDATE account SET id = 'ZZ' WHERE id = {ALICES}", "account ZZ has no UUID"),
-        ("UPDATE entry SET id = 'ZZ' WHERE type = 'CREDIT'", "entry ZZ has no UUID"),
-        ("UPDATE event SET arguments = '{' WHERE kind = 'DEPOSIT'", "arguments are no JSON"),
-        (f"UPDATE account SET status = 'FROZEN' WHERE id = {ALICES}", "FROZEN, but became ACTIVE"),
-    ],
-)
-def test_the_check_finds_what_no_constraint_can(bank: "Bank", statement: str, finding: str) -> None:
-    bank.given(alice=100).pay("alice", 50)
-    new_api_key(bank.database, "till", "admin")
-    bank.tamper_freely(statement)
-    assert any(finding in found for found in bank.wrong())
-
-
-@pytest.mark.parametrize(
-    ("statement", "finding"),
-    [
-        (f"UPDATE account SET held = 5 WHERE id = {ALICES}", "holds 5, its pending holds are 10"),
-        ("UPDATE hold SET amount = 30 WHERE status = 'PENDING'", "its pending holds are 30"),
-        ("DELETE FROM hold WHERE status = 'PENDING'", "its pending holds are 0"),
-        ("UPDATE hold SET captured_amount = 1 WHERE status = 'CAPTURED'", "was not captured as"),
-        ("UPDATE hold SET status = 'VOIDED' WHERE status = 'PENDING'", "its pending holds are 0"),
-        ("UPDATE hold SET id = 'ZZ' WHERE status = 'PENDING'", "hold ZZ has no UUID"),
-        ("UPDATE event SET reverses = (SELECT id FROM event WHERE kind = 'DEPOSIT') "
-         "WHERE kind = 'REVERSAL'", "round"),
-        ("UPDATE event SET reverses = NULL WHERE kind = 'REVERSAL'", "CHECK"),
-    ],
-)  # fmt: skip
-def test_the_check_finds_wrong_holds_and_reversals(
-    bank: "Bank", engine: str, statement: str, finding: str
-) -> None:
-    bank.given(alice=100, bob=0).promised("alice", "bob", 10)
-    bank.capture(bank.promised("alice", "bob", 20))
-    bank.reverse(bank.last("alice"))
-    if (engine, finding) == ("postgresql", "CHECK"):
-        with pytest.raises(psycopg.IntegrityError):
-            bank.tamper_freely(statement)
-    else:
-        bank.tamper_freely(statement)
-        assert any(finding in found for found in bank.wrong())
-
-
-@pytest.mark.parametrize(
-    ("table", "column", "value"),
-    [
-        ("event", "reverses", "(SELECT id FROM event WHERE kind = 'DEPOSIT')"),
-        ("event", "external_id", "'x'"),
-        ("account", "external_id", "'x'"),
-        ("hold", "external_id", "'x'"),
-    ],
-)
-def test_the_check_finds_what_stands_twice(
-    bank: "Bank", table: str, column: str, value: str
-) -> None:
-    bank.given(alice=100, bob=0)
-    for _ in range(2):
-        bank.promised("alice", "bob", 1)
-        bank.reverse(bank.transfer("alice", "bob", 1).json()["transfer_id"])
-    where = " WHERE kind = 'REVERSAL'" if column == "reverses" else ""
-    bank.tamper_freely(
-        f"DROP INDEX {table}_{column}", f"UPDATE {table} SET {column} = {value}{where}"
-    )
-    found = [each for each in bank.wrong() if re.fullmatch(f"{column} .+ stands twice", each)]
-    assert len(found) == 1
-
-
-@pytest.mark.parametrize(
-    "reference",
-    ["event.reverses", "account.asset", "entry.account_id", "entry.transaction_id",
-     "hold.account_id", "hold.dest_account_id", "hold.transaction_id",
-     "scheduled_cashback.payment_id", "scheduled_cashback.account_id",
-     "scheduled_cashback.transaction_id", "webhook.account_id", "webhook.position"],
-)  # fmt: skip
-def test_the_check_finds_a_reference_to_nothing(bank: "BankInside", reference: str) -> None:
-    bank.given(alice=100, bob=0).pay("alice", 50)
-    bank.pass_time(DAY)
-    bank.capture(bank.promised("alice", "bob", 10))
-    bank.reverse(bank.last("bob"))
-    subscribe(bank, "http://localhost", "--account", bank.ids["bob"])
-    table, column = reference.split(".")
-    # One of them, because two of one number may not stand in one account.
-    one = f"(SELECT min({column}) FROM {table})"
-    bank.tamper_freely(f"UPDATE {table} SET {column} = '{NOBODY}' WHERE {column} = {one}")
-    missing = f"table {table}: a row refers to a missing row of "
-    assert any(found.startswith(missing) for found in bank.wrong())
-
-
-@pytest.mark.parametrize(
-    ("engine", "statements"),
-    [
-        ("sqlite", ["DROP TRIGGER entry_kept",
-                    "CREATE TRIGGER entry_kept BEFORE DELETE ON entry BEGIN SELECT 1; END"]),
-        ("postgresql", ["ALTER TABLE entry DISABLE TRIGGER entry_kept"]),
-        ("postgresql", ["CREATE OR REPLACE FUNCTION entry_kept() RETURNS trigger LANGUAGE plpgsql "
-                        "AS $$BEGIN RETURN OLD; END$$"]),
-        ("postgresql", ["DROP TRIGGER entry_kept ON entry", "CREATE TRIGGER entry_kept BEFORE "
-                        "INSERT ON entry FOR EACH ROW EXECUTE FUNCTION entry_kept()"]),
-    ],
-    indirect=["engine"],
-)  # fmt: skip
-def test_the_check_finds_a_trigger_that_does_nothing(bank: "Bank", statements: list[str]) -> None:
-    bank.tamper(*statements)
-    assert "entry_kept is not as it was made" in bank.wrong()
-
-
-@on_postgresql
-@pytest.mark.parametrize(
-    ("statement", "name"),
-    [
-        ("ALTER TABLE account DROP CONSTRAINT account_check", "account"),
-        ("ALTER TABLE entry DROP CONSTRAINT entry_transaction_id_fkey", "entry"),
-        ("ALTER TABLE account ALTER COLUMN balance DROP NOT NULL", "account"),
-        ("ALTER TABLE event ADD COLUMN more text", "event"),
-    ],
-)
-def test_the_check_finds_a_constraint_that_is_gone(bank: "Bank", statement: str, name: str) -> None:
-    bank.tamper(statement)
-    assert bank.wrong() == [f"{name} is not as it was made"]
-
-
-def test_the_check_adds_up_what_would_not_fit_into_64_bits(bank: "Bank") -> None:
-    bank.given(alice=0, bob=0)
-    for owner in ("alice", "bob"):
-        account = f"FROM account WHERE owner_name = '{owner}'"
-        bank.tamper_freely(
-            f"UPDATE account SET balance = {2**63 - 1}, last_seq = 1 WHERE owner_name = '{owner}'",
-            new_event(owner, "TEST"),
-            "INSERT INTO entry (account_id, seq, id, transaction_id, type, amount, balance) "
-            f"SELECT id, 1, 'x', owner_name, 'CREDIT', balance, balance {account}",
-        )
-    assert any(f"sums to {2**63 - 1} USD" in found for found in bank.wrong())
-
-
-# ===== Part three: HTTP
+# ===== Part two: HTTP
 
 
 # ----- Callers
@@ -6159,6 +5111,1054 @@ def test_any_dialect_can_be_left_out(database: str, missing: str) -> None:
     assert statuses == dict.fromkeys(paths, 200) | {missing: 404}
 
 
+# ===== Part three: storage
+
+
+# ----- Database
+# What a read and a write need of an engine, and what callers see when the engine is busy, full,
+# gone or not what it should be.
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "ledger.db", "mysql://x/y", "sqlite://", "sqlite:///:memory:", "sqlite:///file:x?uri=1",
+     "sqlite://host/x.db", "sqlite://u:p@/x.db", "sqlite+aiosqlite:///x.db", "sqlite+nope:///x.db",
+     "postgresql://h/db?nope=1", "oracle://[::1", "sqlite:///\0.db"],
+)  # fmt: skip
+def test_a_url_that_names_no_database_stops_the_start(url: str) -> None:
+    with pytest.raises(ledger.StartupError, match="the database"):
+        ledger.database_at(url)
+
+
+@pytest.mark.parametrize("mark", ["@", "/", "@@", ":@", "?@", "%"])
+def test_a_password_that_is_not_escaped_is_not_printed(mark: str) -> None:
+    with pytest.raises(ledger.StartupError, match="must be") as refused:
+        ledger.database_at(f"postgresql://user:open{mark}sesame@127.0.0.1/x")
+    for part in ("open", "sesame", "127.0.0.1"):
+        assert part not in str(refused.value)
+
+
+def refused_start(database: str) -> str:
+    """Return why a ledger cannot be opened."""
+    with pytest.raises(ledger.StartupError) as refused:
+        ledger.create_app(ledger.Settings(database))
+    return str(refused.value)
+
+
+def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    letter = tmp_path / "letter.db"
+    letter.write_text("Dear Alice, " * 100)
+    assert "file is not a database" in refused_start(f"sqlite:///{letter}")
+    assert letter.read_text() == "Dear Alice, " * 100
+
+
+def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
+    assert refused_start(f"sqlite:///{tmp_path}") == f"cannot open {tmp_path}: Is a directory"
+    assert "No such file" in refused_start(f"sqlite:///{tmp_path}/nowhere/ledger.db")
+
+
+def test_a_file_that_was_a_ledger_never_becomes_a_new_one(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.db"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+    assert "has no tables: restore it" in refused_start(f"sqlite:///{file}")
+    for rest, name in itertools.product((b"", None), ("ledger.db-wal", "ledger.db-journal")):
+        log = tmp_path / name
+        file.unlink(missing_ok=True) if rest is None else file.write_bytes(rest)
+        log.write_bytes(b"what was committed last")
+        assert f"{log} is there without its ledger" in refused_start(f"sqlite:///{file}")
+        # Nor do commands destroy it that only read.
+        assert ledger.main(["check", "--database-url", f"sqlite:///{file}"]) == 1
+        assert log.read_bytes() == b"what was committed last"
+        log.unlink()
+
+
+def test_an_empty_file_is_no_invitation_to_begin_a_ledger(tmp_path: Path) -> None:
+    file, other = tmp_path / "ledger.db", tmp_path / "other.db"
+    file.touch()
+    url = f"sqlite:///{file}"
+    assert refused_start(url).startswith(f"{file} is there without its ledger")
+    make_ledger(f"sqlite:///{other}")
+    for command in (
+        ["check", "--database-url", url],
+        ["key", "add", "--name", "x", "--role", "admin", "--database-url", url],
+        ["copy", "--from", f"sqlite:///{other}", "--to", url],
+    ):
+        assert ledger.main(command) == 1
+    assert sorted(tmp_path.iterdir()) == [file, other]
+    assert file.read_bytes() == b""
+
+
+@pytest.fixture
+def restored(tmp_path: Path) -> Path:
+    """A backup in the place of a ledger, whose log is still there."""
+    file, backup = tmp_path / "ledger.db", tmp_path / "backup.db"
+    with opened(f"sqlite:///{file}") as bank:
+        bank.given(alice=100)
+        assert ledger.main(["backup", str(backup), "--database-url", bank.database]) == 0
+        bank.deposit("alice", 1)
+        log = Path(f"{file}-wal").read_bytes()
+    backup.replace(file)
+    Path(f"{file}-wal").write_bytes(log)
+    return file
+
+
+@pytest.mark.parametrize(
+    "command", ["check", "backup copy.db", "export --format csv", "seed", "key list"]
+)
+def test_a_backup_beside_the_log_of_another_ledger_is_left_alone(
+    restored: Path,
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(restored.parent)
+    log = Path(f"{restored}-wal")
+    before = restored.read_bytes(), log.read_bytes()
+    why = f"{log} is not of this ledger, which has no log: remove it"
+    assert refused_start(f"sqlite:///{restored}") == why
+    assert ledger.main(command.split()) == 1
+    assert why in capsys.readouterr().err
+    assert (restored.read_bytes(), log.read_bytes()) == before
+    log.unlink()
+    with opened(f"sqlite:///{restored}") as bank:
+        assert (bank.balances(), bank.wrong()) == ({"alice": 100}, [])
+
+
+@pytest.fixture(params=["file", "folder"])
+def linked(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """A name of a ledger that leads to another one by a link, and that other one."""
+    real, link = tmp_path / "data" / "real.db", tmp_path / "ledger.db"
+    real.parent.mkdir()
+    if request.param == "folder":
+        (tmp_path / "here").symlink_to(real.parent)
+        return tmp_path / "here" / "real.db", real
+    link.symlink_to(real)
+    return link, real
+
+
+@pytest.mark.parametrize("fate", ["replaced", "deleted with its log", "linked anew"])
+def test_a_ledger_behind_a_link_is_watched_where_it_is(
+    linked: tuple[Path, Path], fate: str
+) -> None:
+    link, real = linked
+    with opened(f"sqlite:///{link}") as bank:
+        bank.given(alice=100)
+        if fate == "replaced":
+            real.with_name("copy.db").write_bytes(new_ledger())
+            real.with_name("copy.db").replace(real)
+        elif fate == "deleted with its log":
+            for file in real.parent.glob("real.db*"):
+                file.unlink()
+        else:
+            moved = link if link.is_symlink() else link.parent
+            moved.unlink()
+            moved.symlink_to(link.parent.parent)
+        for answer in (bank.deposit("alice", 1), bank.get("/health")):
+            assert refusal(answer) == (503, "database_unavailable")
+
+
+def test_no_new_ledger_is_begun_over_a_log_behind_a_link(linked: tuple[Path, Path]) -> None:
+    link, real = linked
+    real.with_name("real.db-wal").write_bytes(b"what was committed last")
+    assert "real.db-wal is there without its ledger" in refused_start(f"sqlite:///{link}")
+    assert not real.exists()
+
+
+def test_a_ledger_has_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, link = tmp_path / "ledger.db", tmp_path / "link.db"
+    with opened(f"sqlite:///{file}") as bank:
+        link.hardlink_to(file)
+        # Each name would have a log of its own, of which the others know nothing.
+        assert "link.db is one of 2 links to a file" in refused_start(f"sqlite:///{link}")
+        for name in (file, link):
+            assert ledger.main(["check", "--database-url", f"sqlite:///{name}"]) == 1
+            assert "is one of 2 links to a file" in capsys.readouterr().err
+        assert sorted(tmp_path.glob("link.db*")) == [link]
+        # Who was there first goes on.
+        assert bank.given(alice=100).balances() == {"alice": 100}
+    link.unlink()
+    assert ledger.main(["check", "--database-url", f"sqlite:///{file}"]) == 0
+
+
+def test_a_start_that_dies_leaves_no_half_of_a_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = f"sqlite:///{tmp_path}/ledger.db"
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "create_triggers", die)
+        with pytest.raises(RuntimeError):
+            ledger.create_app(ledger.Settings(database))
+    assert list(tmp_path.iterdir()) == []
+    with opened(database) as bank:
+        assert bank.wrong() == []
+
+
+def die(_: Any) -> None:
+    """End a start in its middle."""
+    raise RuntimeError
+
+
+def make_for_ever(file: Path) -> None:
+    """Begin to make a file, and come to no end."""
+    with ledger.new_file(file) as place:
+        place.write_text("half of it")
+        time.sleep(600)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_a_start_waits_for_another_one_and_goes_on_if_that_dies(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.db"
+    other = forks().Process(target=make_for_ever, args=(file,))
+    other.start()
+    wait_until(lambda: [path.name for path in tmp_path.glob("*/*.db")] == ["ledger.db"])
+    with ThreadPoolExecutor() as threads:
+        starts = [threads.submit(make_ledger, f"sqlite:///{file}") for _ in range(3)]
+        time.sleep(0.1)
+        assert not any(start.done() for start in starts)
+        other.kill()
+        for start in starts:
+            start.result(60)
+    other.join()
+    other.close()
+    assert list(tmp_path.iterdir()) == [file]
+    with opened(f"sqlite:///{file}") as bank:
+        assert bank.wrong() == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+def test_a_ledger_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
+    copy, other = tmp_path / "copy.db", f"sqlite:///{tmp_path}/other.db"
+    with new_file(blank=True) as database, opened(database):
+        assert ledger.main(["backup", str(copy), "--database-url", database]) == 0
+        assert ledger.main(["copy", "--from", database, "--to", other]) == 0
+        export = ["export", "--format", "csv", str(tmp_path / "books.csv")]
+        assert ledger.main([*export, "--database-url", database]) == 0
+        files = [*tmp_path.iterdir(), *file_of(database).parent.glob("ledger.db*")]
+        assert len(files) == 6
+        assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+@on_sqlite
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
+def test_a_file_that_is_deleted_under_a_server_is_noticed(bank: "BankInside", suffix: str) -> None:
+    bank.given(alice=100)
+    Path(f"{file_of(bank.database)}{suffix}").unlink()
+    assert refusal(bank.deposit("alice", 1)) == (503, "database_unavailable")
+
+
+@on_sqlite
+def test_a_key_is_in_the_ledgers_own_file_at_once(bank: "BankInside", tmp_path: Path) -> None:
+    # The server keeps its log open; whoever loses that must not find the ledger in open mode.
+    new_api_key(bank.database, "a", "auditor")
+    shutil.copy(file_of(bank.database), tmp_path / "alone.db")
+    app = ledger.create_app(ledger.Settings(f"sqlite:///{tmp_path}/alone.db"))
+    with closing(app.state.ledger.database):
+        assert not app.state.callers.open_mode
+
+
+@on_postgresql
+def test_a_search_path_may_begin_with_the_catalog(database: str) -> None:
+    with opened(f"{database}&options=-csearch_path%3Dpg_catalog,public") as bank:
+        bank.given(alice=1)
+        assert bank.wrong() == []
+
+
+def test_a_database_of_another_encoding_is_refused(postgresql: str) -> None:
+    with new_postgresql(postgresql, "ENCODING 'SQL_ASCII' LOCALE 'C'") as other:
+        assert "must be made with the encoding UTF8" in refused_start(other)
+
+
+@on_sqlite
+def test_a_commit_stands_whatever_fails_after_it(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    bank.given(alice=100, bob=100)
+    monkeypatch.setattr(bank.ledger.database, "after_commit", fail)
+    answers = bank.together(*[("/accounts", {"owner_name": n}, None) for n in ("carol", "dan")])
+    assert [answer.status_code for answer in answers] == [201, 201]
+    assert bank.balances() == {"alice": 100, "bob": 100, "carol": 0, "dan": 0}
+    assert "committed, but what follows failed: disk I/O error" in caplog.text
+
+
+@on_sqlite
+def test_a_write_is_synced_to_disk_and_takes_the_lock_at_its_start(bank: "BankInside") -> None:
+    with bank.ledger.database.write() as connection:
+        pragmas = ("journal_mode", "synchronous", "foreign_keys", "recursive_triggers")
+        found = [connection.driver.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas]
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            bank.tamper("PRAGMA busy_timeout = 0", "BEGIN IMMEDIATE")
+    full = 2
+    assert found == ["wal", full, 1, 1]
+
+
+@on_sqlite
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells the open files")
+def test_a_write_needs_no_temporary_files(bank: "BankInside") -> None:
+    def fill(book: ledger.Book) -> None:
+        for number in range(200):
+            ledger.open_account(book, owner_name=f"{number}", asset="USD", notes='{"a": "b"}')
+        book.write()
+        # SQLite keeps what undoes a statement, until the commit.
+        book.connection.execute("UPDATE account SET owner_name = owner_name || 'x'")
+        files.extend(map(os.path.realpath, Path("/proc/self/fd").iterdir()))
+
+    files: list[str] = []
+    bank.execute(fill)
+    folder = file_of(bank.database).parent
+    assert {f"{folder}/ledger.db", f"{folder}/ledger.db-wal"} <= set(files)
+    assert [file for file in files if "etilqs" in file] == []
+
+
+@on_sqlite
+def test_a_log_that_a_long_reader_has_let_grow_is_cut(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Path(f"{file_of(bank.database)}-wal")
+    database = bank.ledger.database
+
+    def is_cut() -> bool:
+        database.after_commit(-1)
+        return log.stat().st_size == 0
+
+    bank.given(alice=100)
+    monkeypatch.setattr(ledger, "LOG_BYTES_MAX", log.stat().st_size // 2)
+    with database.read() as reader:
+        before = reader.rows("SELECT balance FROM account WHERE owner_name = 'alice'")
+        for _ in range(20):
+            bank.deposit("alice", 1)
+        for _ in range(10):
+            assert not is_cut()
+            time.sleep(0.02)
+        assert reader.rows("SELECT balance FROM account WHERE owner_name = 'alice'") == before
+    # Nobody writes any more, and nobody reads.
+    wait_until(is_cut)
+    assert bank.deposit("alice", 1).json()["balance"] == 121
+    assert bank.wrong() == []
+
+
+@on_sqlite
+def test_a_server_looks_after_its_log_while_nothing_comes(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Path(f"{file_of(bank.database)}-wal")
+    bank.given(alice=100)
+    monkeypatch.setattr(ledger, "LOG_BYTES_MAX", log.stat().st_size // 2)
+    monkeypatch.setattr(ledger, "POLL_SECONDS", 0.01)
+
+    async def work() -> None:
+        working = asyncio.create_task(ledger.work_for_ever(bank.ledger))
+        while log.stat().st_size:
+            await asyncio.sleep(0.01)
+        working.cancel()
+
+    bank.runner.run(asyncio.wait_for(work(), 60))
+
+
+def is_synced(bank: "BankInside") -> str:
+    """Return how a session of the ledger that writes waits for the disk."""
+    with bank.ledger.database.write() as connection:
+        return str(connection.rows("SELECT current_setting('synchronous_commit') AS it")[0]["it"])
+
+
+@on_postgresql
+@pytest.mark.parametrize("default", ["off", "local", "remote_write", "on", "remote_apply"])
+def test_a_write_is_synced_to_disk_whatever_the_servers_default_is(
+    database: str, default: str
+) -> None:
+    given = with_parameters(database, options=f"-c synchronous_commit={default}")
+    with opened(given) as bank:
+        assert is_synced(bank) == ("remote_apply" if default == "remote_apply" else "on")
+
+
+def test_a_write_is_synced_to_disk_when_the_servers_default_changes_under_it(
+    stoppable: tuple[str, Callable[[str], None]],
+) -> None:
+    url, _ = stoppable
+    with new_postgresql(url) as database, opened(database) as bank:
+        before = is_synced(bank)
+        with closing(psycopg.connect(url, autocommit=True)) as admin:
+            shown = "SELECT setting FROM pg_settings WHERE name = 'synchronous_commit'"
+            admin.execute("ALTER SYSTEM SET synchronous_commit = off")
+            admin.execute("SELECT pg_reload_conf()")
+            wait_until(lambda: admin.execute(shown).fetchone() == ("off",))
+            after = is_synced(bank)
+            admin.execute("ALTER SYSTEM RESET synchronous_commit")
+            admin.execute("SELECT pg_reload_conf()")
+        assert (before, after) == ("on", "on")
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["postgres", "postgresql", "POSTGRESQL", "postgresql+psycopg", "postgresql+psycopg2",
+     "postgresql+asyncpg"],
+)  # fmt: skip
+def test_every_name_of_postgresql_means_it(scheme: str) -> None:
+    with closing(ledger.database_at(f"{scheme}://me@localhost/books")) as database:
+        assert database.name == "books at localhost"
+
+
+def test_a_parameter_that_is_unknown_is_named_and_what_stands_for_it() -> None:
+    with pytest.raises(ledger.StartupError, match=r'"schema" is unknown.*search_path'):
+        ledger.database_at("postgresql://me@localhost/books?schema=mine")
+
+
+def test_a_read_cannot_write(bank: "BankInside") -> None:
+    with pytest.raises(ledger.DatabaseUnavailable), bank.ledger.database.read() as connection:
+        connection.execute("INSERT INTO asset VALUES ('X', 'X', 0, 0)")
+
+
+@on_sqlite
+def test_all_page_caches_together_stay_under_16_megabytes(bank: "BankInside") -> None:
+    readers, kibibytes = ledger.LONG_READERS_MAX + 1, {}
+    for write in (True, False):
+        with closing(bank.ledger.database.connect(write=write).driver) as driver:
+            [kibibytes[write]] = driver.execute("PRAGMA cache_size").fetchone()
+    assert 0 < -1024 * (kibibytes[True] + readers * kibibytes[False]) <= 16 * 2**20
+
+
+def test_what_was_written_is_there_after_a_restart(database: str) -> None:
+    with opened(database) as bank:
+        first = bank.given(alice=100).deposit("alice", 5, key="k")
+        before = bank.contents()
+    with opened(database) as bank:
+        again = bank.post(first.request.url.path, key="k", amount=5)
+        assert (again.content, again.headers["Idempotent-Replayed"]) == (first.content, "true")
+        assert bank.contents() == before
+
+
+@on_sqlite
+def test_a_replaced_file_is_noticed_before_anything_is_lost(bank: "Bank") -> None:
+    file = file_of(bank.given(alice=100).database)
+    file.rename(file.with_suffix(".gone"))
+    sqlite3.connect(file).close()
+    for answer in (bank.deposit("alice", 1), bank.get("/accounts"), bank.get("/health")):
+        assert refusal(answer) == (503, "database_unavailable")
+
+
+@contextmanager
+def held(database: str) -> Iterator[sqlite3.Connection]:
+    """Hold the write lock of a file, as another process would."""
+    with closing(sqlite3.connect(file_of(database), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield other
+
+
+@on_sqlite
+def test_a_write_waits_for_another_process_while_reads_go_on(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "BUSY_SECONDS_MAX", 60)
+    path = f"/accounts/{bank.given(alice=100).ids['alice']}"
+
+    async def scene(other: sqlite3.Connection) -> tuple[httpx.Response, httpx.Response]:
+        headers = {"Idempotency-Key": "k"}
+        sent = bank.ask("POST", f"{path}/deposit", json={"amount": 1}, headers=headers)
+        waiting = asyncio.ensure_future(sent)
+        await asyncio.sleep(0.05)
+        read = await bank.ask("GET", path)
+        assert not waiting.done()
+        other.execute("COMMIT")
+        return read, await waiting
+
+    with held(bank.database) as other:
+        read, written = bank.runner.run(scene(other))
+    assert (read.json()["balance"], written.json()["balance"]) == (100, 101)
+
+
+@on_sqlite
+def test_a_write_that_waits_too_long_is_refused_and_not_done(
+    bank: "Bank", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "BUSY_SECONDS_MAX", 0.05)
+    bank.given(alice=100)
+    with held(bank.database):
+        refused = bank.deposit("alice", 1, key="k")
+    assert refusal(refused) == (503, "database_busy")
+    assert refused.headers["Retry-After"] == "1"
+    assert bank.deposit("alice", 1, key="k").json()["balance"] == 101
+
+
+@on_sqlite
+def test_a_full_disk_refuses_and_loses_nothing(bank: "BankInside") -> None:
+    bank.given(alice=100)
+    with bank.ledger.database.write() as writer:
+        [pages] = writer.driver.execute("PRAGMA page_count").fetchone()
+        writer.driver.execute(f"PRAGMA max_page_count = {pages}")
+    answers = [bank.deposit("alice", 1, key=f"k{n}") for n in range(60)]
+    assert refusal(answers[-1]) == (507, "storage_full")
+    assert refusal(bank.get("/health")) == (503, "database_unavailable")
+    writer.driver.execute("PRAGMA max_page_count = 1000000")
+    for number, answer in enumerate(answers):
+        again = bank.deposit("alice", 1, key=f"k{number}")
+        assert again.status_code == 200
+        assert answer.status_code == 507 or again.content == answer.content
+    assert bank.balances() == {"alice": 160}
+
+
+def test_serving_resumes_by_itself_when_the_database_is_back(
+    stoppable: tuple[str, Callable[[str], None]],
+) -> None:
+    url, control = stoppable
+    with serving(url) as server:
+        bank = server.bank.given(alice=100)
+        control("stop")
+        for answer in (bank.deposit("alice", 1, key="k"), bank.get("/accounts")):
+            assert refusal(answer) == (503, "database_unavailable")
+            assert answer.headers["Retry-After"] == "1"
+        assert refusal(bank.get("/health")) == (503, "database_unavailable")
+        control("start")
+        wait_until(lambda: bank.get("/health").status_code == 200)
+        assert bank.deposit("alice", 1, key="k").json()["balance"] == 101
+
+
+def run_hastily(*given: Any) -> None:
+    """Serve, and at the end give a second, instead of 8, to what is under way."""
+    configure = uvicorn.Config
+
+    def configure_hastily(app: Any, *, timeout_graceful_shutdown: int, **options: Any) -> Any:
+        assert timeout_graceful_shutdown == 8
+        return configure(app, timeout_graceful_shutdown=1, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn, "Config", configure_hastily)
+        run_main(*given)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot stop a process")
+def test_a_database_that_hangs_does_not_keep_the_server_from_ending(
+    stoppable: tuple[str, Callable[[str], None]],
+) -> None:
+    url, _ = stoppable
+    with serving(url, start=partial(as_fork, target=run_hastily)) as server:
+        server.bank.given(alice=100)
+
+        def deposit() -> None:
+            with suppress(httpx.TransportError):
+                server.bank.deposit("alice", 1)
+
+        ours = "SELECT pid FROM pg_stat_activity WHERE application_name = 'ledger.py'"
+        found = server.bank.rows(ours)
+        try:
+            for (pid,) in found:
+                os.kill(pid, signal.SIGSTOP)
+            with meanwhile(deposit):
+                server.process.terminate()
+                server.process.join(60)
+                assert server.process.exitcode is not None
+        finally:
+            for (pid,) in found:
+                os.kill(pid, signal.SIGCONT)
+
+
+def test_killed_back_ends_are_a_line_each_in_the_log(postgresql: str) -> None:
+    with new_postgresql(postgresql) as url, serving(url) as server:
+        server.bank.given(alice=0)
+        for _ in range(3):
+            server.bank.rows(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE pid <> pg_backend_pid() AND datname = current_database()"
+            )
+            wait_until(lambda: server.bank.deposit("alice", 1, key="k").status_code == 200)
+        assert server.bank.balances() == {"alice": 1}
+        lines = server.log.read_text().splitlines()
+        assert max(map(len, lines)) < 500
+
+
+@on_postgresql
+@pytest.mark.parametrize("lost", [psycopg.OperationalError, psycopg.errors.AdminShutdown])
+def test_nothing_is_done_again_after_a_connection_was_lost_in_commit(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch, lost: type[psycopg.Error]
+) -> None:
+    bank.given(carol=0)
+    with bank.ledger.database.write() as writer:
+        pass  # The next write takes the same connection.
+
+    @contextmanager
+    def commit_and_lose() -> Iterator[None]:
+        with writer.driver.pipeline():
+            yield
+        raise lost("the server closed the connection")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "pipeline", commit_and_lose)
+        alice, bob = {"owner_name": "alice"}, {"owner_name": "bob"}
+        answers = bank.together(("/accounts", alice, "k"), ("/accounts", bob, None))
+    assert [refusal(answer) for answer in answers] == [(503, "database_unavailable")] * 2
+    # Both had been done: the key tells, and what has none was not tried a second time.
+    again = bank.post("/accounts", key="k", **alice)
+    assert (again.status_code, again.headers["Idempotent-Replayed"]) == (201, "true")
+    assert bank.rows("SELECT COUNT(*) FROM account WHERE kind = 'CUSTOMER'") == [(3,)]
+    assert bank.balances() == {"alice": 0, "bob": 0, "carol": 0}
+
+
+def test_the_server_that_can_be_written_to_is_found_among_several(postgresql: str) -> None:
+    read_only = "SET default_transaction_read_only = on"
+    with new_postgresql(postgresql) as url, closing(psycopg.connect(url, autocommit=True)) as admin:
+        name, host = admin.info.dbname, f"/nowhere,{admin.info.host}"
+        several = with_parameters(url, host=host, target_session_attrs="read-write")
+        with opened(several) as bank:
+            bank.given(alice=5)
+            # The primary becomes a standby: what is connected can only read, and nobody else can
+            # connect to write.
+            admin.execute(f"ALTER DATABASE {name} {read_only}")
+            for begin in (bank.ledger.database.read, bank.ledger.database.write):
+                with begin() as connection:
+                    connection.execute(read_only)
+            assert refusal(bank.get("/health")) == (503, "database_unavailable")
+            for _ in range(2):
+                refused = bank.deposit("alice", 1, key="k")
+                assert refusal(refused) == (503, "database_unavailable")
+            admin.execute("SET default_transaction_read_only = off")
+            admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+            assert bank.deposit("alice", 1, key="k").json()["balance"] == 6
+
+
+# ----- Schema
+# Triggers keep stored rows as they were written, and the check finds what got past them.
+
+
+def test_a_strangers_file_is_refused_and_left_alone(tmp_path: Path) -> None:
+    stranger = tmp_path / "stranger.db"
+    with closing(sqlite3.connect(stranger)) as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+    before = stranger.read_bytes()
+    why = "the database holds something other than a ledger"
+    assert refused_start(f"sqlite:///{stranger}") == why
+    assert stranger.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("statement", "version"),
+    [("UPDATE schema_version SET version = 99", "99"), ("DELETE FROM schema_version", "(none)")],
+)
+def test_an_unknown_schema_version_is_refused(bank: "Bank", statement: str, version: str) -> None:
+    bank.tamper_freely(statement)
+    assert refused_start(bank.database) == f"schema version {version} is not 1, the known one"
+
+
+def test_servers_may_make_one_new_ledger_at_one_moment(new_database: "NewDatabase") -> None:
+    with new_database(blank=True) as database:
+        for app in at_once([partial(ledger.create_app, ledger.Settings(database))] * 4):
+            app.state.ledger.database.close()
+        with opened(database) as bank:
+            accounts = bank.rows("SELECT COUNT(*) FROM account WHERE kind = 'SYSTEM'")
+            assert accounts == [(len(ledger.SYSTEM_ACCOUNTS),)]
+            assert bank.wrong() == []
+
+
+def test_what_a_later_version_adds_comes_after_the_newest_event(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank.pass_time(2 * HOUR)
+    bank.given(alice=5)
+    bank.pass_time(-2 * HOUR)
+    later = ledger.Asset(code="NEW", name="New", exponent=2, closed_loop=0)
+    monkeypatch.setitem(ledger.ASSETS, "NEW", later)
+    monkeypatch.setattr(ledger, "SYSTEM_ACCOUNTS", ledger.SYSTEM_ACCOUNTS | {("cash", "NEW")})
+    make_ledger(bank.database)
+    RENEWALS.pop(bank.database, None)
+    [[added]] = bank.rows("SELECT id FROM account WHERE asset = 'NEW'")
+    assert added > max(event for (event,) in bank.rows("SELECT id FROM event"))
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE entry SET amount = 1", "for ever"),
+        ("DELETE FROM entry", "for ever"),
+        ("UPDATE event SET memo = NULL", "for ever"),
+        ("UPDATE event SET caller = 'x'", "for ever"),
+        ("DELETE FROM event", "for ever"),
+        ("UPDATE idempotency_key SET body = 'x'", "for ever"),
+        ("DELETE FROM account", "for ever"),
+        ("UPDATE account SET kind = 'SYSTEM'", "for ever"),
+        ("UPDATE account SET balance = balance + 1", "last entry"),
+        ("UPDATE account SET last_seq = 9", "last entry"),
+        ("UPDATE account SET balance = 0, last_seq = 0", "last entry"),
+        ("UPDATE api_key SET role = 'service' WHERE name = 'new'", "for ever"),
+        ("UPDATE api_key SET revoked_at = NULL WHERE name = 'old'", "revoked once"),
+        ("DELETE FROM api_key", "for ever"),
+        ("UPDATE asset SET exponent = 3", "for ever"),
+        ("DELETE FROM asset", "for ever"),
+        (entries_like(seq="seq + 2"), "must follow"),
+        (entries_like(seq="seq + 1"), "must follow"),
+        (new_account("CUSTOMER", balance="5"), "opens empty"),
+        ("UPDATE scheduled_cashback SET amount = 99", "for ever"),
+        ("UPDATE scheduled_cashback SET due_at = 0, status = 'CREDITED'", "for ever"),
+        ("DELETE FROM scheduled_cashback", "for ever"),
+    ],
+)
+def test_the_database_itself_refuses(eventful: "Bank", statement: str, message: str) -> None:
+    with pytest.raises(REFUSED, match=f"(?i){message}"):
+        eventful.tamper(statement)
+    assert eventful.wrong() == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE webhook SET url = 'http://b'", "for ever"),
+        ("UPDATE webhook SET due_at = 0 WHERE url = 'http://a'", "ends once"),
+        ("UPDATE webhook SET position = 'x' WHERE due_at >= 0", "FOREIGN KEY"),
+        ("DELETE FROM webhook", "for ever"),
+    ],
+)
+def test_the_database_keeps_receivers(bank: "Bank", statement: str, message: str) -> None:
+    for name in ("a", "b"):
+        subscribe(bank, f"http://{name}")
+    printed(bank.database, "webhook", "remove", "http://a")
+    with pytest.raises(REFUSED, match=f"(?i){message}"):
+        bank.tamper(*["PRAGMA foreign_keys = ON"] * ("sqlite" in bank.database), statement)
+    assert bank.wrong() == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE hold SET amount = 1", "for ever"),
+        ("UPDATE hold SET expires_at = expires_at + 1", "for ever"),
+        ("DELETE FROM hold", "for ever"),
+        ("UPDATE hold SET status = 'VOIDED', transaction_id = NULL, captured_amount = 0 "
+         "WHERE status = 'CAPTURED'", "ends once"),
+        ("UPDATE hold SET status = 'PENDING' WHERE status = 'VOIDED'", "ends once"),
+        ("UPDATE hold SET captured_amount = 1 WHERE status = 'CAPTURED'", "ends once"),
+        ("UPDATE hold SET status = 'CAPTURED' WHERE status = 'PENDING'", "CHECK"),
+        ("UPDATE hold SET captured_amount = 11 WHERE status = 'PENDING'", "CHECK"),
+        ("UPDATE account SET held = -1 WHERE owner_name = 'alice'", "CHECK"),
+        ("UPDATE account SET held = balance + 1 WHERE owner_name = 'alice'", "CHECK"),
+        ("INSERT INTO event (id, kind, ts, caller, arguments, reverses) "
+         "SELECT 'x', kind, ts, caller, arguments, reverses FROM event WHERE kind = 'REVERSAL'",
+         "UNIQUE"),
+        ("INSERT INTO event (id, kind, ts, caller, arguments) "
+         "SELECT 'x', kind, ts, caller, arguments FROM event WHERE kind = 'REVERSAL'", "CHECK"),
+        ("UPDATE event SET reverses = NULL", "for ever"),
+    ],
+)  # fmt: skip
+def test_the_database_keeps_holds_and_reversals(
+    eventful: "Bank", statement: str, message: str
+) -> None:
+    with pytest.raises(REFUSED, match=f"(?i){message}"):
+        eventful.tamper(statement)
+    assert eventful.wrong() == []
+
+
+def new_promise(payment: str, *, amount: str = "1", clock: str = "SERVER") -> str:
+    """Return the statement that promises a cashback past the code."""
+    columns = "payment_id, account_id, due_at, status, amount, clock, number"
+    values = f"id, account_id, 0, 'SCHEDULED', {amount}, '{clock}', 1"
+    return f"INSERT INTO scheduled_cashback ({columns}) SELECT {values} FROM event WHERE {payment}"
+
+
+CAPTURED = """UPDATE hold SET status = 'CAPTURED', captured_amount = {},
+    transaction_id = {} WHERE status = 'PENDING'"""
+NEW_HOLDS = "id, status, account_id, dest_account_id, asset, amount, captured_amount, created_at"
+NEW_HOLDS = f"INSERT INTO hold ({NEW_HOLDS}, expires_at, external_id) SELECT "
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        (new_account("PARTNER", balance="0"), "CHECK"),
+        ("UPDATE scheduled_cashback SET status = 'LOST'", "CHECK"),
+        (new_promise("kind = 'DEPOSIT'", amount="-1"), "CHECK"),
+        (new_promise("kind = 'DEPOSIT'", clock="MOON"), "CHECK"),
+        (new_promise("kind IN ('DEPOSIT', 'CAPTURE')"), "UNIQUE"),
+        ("UPDATE hold SET status = 'LOST' WHERE status = 'PENDING'", "CHECK"),
+        (CAPTURED.format("11", "(SELECT min(id) FROM event)"), "CHECK"),
+        (CAPTURED.format("0", "(SELECT min(id) FROM event)"), "CHECK"),
+        (CAPTURED.format("1", "NULL"), "CHECK"),
+        (NEW_HOLDS + "'x', 'PENDING', account_id, account_id, 'USD', 0, 0, 0, 0, NULL FROM hold "
+         "WHERE status = 'PENDING'", "CHECK"),
+        (NEW_HOLDS + "'x' || id, 'PENDING', account_id, account_id, 'USD', 1, 0, 0, 0, 'x' "
+         "FROM hold", "UNIQUE"),
+        ("INSERT INTO account (id, name, owner_name, asset, status, balance, held, created_at, "
+         "kind, last_seq) SELECT 'x' || id, name, '', asset, status, 0, 0, 0, kind, 0 FROM account "
+         "WHERE name = 'cash'", "UNIQUE"),
+        ("INSERT INTO account (id, external_id, owner_name, asset, status, balance, held, "
+         "created_at, kind, last_seq) SELECT 'x' || id, 'x', '', asset, status, 0, 0, 0, kind, 0 "
+         "FROM account", "UNIQUE"),
+        ("INSERT INTO event (id, kind, ts, caller, arguments, external_id) "
+         "SELECT 'x' || id, kind, 0, '', '', 'x' FROM event WHERE kind <> 'REVERSAL'", "UNIQUE"),
+        ("INSERT INTO api_key SELECT name || 'x', prefix, hash, role, 0, NULL FROM api_key",
+         "UNIQUE"),
+    ],
+    ids=short,
+)  # fmt: skip
+def test_the_database_keeps_what_may_stand_in_a_column(
+    eventful: "Bank", statement: str, message: str
+) -> None:
+    with pytest.raises(REFUSED, match=f"(?i){message}"):
+        eventful.tamper(statement)
+    assert eventful.wrong() == []
+
+
+# What may change of a row. Whatever else a table holds is for ever, but for metadata's index.
+CHANGING = {
+    "account": {"status", "balance", "held", "last_seq", "owner_name", "notes"},
+    "hold": {"status", "captured_amount", "transaction_id"},
+    "scheduled_cashback": {"status", "transaction_id"},
+    "api_key": {"revoked_at"},
+    "webhook": {"position", "failures", "due_at"},
+}
+
+
+@pytest.mark.parametrize("table", sorted(ledger.TABLES.keys() - {"note"}))
+def test_no_row_ever_goes_or_changes_but_in_what_may_change(
+    eventful: "Bank", engine: str, table: str
+) -> None:
+    fixed = {*ledger.TABLES[table].columns.keys()} - CHANGING.get(table, set())
+    statements = [f"UPDATE {table} SET {name} = {name}" for name in fixed]
+    statements += [f"DELETE FROM {table}"]
+    statements += [f"TRUNCATE {table} CASCADE"] * (engine == "postgresql")
+    for statement in statements:
+        with pytest.raises(REFUSED, match=f"what {table} holds is for ever"):
+            eventful.tamper(statement)
+
+
+def test_the_database_keeps_closed_accounts_closed(bank: "Bank") -> None:
+    bank.given(alice=0).step("alice", "close")
+    with pytest.raises(REFUSED, match="never comes back"):
+        bank.tamper("UPDATE account SET status = 'ACTIVE' WHERE kind = 'CUSTOMER'")
+
+
+def test_the_database_keeps_frozen_accounts_still(bank: "Bank") -> None:
+    bank.given(alice=100).step("alice", "freeze")
+    another = entries_like(seq="2", amount="1", balance="101")
+    refused = pytest.raises(REFUSED, match="only an active account moves money")
+    with refused:
+        bank.tamper(f"{another} WHERE account_id = '{bank.ids['alice']}'")
+    # Nor does it help to write the entry before it is frozen, and the account after that.
+    bank.step("alice", "unfreeze")
+    with refused:
+        bank.tamper(
+            f"{another} WHERE account_id = '{bank.ids['alice']}'",
+            f"UPDATE account SET status = 'FROZEN' WHERE id = '{bank.ids['alice']}'",
+            f"UPDATE account SET balance = 101, last_seq = 2 WHERE id = '{bank.ids['alice']}'",
+        )
+    assert bank.wrong() == []
+
+
+def test_the_database_credits_a_cashback_once(bank: "Bank") -> None:
+    bank.given(alice=100).pay("alice", 100)
+    bank.tamper("UPDATE scheduled_cashback SET status = 'CREDITED'")
+    with pytest.raises(REFUSED, match="credited once"):
+        bank.tamper("UPDATE scheduled_cashback SET status = 'SCHEDULED'")
+
+
+@on_sqlite
+def test_sqlite_replaces_no_entry(bank: "Bank") -> None:
+    bank.given(alice=100)
+    replaced = "REPLACE INTO entry SELECT * FROM entry WHERE seq = 1"
+    with pytest.raises(sqlite3.IntegrityError, match="for ever"):
+        bank.tamper("PRAGMA recursive_triggers = ON", replaced)
+
+
+def new_event(event_id: str, kind: str) -> str:
+    """Return the statement that writes an event past the code."""
+    values = f"'{event_id}', '{kind}', 0, 'x', '{{}}'"
+    return f"INSERT INTO event (id, kind, ts, caller, arguments) VALUES ({values})"
+
+
+ALICES = "(SELECT id FROM account WHERE owner_name = 'alice')"
+
+
+@pytest.mark.parametrize(
+    ("statement", "finding"),
+    [
+        ("UPDATE entry SET amount = 99 WHERE type = 'CREDIT'", "sums to"),
+        ("UPDATE entry SET amount = amount + 1", "entry 1 with balance"),
+        (f"UPDATE entry SET balance = 5 WHERE account_id = {ALICES}", "balance 5 stands where"),
+        (f"UPDATE entry SET seq = 7 WHERE account_id = {ALICES}", "entry 7 with balance"),
+        (f"UPDATE entry SET balance = -1 WHERE account_id = {ALICES}", "leaves a customer at -1"),
+        ("DELETE FROM entry", "its row says 1 entries"),
+        ("DELETE FROM entry WHERE type = 'DEBIT'", "sums to"),
+        ("DELETE FROM event", "missing row of event"),
+        ("UPDATE account SET balance = 5 WHERE owner_name = 'alice'", "its row says 1 entries and"),
+        ("UPDATE account SET last_seq = 2 WHERE owner_name = 'alice'", "its row says 2 entries"),
+        ("UPDATE account SET status = 'CLOSED' WHERE owner_name = 'alice'", "CHECK"),
+        ("UPDATE account SET kind = 'CUSTOMER'", "CHECK"),
+        ("UPDATE account SET balance = -1", "CHECK"),
+        ("DROP TRIGGER entry_kept ON entry", "entry_kept is not as it was made"),
+        (new_event("t", "TRANSFER"), "transaction t has no entries"),
+        (
+            "UPDATE account SET kind = 'SYSTEM' WHERE owner_name = 'alice'",
+            "asset or system account",
+        ),
+        ("DROP INDEX account_owner", "account_owner is not as it was made"),
+    ],
+)
+def test_the_check_finds_what_was_tampered_with(
+    bank: "Bank", engine: str, statement: str, finding: str
+) -> None:
+    bank.given(alice=100)
+    if (engine, finding) == ("postgresql", "CHECK"):
+        # PostgreSQL keeps these rules whoever asks.
+        with pytest.raises(psycopg.IntegrityError):
+            bank.tamper_freely(statement)
+    else:
+        bank.tamper_freely(statement)
+        assert any(finding in found for found in bank.wrong())
+
+
+@pytest.mark.parametrize(
+    ("statement", "finding"),
+    [
+        ("UPDATE scheduled_cashback SET amount = 9", "promised 9"),
+        ("UPDATE scheduled_cashback SET status = 'CREDITED'", "is CREDITED, its cashback is not"),
+        ("DELETE FROM scheduled_cashback", "has no cashback"),
+        ("UPDATE event SET kind = 'CASHBACK' WHERE kind = 'PAYMENT'", "was not promised"),
+        ("DELETE FROM api_key", "key 'till' is not as its events say"),
+        ("UPDATE api_key SET revoked_at = 5", "key 'till' is not as its events say"),
+        (
+            "UPDATE asset SET exponent = 3 WHERE code = 'JPY'",
+            "asset or system account ('JPY', 'Yen'",
+        ),
+        ("DELETE FROM account WHERE name = 'treasury'", "system account ('treasury', 'PTS')"),
+        (
+            "UPDATE account SET kind = CASE kind WHEN 'SYSTEM' THEN 'CUSTOMER' ELSE 'SYSTEM' END "
+            "WHERE balance >= 0",
+            "system account (None, 'USD')",
+        ),
+        ("UPDATE entry SET id = (SELECT min(id) FROM entry)", "stands twice"),
+        ("INSERT INTO schema_version SELECT 2, description FROM schema_version", "a second row"),
+        ("UPDATE event SET kind = 'GIFT' WHERE kind = 'DEPOSIT'", "is a GIFT"),
+        ("UPDATE event SET id = 'ZZ' WHERE kind = 'open_account'", "event ZZ has no UUID"),
+        (f"UPDATE account SET id = 'ZZ' WHERE id = {ALICES}", "account ZZ has no UUID"),
+        ("UPDATE entry SET id = 'ZZ' WHERE type = 'CREDIT'", "entry ZZ has no UUID"),
+        ("UPDATE event SET arguments = '{' WHERE kind = 'DEPOSIT'", "arguments are no JSON"),
+        (f"UPDATE account SET status = 'FROZEN' WHERE id = {ALICES}", "FROZEN, but became ACTIVE"),
+    ],
+)
+def test_the_check_finds_what_no_constraint_can(bank: "Bank", statement: str, finding: str) -> None:
+    bank.given(alice=100).pay("alice", 50)
+    new_api_key(bank.database, "till", "admin")
+    bank.tamper_freely(statement)
+    assert any(finding in found for found in bank.wrong())
+
+
+@pytest.mark.parametrize(
+    ("statement", "finding"),
+    [
+        (f"UPDATE account SET held = 5 WHERE id = {ALICES}", "holds 5, its pending holds are 10"),
+        ("UPDATE hold SET amount = 30 WHERE status = 'PENDING'", "its pending holds are 30"),
+        ("DELETE FROM hold WHERE status = 'PENDING'", "its pending holds are 0"),
+        ("UPDATE hold SET captured_amount = 1 WHERE status = 'CAPTURED'", "was not captured as"),
+        ("UPDATE hold SET status = 'VOIDED' WHERE status = 'PENDING'", "its pending holds are 0"),
+        ("UPDATE hold SET id = 'ZZ' WHERE status = 'PENDING'", "hold ZZ has no UUID"),
+        ("UPDATE event SET reverses = (SELECT id FROM event WHERE kind = 'DEPOSIT') "
+         "WHERE kind = 'REVERSAL'", "round"),
+        ("UPDATE event SET reverses = NULL WHERE kind = 'REVERSAL'", "CHECK"),
+    ],
+)  # fmt: skip
+def test_the_check_finds_wrong_holds_and_reversals(
+    bank: "Bank", engine: str, statement: str, finding: str
+) -> None:
+    bank.given(alice=100, bob=0).promised("alice", "bob", 10)
+    bank.capture(bank.promised("alice", "bob", 20))
+    bank.reverse(bank.last("alice"))
+    if (engine, finding) == ("postgresql", "CHECK"):
+        with pytest.raises(psycopg.IntegrityError):
+            bank.tamper_freely(statement)
+    else:
+        bank.tamper_freely(statement)
+        assert any(finding in found for found in bank.wrong())
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value"),
+    [
+        ("event", "reverses", "(SELECT id FROM event WHERE kind = 'DEPOSIT')"),
+        ("event", "external_id", "'x'"),
+        ("account", "external_id", "'x'"),
+        ("hold", "external_id", "'x'"),
+    ],
+)
+def test_the_check_finds_what_stands_twice(
+    bank: "Bank", table: str, column: str, value: str
+) -> None:
+    bank.given(alice=100, bob=0)
+    for _ in range(2):
+        bank.promised("alice", "bob", 1)
+        bank.reverse(bank.transfer("alice", "bob", 1).json()["transfer_id"])
+    where = " WHERE kind = 'REVERSAL'" if column == "reverses" else ""
+    bank.tamper_freely(
+        f"DROP INDEX {table}_{column}", f"UPDATE {table} SET {column} = {value}{where}"
+    )
+    found = [each for each in bank.wrong() if re.fullmatch(f"{column} .+ stands twice", each)]
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["event.reverses", "account.asset", "entry.account_id", "entry.transaction_id",
+     "hold.account_id", "hold.dest_account_id", "hold.transaction_id",
+     "scheduled_cashback.payment_id", "scheduled_cashback.account_id",
+     "scheduled_cashback.transaction_id", "webhook.account_id", "webhook.position"],
+)  # fmt: skip
+def test_the_check_finds_a_reference_to_nothing(bank: "BankInside", reference: str) -> None:
+    bank.given(alice=100, bob=0).pay("alice", 50)
+    bank.pass_time(DAY)
+    bank.capture(bank.promised("alice", "bob", 10))
+    bank.reverse(bank.last("bob"))
+    subscribe(bank, "http://localhost", "--account", bank.ids["bob"])
+    table, column = reference.split(".")
+    # One of them, because two of one number may not stand in one account.
+    one = f"(SELECT min({column}) FROM {table})"
+    bank.tamper_freely(f"UPDATE {table} SET {column} = '{NOBODY}' WHERE {column} = {one}")
+    missing = f"table {table}: a row refers to a missing row of "
+    assert any(found.startswith(missing) for found in bank.wrong())
+
+
+@pytest.mark.parametrize(
+    ("engine", "statements"),
+    [
+        ("sqlite", ["DROP TRIGGER entry_kept",
+                    "CREATE TRIGGER entry_kept BEFORE DELETE ON entry BEGIN SELECT 1; END"]),
+        ("postgresql", ["ALTER TABLE entry DISABLE TRIGGER entry_kept"]),
+        ("postgresql", ["CREATE OR REPLACE FUNCTION entry_kept() RETURNS trigger LANGUAGE plpgsql "
+                        "AS $$BEGIN RETURN OLD; END$$"]),
+        ("postgresql", ["DROP TRIGGER entry_kept ON entry", "CREATE TRIGGER entry_kept BEFORE "
+                        "INSERT ON entry FOR EACH ROW EXECUTE FUNCTION entry_kept()"]),
+    ],
+    indirect=["engine"],
+)  # fmt: skip
+def test_the_check_finds_a_trigger_that_does_nothing(bank: "Bank", statements: list[str]) -> None:
+    bank.tamper(*statements)
+    assert "entry_kept is not as it was made" in bank.wrong()
+
+
+@on_postgresql
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("ALTER TABLE account DROP CONSTRAINT account_check", "account"),
+        ("ALTER TABLE entry DROP CONSTRAINT entry_transaction_id_fkey", "entry"),
+        ("ALTER TABLE account ALTER COLUMN balance DROP NOT NULL", "account"),
+        ("ALTER TABLE event ADD COLUMN more text", "event"),
+    ],
+)
+def test_the_check_finds_a_constraint_that_is_gone(bank: "Bank", statement: str, name: str) -> None:
+    bank.tamper(statement)
+    assert bank.wrong() == [f"{name} is not as it was made"]
+
+
+def test_the_check_adds_up_what_would_not_fit_into_64_bits(bank: "Bank") -> None:
+    bank.given(alice=0, bob=0)
+    for owner in ("alice", "bob"):
+        account = f"FROM account WHERE owner_name = '{owner}'"
+        bank.tamper_freely(
+            f"UPDATE account SET balance = {2**63 - 1}, last_seq = 1 WHERE owner_name = '{owner}'",
+            new_event(owner, "TEST"),
+            "INSERT INTO entry (account_id, seq, id, transaction_id, type, amount, balance) "
+            f"SELECT id, 1, 'x', owner_name, 'CREDIT', balance, balance {account}",
+        )
+    assert any(f"sums to {2**63 - 1} USD" in found for found in bank.wrong())
+
+
 # ===== Part four: running
 
 
@@ -8213,7 +8213,7 @@ def test_the_walk_in_the_readme_runs_as_it_stands() -> None:
             [BASH, "-euo", "pipefail", "-c", walk.replace("http://127.0.0.1:8000", address)],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         assert (ran.returncode, ran.stderr) == (0, "")
         assert server.bank.balances() == {"Alice": 750, "Bob": 300}
@@ -9073,7 +9073,7 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
 
 
