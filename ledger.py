@@ -657,7 +657,9 @@ class Book:
 
     def follow(self, newest: list[Row]) -> None:
         """Let times and ids rise, whatever the clock does and other servers have written."""
-        self.now = max([self.now, *(row["ts"] for row in newest)])
+        # The clock anew, once: the accounts that a batch locks first may have been waited for.
+        clock = self.now if self.last_time else utc_now()
+        self.now = max([self.now, clock, *(row["ts"] for row in newest)])
         times = [time_of_id(row["id"]) for row in newest]
         self.last_time = max(self.last_time, (self.now << 12) // 1_000 - 1, *times)
 
@@ -966,7 +968,10 @@ class Ledger:
         while True:
             last = self._crediting.get(loop)
             is_running = last is not None and not last.done()
-            if not await self.database.run_read(lambda books: books.rows(DUE_CASHBACKS, **due)):
+            look = self.database.run_read(
+                lambda books: books.rows(DUE_CASHBACKS, **due), urgent=True
+            )
+            if not await look:
                 return
             # A pass that began or ended while we looked may have credited what we saw.
             if not is_running and self._crediting.get(loop) is last:

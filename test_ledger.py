@@ -1827,7 +1827,9 @@ def test_what_has_expired_is_tidied_in_portions_that_stay(
     assert bank.wrong() == []
 
 
-def while_locked(database: str, statement: str, actions: Sequence[Callable[[], Any]]) -> list[Any]:
+def while_locked(
+    database: str, statement: str, actions: Sequence[Callable[[], Any]], *, seconds: float = 0
+) -> list[Any]:
     """Let actions begin while another session has a lock, and return what they come to."""
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
     with closing(connect(database)) as other, ThreadPoolExecutor(len(actions)) as threads:
@@ -1836,8 +1838,21 @@ def while_locked(database: str, statement: str, actions: Sequence[Callable[[], A
         with closing(connect(database)) as looking:
             looking.autocommit = True
             wait_until(lambda: looking.execute(waiting).fetchone()[0] >= len(actions))
+        time.sleep(seconds)
         other.rollback()
         return [action.result() for action in begun]
+
+
+@on_postgresql
+def test_a_hold_that_expires_while_its_accounts_are_waited_for_is_not_captured(
+    database: str,
+) -> None:
+    with opened(database) as bank:
+        hold = bank.given(alice=100, bob=0).promised("alice", "bob", 60, expires_in=1)
+        lock, capture = "SELECT * FROM account FOR UPDATE", partial(bank.capture, hold)
+        [refused] = while_locked(database, lock, [capture], seconds=1.1)
+        assert refusal(refused) == (409, "hold_expired")
+        assert (bank.balances(), bank.wrong()) == ({"alice": 100, "bob": 0}, [])
 
 
 @on_postgresql
