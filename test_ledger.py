@@ -6752,6 +6752,7 @@ with Session(engine) as session:
     session.add(Before(name="mine"))
     session.commit()
     print(session.exec(select(Before)).one().name, Before.__table__.c.name.type)
+engine.dispose()
 with ledger.open_ledger("sqlite:///books.db") as books:
     print(books.open_account(owner_name="alice").owner_name, len(SQLModel.metadata.tables))
 """
