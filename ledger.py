@@ -114,6 +114,7 @@ from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
 from importlib import resources
 from io import TextIOWrapper
+from itertools import groupby
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
@@ -5534,35 +5535,103 @@ def copy_all(source: Database, target: Database) -> dict[str, int]:
 
 
 def run_export(settings: Settings, options: argparse.Namespace) -> None:
-    """Write all transactions, for hledger or a spreadsheet, to a new file or to the output."""
+    """Write transactions, for hledger or a spreadsheet, to a new file or to the output."""
     with opened(settings) as database, database.read() as connection:
-        write = write_csv if options.format == "csv" else write_hledger
+        if options.account:
+            options.account = find_account(connection, options.account)["id"]
         place: Any = new_file(options.file) if options.file else nullcontext(os.dup(1))
         with place as file, open(file, "w", encoding="utf-8", newline="") as out:
-            write(exported(connection), out)
+            EXPORTS[options.format](connection, chosen_events(connection, options), out)
 
 
-def exported(connection: Connection) -> Iterator[Row]:
-    """Return all entries, one transaction after the other."""
-    query = f"""SELECT line.*, CASE type WHEN 'CREDIT' THEN amount ELSE -amount END AS change,
-        asset, lower(account.kind) AS side, COALESCE(name, owner_name) AS owner
-        FROM ({ENTRIES} WHERE transaction_id = ANY(:ids)) AS line
-        JOIN account ON account.id = account_id ORDER BY transaction_id, line.id"""  # noqa: S608
+def chosen_events(connection: Connection, options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Return events, some at a time: from a time on, before another, of one account or of all."""
+    touching = """SELECT * FROM event WHERE id = ANY(:ids) AND (account_id = :account OR EXISTS
+        (SELECT 1 FROM entry WHERE transaction_id = event.id AND account_id = :account))
+        ORDER BY id"""
     for events in portions(connection, "event"):
-        yield from connection.rows(query, ids=[event["id"] for event in events])
+        chosen = [event for event in events if options.start <= event["ts"] < options.to]
+        if options.account:
+            ids = [event["id"] for event in chosen]
+            chosen = connection.rows(touching, ids=ids, account=options.account)
+        yield chosen
 
 
-def write_hledger(entries: Iterable[Row], out: TextIO) -> None:
-    """Write a journal, in which a CREDIT is positive, as it is here."""
-    written = None
-    for entry in entries:
-        if entry["transaction_id"] != written:
-            written = entry["transaction_id"]
-            date, what = utc_text(entry["ts"])[:10], plain(f"{entry['kind']} {entry['ref'] or ''}")
-            out.write(f"\n{date} ({written}) {what}\n")
-        account = plain(f"{entry['owner']} {entry['account_id']}")
-        amount = decimal_text(entry["change"], ASSETS[entry["asset"]].exponent)
-        out.write(f"    {entry['side']}:{account}  {entry['asset']} {amount}\n")
+def exported(connection: Connection, events: Iterable[list[Row]]) -> Iterator[Row]:
+    """Return the entries of events, one transaction after the other."""
+    query = """SELECT transaction_id, ts, event.kind, memo, event.external_id, owner_name AS owner,
+        account.name AS account_name, entry.account_id, asset, exponent, type, amount, entry.balance
+        FROM event JOIN entry ON transaction_id = event.id
+        JOIN account ON account.id = entry.account_id JOIN asset ON code = asset
+        WHERE event.id = ANY(:ids) ORDER BY event.id, entry.id"""
+    for portion in events:
+        yield from connection.rows(query, ids=[event["id"] for event in portion])
+
+
+CSV_TEXTS = ("memo", "external_id", "owner", "account_name")
+CSV_COLUMNS = ("date", "time", "transaction_id", "kind", *CSV_TEXTS, "account_id", "asset")
+
+
+def write_csv(connection: Connection, events: Iterable[list[Row]], out: TextIO) -> None:
+    """Write a row an entry, its amounts as decimals, and no text that is like a formula."""
+    columns = (*CSV_COLUMNS, "debit", "credit", "balance")
+    table = csv.DictWriter(out, columns, extrasaction="ignore")
+    table.writeheader()
+    for entry in exported(connection, events):
+        row, exponent = dict(entry), entry["exponent"]
+        for name in CSV_TEXTS:
+            row[name] = re.sub(r"^(?=[\s=+@\uff0b\uff0d\uff1d\uff20-])", "'", entry[name] or "")
+        row["date"], row["time"] = utc_text(entry["ts"])[:19].split("T")
+        row["balance"] = decimal_text(entry["balance"], exponent)
+        row[entry["type"].lower()] = decimal_text(entry["amount"], exponent)
+        table.writerow(row)
+
+
+# Accounts of hledger by the names of ours; what is not here is owed, as all of the customers' is.
+HLEDGER_NAMES = {"cash": "assets:cash", "cashback": "expenses:cashback"}
+HLEDGER_NAMES["treasury"] = "equity:treasury"
+HLEDGER_TYPES = {"assets": "C", "expenses": "X", "equity": "E", "liabilities": "L"}
+
+
+def write_hledger(connection: Connection, events: Iterable[list[Row]], out: TextIO) -> None:
+    """Write a journal, in which a DEBIT is positive, as accountants know it."""
+    names, declared = hledger_names(connection), set()
+    for transaction_id, entries in groupby(
+        exported(connection, events), itemgetter("transaction_id")
+    ):
+        head, postings = "", ""
+        for entry in entries:
+            name, asset, exponent = names[entry["account_id"]], entry["asset"], entry["exponent"]
+            symbol = asset if asset.isalpha() else f'"{asset}"'
+            kind = HLEDGER_TYPES[name.partition(":")[0]]
+            commodity = f"commodity {symbol} 1000.{'0' * exponent}\n"
+            for directive in (commodity, f"account {name}  ; type: {kind}\n"):
+                if directive not in declared:
+                    declared.add(directive)
+                    out.write(directive)
+            change = entry["amount"] if entry["type"] == "DEBIT" else -entry["amount"]
+            postings += f"    {name}  {symbol} {decimal_text(change, exponent)}\n"
+            head = f"{utc_text(entry['ts'])[:10]} ({transaction_id}) "
+            head += plain(f"{entry['kind']} {entry['memo'] or ''}")
+        out.write(f"\n{head}\n{postings}\n")
+
+
+def hledger_names(connection: Connection) -> dict[str, str]:
+    """Return hledger's names of accounts by their ids, which are in those that owners share."""
+    names, owners = {}, {}
+    for rows in portions(connection, "account"):
+        for row in rows:
+            name, owners[row["id"]] = row["name"], (plain(row["owner_name"]), row["asset"])
+            if row["kind"] == "SYSTEM":
+                names[row["id"]] = HLEDGER_NAMES.get(name, f"liabilities:{name}")
+    shared = Counter(owners.values())
+    for account_id, owner in owners.items():
+        own = owner[0]
+        # Nobody may be called as somebody else is with his id.
+        if not own or shared[owner] > 1 or re.search(UUID_PATTERN[1:], own):
+            own = f"{own} {account_id}".strip()
+        names.setdefault(account_id, f"liabilities:customers:{own}")
+    return names
 
 
 def plain(text: str) -> str:
@@ -5570,14 +5639,7 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[^\w.,'/\x80-\U0010ffff-]", " ", text).split())
 
 
-def write_csv(entries: Iterable[Row], out: TextIO) -> None:
-    """Write a row an entry, of what a statement shows but `seq`, and no memo like a formula."""
-    columns = [name for name in EntryPublic.model_fields if name != "seq"]
-    table = csv.DictWriter(out, columns, extrasaction="ignore")
-    table.writeheader()
-    for entry in entries:
-        memo = re.sub(r"^(?=[\s=+@\uff0b\uff0d\uff1d\uff20-])", "'", entry["ref"] or "")
-        table.writerow(entry | {"ts": utc_text(entry["ts"]), "ref": memo})
+EXPORTS = {"csv": write_csv, "hledger": write_hledger}
 
 
 def run_seed(settings: Settings, options: argparse.Namespace) -> None:
@@ -5661,6 +5723,11 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
         """Return a name as it was typed, also where the locale is of other bytes."""
         return name.encode(errors="surrogateescape").decode(errors="surrogateescape")
 
+    def moment(given: str) -> int:
+        """Return a time, or the midnight of a date in UTC, as it is stored."""
+        is_date = re.fullmatch(r"\d{4}-\d\d-\d\d", given, re.ASCII)
+        return parse_time(f"{given}T00:00Z" if is_date else given)
+
     parser = argparse.ArgumentParser(prog="ledger.py", description="A double-entry ledger.")
     commands = parser.add_subparsers(title="commands")
     serving = add_command(commands, "serve", serve)
@@ -5676,7 +5743,10 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     copying.add_argument("--from", dest="source", required=True, metavar="URL")
     copying.add_argument("--to", dest="target", required=True, metavar="URL")
     exporting = add_command(commands, "export", run_export)
-    exporting.add_argument("--format", required=True, choices=("hledger", "csv"))
+    exporting.add_argument("--format", required=True, choices=EXPORTS)
+    exporting.add_argument("--from", dest="start", type=moment, default=-math.inf, metavar="TIME")
+    exporting.add_argument("--to", type=moment, default=math.inf, metavar="TIME")
+    exporting.add_argument("--account", metavar="ID", help="only what touched this account")
     exporting.add_argument("file", type=Path, nargs="?", metavar="FILE")
     key_help = "make, show and end the API keys of callers"
     keys = commands.add_parser("key", help=key_help).add_subparsers(required=True)

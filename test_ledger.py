@@ -40,6 +40,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -7878,21 +7879,33 @@ HOSTILE_MEMOS = (
 )  # fmt: skip
 
 
-def exported(bank: "Bank", folder: Path, form: str) -> Path:
+def exported(bank: "Bank", folder: Path, form: str, *options: str) -> Path:
     """Export a ledger into a new file of a folder."""
-    file = folder / form
-    command = ["export", "--format", form, str(file), "--database-url", bank.database]
+    file = folder / f"{form}-{new_key()}"
+    command = ["export", "--format", form, str(file), *options, "--database-url", bank.database]
     assert ledger.main(command) == 0
     return file
 
 
+def exported_rows(bank: "Bank", folder: Path, *options: str) -> list[dict[str, str]]:
+    """Return the rows of an export as Python reads them."""
+    with exported(bank, folder, "csv", *options).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def hledger(file: Path, *report: str) -> list[dict[str, str]]:
-    """Return the lines of one of hledger's reports."""
-    command = [HLEDGER, "-f", str(file), *report, "-O", "csv"]
+    """Return the lines of one of hledger's reports, which it is strict about."""
+    command = [HLEDGER, "-f", str(file), "--strict", *report, "-O", "csv"]
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ran.stderr == ""
     return list(csv.DictReader(io.StringIO(ran.stdout)))
+
+
+def decimals(amount: int, asset: str) -> str:
+    """Return an amount as a program of another maker writes it."""
+    exponent = ledger.ASSETS[asset].exponent
+    return format(Decimal(amount).scaleb(-exponent), "f")
 
 
 @pytest.mark.skipif(not HLEDGER, reason="hledger is not installed (Debian: apt install hledger)")
@@ -7902,45 +7915,116 @@ def test_hledger_computes_the_same_balances(demo: "Bank", tmp_path: Path) -> Non
     demo.given(dict.fromkeys(HOSTILE_MEMOS[:2], 3)).given(dict.fromkeys(HOSTILE_MEMOS, 0))
     for number, hostile in enumerate(HOSTILE_MEMOS, 1):
         demo.transfer("ann", hostile, number, memo=hostile)
+    # Somebody is called as somebody else is with his id.
+    ben, fake = demo.ids["ben"], f"twin {demo.ids['ben']}"
+    demo.send("PATCH", f"/accounts/{ben}", json={"owner_name": "twin"})
+    demo.given(twin=1).given({fake: 2})
     demo.journal({"ann": -5, "ben": 5, "yen": -7, "sen": 7})
     demo.reverse(demo.last("ben"))
     demo.pay("ann", 50)
     file = exported(demo, tmp_path, "hledger")
-    stored = demo.rows("SELECT id, asset, balance FROM account WHERE balance <> 0")
-    assert {row["account"][-36:]: row["balance"] for row in hledger(file, "balance", "-N")} == {
-        account: f"{asset} {ledger.decimal_text(balance, ledger.ASSETS[asset].exponent)}"
-        for account, asset, balance in stored
-    }
+    stored = demo.rows("SELECT kind, asset, balance FROM account WHERE balance <> 0")
+    customers = [
+        f"{asset} {decimals(-sum_, asset)}" for kind, asset, sum_ in stored if kind[0] == "C"
+    ]
+    lines = hledger(file, "balance", "-N", "liabilities:customers")
+    shown = [amount for line in lines for amount in line["balance"].split(", ")]
+    assert sorted(shown) == sorted(customers)
+    [cash] = [line["balance"] for line in hledger(file, "balance", "-N", "assets:cash")]
+    query = "SELECT asset, -balance FROM account WHERE name = 'cash' AND balance <> 0"
+    assert cash.split(", ") == [f"{a} {decimals(b, a)}" for a, b in sorted(demo.rows(query))]
+    assert len(hledger(file, "balance", "-N", "-E", "twin")) == 3
     # What a caller wrote is nothing but a part of a name or of a description.
     lines = hledger(file, "print")
-    entries = demo.rows("SELECT transaction_id, account_id FROM entry")
-    assert sorted((line["code"], line["account"][-36:]) for line in lines) == sorted(entries)
+    entries = demo.rows(
+        "SELECT transaction_id, CASE type WHEN 'DEBIT' THEN amount ELSE -amount END, exponent"
+        " FROM entry JOIN account ON account.id = account_id JOIN asset ON code = asset"
+    )
+    moved = [(line["code"], Decimal(line["amount"])) for line in lines]
+    assert sorted(moved) == sorted((id, Decimal(by).scaleb(-digits)) for id, by, digits in entries)
     for column in ("status", "date2", "comment", "posting-status", "posting-comment"):
         assert {line[column] for line in lines} == {""}
 
 
-def test_a_spreadsheet_gets_the_lines_of_statements_and_no_formula(
+@pytest.mark.skipif(not HLEDGER, reason="hledger is not installed (Debian: apt install hledger)")
+def test_hledger_shows_what_an_accountant_expects(bank: "BankInside", tmp_path: Path) -> None:
+    bank.given(alice=1000, bob=0).transfer("alice", "bob", 300)
+    bank.pay("alice", 500)
+    bank.pass_time(DAY)
+    bank.given(yuki=70, asset="JPY")
+    bank.send("PATCH", f"/accounts/{bank.ids['yuki']}", json={"owner_name": "bob"})
+    file = exported(bank, tmp_path, "hledger")
+
+    def report(name: str) -> list[list[str]]:
+        return [list(line.values()) for line in hledger(file, name)]
+
+    assert report("balancesheet")[1:] == [
+        ["Assets", ""], ["assets:cash", "JPY 70, USD 10.00"], ["total", "JPY 70, USD 10.00"],
+        ["Liabilities", ""],
+        ["liabilities:merchants", "USD 5.00"],
+        ["liabilities:customers:alice", "USD 2.10"],
+        ["liabilities:customers:bob", "JPY 70, USD 3.00"],
+        ["total", "JPY 70, USD 10.10"],
+        ["Net:", "USD -0.10"],
+    ]  # fmt: skip
+    assert report("incomestatement")[4:] == [
+        ["expenses:cashback", "USD 0.10"], ["total", "USD 0.10"], ["Net:", "USD -0.10"],
+    ]  # fmt: skip
+
+
+def test_a_spreadsheet_gets_each_entry_with_decimals_and_no_formula(
     bank: "Bank", tmp_path: Path
 ) -> None:
-    bank.given(alice=100, bob=0)
-    for memo in HOSTILE_MEMOS:
-        bank.transfer("alice", "bob", 1, memo=memo)
-    with exported(bank, tmp_path, "csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["account_id"] == bank.ids["bob"]]
-    refs = [row["ref"] for row in rows]
-    for ref, memo in zip(refs, HOSTILE_MEMOS, strict=True):
-        assert ref in (memo, f"'{memo}")
-        assert not ref.strip().startswith(("=", "+", "-", "@", "\uff1d"))
-    lines = [{**line, "ref": refs.pop()} for line in bank.statement("bob")]
-    assert [line.pop("seq") for line in lines] == list(range(len(rows), 0, -1))
-    assert rows[::-1] == [{name: str(value) for name, value in line.items()} for line in lines]
+    bank.given(alice=100, bob=0).given({"=1+1": 700}, asset="JPY")
+    for number, memo in enumerate(HOSTILE_MEMOS):
+        bank.transfer("alice", "bob", 1, memo=memo, external_id=f"={number}")
+    rows = exported_rows(bank, tmp_path)
+    assert rows[1] == {
+        "date": rows[1]["date"], "time": rows[1]["time"], "kind": "DEPOSIT", "memo": "",
+        "transaction_id": bank.statement("alice")[-1]["transaction_id"],
+        "external_id": "", "owner": "alice",
+        "account_name": "", "account_id": bank.ids["alice"], "asset": "USD", "debit": "",
+        "credit": "1.00", "balance": "1.00",
+    }  # fmt: skip
+    for row in rows:
+        for name in ("memo", "external_id", "owner", "account_name"):
+            assert not row[name].strip().startswith(("=", "+", "-", "@", "\uff1d"))
+
+
+def test_an_export_can_be_of_one_account_and_of_some_time(
+    bank: "BankInside", tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank.given(alice=100, bob=0, carol=7)
+    bank.pass_time(DAY)
+    bank.transfer("alice", "bob", 30).raise_for_status()
+    bank.pass_time(1)
+    bank.transfer("alice", "carol", 5).raise_for_status()
+    first, *_, last = bank.statement("alice")[::-1]
+    day = first["ts"][:10]
+
+    def changes(*options: str) -> list[str]:
+        rows = exported_rows(bank, tmp_path, *options)
+        return [f"{row['owner']} {row['debit'] or '+' + row['credit']}" for row in rows]
+
+    # Transactions as a whole, so that it is still true that debits equal credits.
+    assert changes("--account", bank.ids["bob"]) == ["alice 0.30", "bob +0.30"]
+    assert changes("--account", "cash@USD", "--to", last["ts"])[3:] == ["carol +0.07"]
+    assert changes("--from", last["ts"]) == ["alice 0.05", "carol +0.05"]
+    assert changes("--to", day) == [] == changes("--to", "2026-01-01T00:00:00+01:00")
+    assert len(changes("--from", day)) == 8
+    command = ["export", "--format", "csv", "--database-url", bank.database]
+    assert ledger.main([*command, "--account", NOBODY]) == 1
+    assert capsys.readouterr().err == f"ledger: There is no account {NOBODY}\n"
+    with pytest.raises(SystemExit):
+        ledger.main([*command, "--from", "yesterday"])
+    assert "argument --from: invalid moment value: 'yesterday'" in capsys.readouterr().err
 
 
 def test_an_export_shows_one_moment(bank: "BankInside", monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "PORTION_ROWS", 2)
     bank.given(alice=100, bob=0, carol=3)
     with bank.ledger.database.read() as connection:
-        entries = ledger.exported(connection)
+        entries = ledger.exported(connection, ledger.portions(connection, "event"))
         seen = [next(entries)]
         bank.transfer("alice", "bob", 1)
         seen += entries
