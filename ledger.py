@@ -143,7 +143,6 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -1631,7 +1630,6 @@ RECEIVING_BYTES_MAX = SENDING_BYTES_MAX = 33_554_432  # For all callers together
 PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
 NEWEST_FIRST, OLDEST_FIRST = f"{10**18 - 1}_g", "0_"  # Where the pages of a list start.
 ERRORS_LISTED_MAX = 20
-METADATA_PARAMETER_NAME = re.compile(r"metadata\[.*\]", re.DOTALL)
 ALICE, BOB, RENT = (f"01a1fefb-c2f0-7ab1-8d0e-391f6d6292{end}" for end in ("a4", "b5", "c6"))
 # What the description shows of fields, by their names.
 EXAMPLES = {
@@ -1821,7 +1819,8 @@ CONTROLS = r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 NO_CONTROLS = partial(refuse_text, CONTROLS, "Text should hold no control characters")
 NOT_BLANK = partial(refuse_text, r"^\s*$", "Text should not be blank")
 # Python takes more for an integer than anybody writes as one.
-PLAIN_DIGITS = partial(refuse_text, r"^(?!-?[0-9]{1,40}\Z)", "Input should be a valid integer")
+NOT_PLAIN = r"^(?!-?[0-9]{1,40}\Z)"
+PLAIN_DIGITS = BeforeValidator(partial(refuse_text, NOT_PLAIN, "Input should be a valid integer"))
 Amount = Annotated[
     int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units", examples=[300])
 ]
@@ -1832,12 +1831,9 @@ Uuid = Annotated[str, pydantic.StringConstraints(pattern=UUID_PATTERN)]
 AccountId = Annotated[Uuid, names_account("{}"), pydantic.Field(examples=[ALICE])]
 HoldOrTransactionId = Annotated[Uuid, names_account(ACCOUNTS_OF + "{}")]
 OtherAccountId = Annotated[AccountId, pydantic.Field(examples=[BOB])]
-PlainInt = Annotated[int, BeforeValidator(PLAIN_DIGITS)]
+PlainInt = Annotated[int, PLAIN_DIGITS]
 Limit = Annotated[
-    int,
-    pydantic.Field(ge=1, le=PAGE_SIZE_MAX),
-    BeforeValidator(PLAIN_DIGITS),
-    Query(description="How many a page has at most"),
+    int, Query(ge=1, le=PAGE_SIZE_MAX, description="How many a page has at most"), PLAIN_DIGITS
 ]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
 MetadataName = Annotated[PrintableText, pydantic.StringConstraints(min_length=1, max_length=40)]
@@ -1856,16 +1852,10 @@ MetadataFilter = Annotated[
 Moment = Annotated[int, BeforeValidator(parse_time), TIME_SCHEMA]
 
 
-def add_example(schema: Row) -> None:
-    """Give a request's schema an example, of those that its fields have."""
-    fields = schema["properties"].items()
-    schema["examples"] = [{name: f["examples"][0] for name, f in fields if "examples" in f}]
-
-
 class RequestBody(BaseModel):
     """What a caller sends; a field that is not known is refused, so that no typo is lost."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", json_schema_extra=add_example)
+    model_config = pydantic.ConfigDict(extra="forbid")
 
 
 class Misfit(BaseModel):
@@ -1886,13 +1876,7 @@ class Problem(BaseModel):
     errors: list[Misfit] = []
 
 
-# What the API's description says of errors: by the parameter of a path, what may not be there.
-NOT_FOUND = {
-    "account_id": AccountNotFound,
-    "transaction_id": TransactionNotFound,
-    "payment_id": PaymentNotFound,
-    "hold_id": HoldNotFound,
-}
+# What the API's description says of errors.
 OF_ALL = (DatabaseBusy, DatabaseUnavailable, InternalError)
 OF_CALLERS = (Unauthorized, Forbidden)
 OF_WRITES = (
@@ -2020,7 +2004,9 @@ class LedgerRoute(APIRoute):
     def refusals(self, path: str) -> set[type[LedgerError]]:
         """Return the kinds of errors that the route can answer with."""
         kinds = {*self.policy.raises, *OF_ALL, *(OF_CALLERS if self.policy.roles else ())}
-        kinds |= {kind for name, kind in NOT_FOUND.items() if f"{{{name}}}" in path}
+        # What a parameter of the path names may not be there.
+        missing = [f"{name}_not_found" for name in re.findall("{([a-z]+)_id}", path)]
+        kinds |= {LedgerError.kinds[code] for code in missing}
         kinds |= set(OF_WRITES) if self.writes else set()
         fields = self.arguments.model_fields
         kinds |= {InvalidRequest} if fields or not self.lenient else set()
@@ -2126,16 +2112,13 @@ class LedgerRoute(APIRoute):
         """Return the function's arguments, each of its declared type."""
         given: Row = {}
         if scope["query_string"]:
-            pairs = parse_qsl(scope["query_string"].decode("latin-1"), True)
-            notes = {
-                (name[9:-1], value)
-                for name, value in pairs
-                if METADATA_PARAMETER_NAME.fullmatch(name)
-            }
-            given = {"metadata": sorted(notes)} if notes else {}
-            given |= {
-                name: value for name, value in pairs if not METADATA_PARAMETER_NAME.fullmatch(name)
-            }
+            notes = set()
+            for name, value in parse_qsl(scope["query_string"].decode("latin-1"), True):
+                if found := re.fullmatch(r"(?s)metadata\[(.*)\]", name):
+                    notes.add((found[1], value))
+                else:
+                    given[name] = value
+            given = {"metadata": sorted(notes)} | given if notes else given
         # PostgreSQL cannot even ask for a NUL, and no name has one.
         given |= {name: text.replace("\0", "\1") for name, text in scope["path_params"].items()}
         given |= {"body": document} if self.body_field else {}
@@ -2239,50 +2222,43 @@ async def refuse_path(request: Request, error: Any) -> Response:
 
 
 P = TypeVar("P", bound=Public)
+Part = tuple[int, str | None]  # Of a list: how many rows at most, and the cursor that leads there.
 
 
-class Page(BaseModel, Generic[T]):
+class Page(BaseModel, Generic[P]):
     """A part of a list, and the cursor of the next part."""
 
-    items: list[T]
+    items: list[P]
     next_cursor: str | None
 
+    @classmethod
+    def read(
+        cls, books: Connection, listed: str, query: str, part: Part, start: str = "", **values: Any
+    ) -> Self:
+        """Return rows of a query beyond the place that a cursor leads to, its `:seq` and its `:id`.
 
-def read_page(
-    connection: Connection,
-    listed: str,
-    query: str,
-    limit: int,
-    cursor: str | None,
-    start: str,
-    **values: Any,
-) -> Row:
-    """Return rows of a query beyond the place that a cursor leads to, its `:seq` and its `:id`.
+        A cursor has a checksum over the place and over what is listed, which keeps mistakes out.
+        """
 
-    A cursor has a checksum over the place and over what is listed, which keeps mistakes out.
-    """
+        def lead_to(place: str) -> str:
+            checked = json.dumps([listed, values, place])
+            return f"{place}.{hashlib.sha256(checked.encode()).hexdigest()[:16]}"
 
-    def lead_to(place: str) -> str:
-        checked = json.dumps([listed, values, place])
-        return f"{place}.{hashlib.sha256(checked.encode()).hexdigest()[:16]}"
-
-    place = start if cursor is None else cursor.rpartition(".")[0]
-    if cursor not in (None, lead_to(place)) or not re.fullmatch("[0-9]{1,18}_[0-9a-g-]*", place):
-        raise InvalidCursor("Invalid cursor")
-    seq, _, row_id = place.partition("_")
-    values_at = {"seq": int(seq), "id": row_id, "limit": limit + 1, "now": utc_now()}
-    rows = connection.rows(f"{query} LIMIT :limit", **values, **values_at)
-    items, next_cursor = within_bounds(rows[:limit]), None
-    if len(rows) > len(items):
-        last_seq = min(row.get("seq", 0) for row in items)
-        next_cursor = lead_to(f"{last_seq}_{items[-1]['id']}")
-    return {"items": items, "next_cursor": next_cursor}
-
-
-def shown_page(kind: type[Page[P]], shown: type[P], page: Row) -> Page[P]:
-    """Return a page of rows as they are shown."""
-    items = [shown.of(row) for row in page["items"]]
-    return kind.model_construct(items=items, next_cursor=page["next_cursor"])
+        limit, cursor = part
+        place = (start or NEWEST_FIRST) if cursor is None else cursor.rpartition(".")[0]
+        is_given = cursor in (None, lead_to(place))
+        if not (is_given and re.fullmatch("[0-9]{1,18}_[0-9a-g-]*", place)):
+            raise InvalidCursor("Invalid cursor")
+        seq, _, row_id = place.partition("_")
+        values_at = {"seq": int(seq), "id": row_id, "limit": limit + 1, "now": utc_now()}
+        rows = books.rows(f"{query} LIMIT :limit", **values, **values_at)
+        found, next_cursor = within_bounds(rows[:limit]), None
+        if len(rows) > len(found):
+            last_seq = min(row.get("seq", 0) for row in found)
+            next_cursor = lead_to(f"{last_seq}_{found[-1]['id']}")
+        [shown] = cls.__pydantic_generic_metadata__["args"]
+        items = [shown.of(row) for row in found]
+        return cls.model_construct(items=items, next_cursor=next_cursor)
 
 
 def within_bounds(rows: list[Row]) -> list[Row]:
@@ -2416,8 +2392,8 @@ def list_accounts(
     columns = {"owner_name": owner_name, "name": name, "external_id": external_id}
     joins, where, row_id, values = filtered(metadata, "account", **columns)
     query = f"{ACCOUNTS}{joins} WHERE kind = 'CUSTOMER'{where} AND {row_id} > :id ORDER BY {row_id}"
-    page = read_page(connection, "accounts", query, limit, cursor, OLDEST_FIRST, **values)
-    return shown_page(Page[AccountPublic], AccountPublic, page)
+    part = (limit, cursor)
+    return Page[AccountPublic].read(connection, "accounts", query, part, OLDEST_FIRST, **values)
 
 
 @api.get("/accounts/{account_id}", tags=["accounts"])
@@ -2541,8 +2517,8 @@ def get_statement(
     before = last_before(connection, account, to)["seq"] + 1
     query = f"{ENTRIES_OF_ACCOUNT} AND seq < :seq AND seq > :after ORDER BY seq DESC"
     values = {"account": account_id, "from": start, "after": after, "to": to}
-    page = read_page(connection, "entries", query, limit, cursor, f"{before}_", **values)
-    return shown_page(Page[EntryPublic], EntryPublic, page)
+    part = (limit, cursor)
+    return Page[EntryPublic].read(connection, "entries", query, part, f"{before}_", **values)
 
 
 def last_before(connection: Connection, account: Row, moment: int | None) -> Row:
@@ -2695,9 +2671,10 @@ def list_transactions(
             where, values[name] = where + condition, moment
     query = f"SELECT event.*, {seq} AS seq, {REVERSED_BY}, {ENTRY_COUNT} FROM {source}{joins} "  # noqa: S608
     query += f"WHERE {IS_TRANSACTION}{where} AND {row_id} < :id ORDER BY {order} DESC"
-    page = read_page(connection, "transactions", query, limit, cursor, NEWEST_FIRST, **values)
-    page["items"] = with_entries(connection.rows, page["items"])
-    return shown_page(Page[TransactionPublic], TransactionPublic, page)
+    part = (limit, cursor)
+    page = Page[TransactionPublic].read(connection, "transactions", query, part, **values)
+    with_entries(connection.rows, [vars(transaction) for transaction in page.items])
+    return page
 
 
 class EntryCreate(RequestBody):
@@ -2712,7 +2689,6 @@ EXAMPLE_ENTRIES = [
     {"account_id": ALICE, "type": "DEBIT", "amount": 300},
     {"account_id": BOB, "type": "CREDIT", "amount": 300},
 ]
-NEW_TRANSACTION: Any = {"status": 201, "location": "/transactions/{0.id}"}
 
 
 class TransactionCreate(EventCreate):
@@ -2755,9 +2731,7 @@ class BulkCreate(RequestBody):
     """Many transfers, one after the other; all of them or none, if it is `atomic`."""
 
     atomic: Annotated[bool, pydantic.Field(strict=True)] = True
-    transfers: list[TransferCreate] = pydantic.Field(
-        min_length=1, max_length=1_000, examples=[TransferCreate.model_json_schema()["examples"]]
-    )
+    transfers: list[TransferCreate] = pydantic.Field(min_length=1, max_length=1_000)
 
 
 class BulkResult(BaseModel):
@@ -2855,11 +2829,9 @@ def list_holds(
         query = (
             f"{part % ('account_id', 'held')} UNION ALL {part % ('dest_account_id', 'promised')}"
         )
-    among = {"account": account_id, "status": status}
-    page = read_page(
-        connection, "holds", f"{query} ORDER BY id DESC", limit, cursor, NEWEST_FIRST, **among
-    )
-    return shown_page(Page[HoldPublic], HoldPublic, page)
+    among: Row = {"account": account_id, "status": status}
+    query += " ORDER BY id DESC"
+    return Page[HoldPublic].read(connection, "holds", query, (limit, cursor), **among)
 
 
 class PaymentCreate(AmountCreate):
@@ -2941,7 +2913,7 @@ def parse_details(arguments: Any) -> Any:
     return {"damaged": arguments}
 
 
-class AuditEventPublic(BaseModel):
+class AuditEventPublic(Public):
     """Who did what and when; `details` are the arguments, as they were asked."""
 
     id: str
@@ -2950,7 +2922,7 @@ class AuditEventPublic(BaseModel):
     action: str
     account_id: str | None
     transaction_id: str | None
-    details: Annotated[Row, BeforeValidator(parse_details)]
+    details: Row
 
 
 @api.get("/audit", tags=["audit and events"])
@@ -2963,12 +2935,13 @@ def list_audit_events(
 ) -> Page[AuditEventPublic]:
     """List what was done, newest first; of one account, all that touched it."""
     query = AUDIT_OF_ACCOUNT if account_id else AUDIT_OF_ALL
-    page = read_page(connection, "audit", query, limit, cursor, NEWEST_FIRST, account_id=account_id)
-    for row in page["items"]:
+    among: Row = {"account_id": account_id}
+    page = Page[AuditEventPublic].read(connection, "audit", query, (limit, cursor), **among)
+    for row in map(vars, page.items):
         row["action"] = ACTIONS.get(row["kind"], row["kind"].lower())
-        row["details"] = row["arguments"]
+        row["details"] = parse_details(row["arguments"])
         row["transaction_id"] = row["id"] if row["kind"].isupper() else None
-    return Page[AuditEventPublic](**page)
+    return page
 
 
 After = Annotated[str | None, Query(description="The `next` of the page before")]
@@ -3182,23 +3155,19 @@ BankTime = Annotated[
     int, pydantic.Field(strict=True, ge=0, le=2**53, examples=[1]), AfterValidator(note_time)
 ]
 BankTimeInQuery = Annotated[
-    int,
-    pydantic.Field(ge=0, le=2**53),
-    BeforeValidator(PLAIN_DIGITS),
-    AfterValidator(note_time),
+    int, pydantic.Field(ge=0, le=2**53), PLAIN_DIGITS, AfterValidator(note_time)
 ]
 BankName = Annotated[Name, names_account(BANK_ACCOUNT)]
-
-BANK_ERRORS = {
-    AccountExists: (409, "Account already exists"),
-    AccountNotFound: (404, "Account not found"),
-}
 
 
 class BankRoute(LedgerRoute):
     """A route of the banking kata."""
 
-    errors, lenient = BANK_ERRORS, True
+    lenient = True
+    errors: ClassVar[Overrides] = {
+        AccountExists: (409, "Account already exists"),
+        AccountNotFound: (404, "Account not found"),
+    }
 
 
 bank = APIRouter(prefix="/bank", tags=["bank"], route_class=BankRoute)
@@ -3438,19 +3407,6 @@ Number = Annotated[str, pydantic.StringConstraints(max_length=200, pattern="^[!-
 PRELOAD = TypeAdapter(dict[Number, Balance])
 
 
-def atm_first_accounts(settings: "Settings", demo: bool) -> Iterator["partial[None]"]:
-    """Return what opens the accounts of PRELOAD_ACCOUNTS, or of the demo."""
-    given = settings.preload_accounts or (ATM_DEMO if demo else "{}")
-    try:
-        balances = PRELOAD.validate_python(parse_json(given.encode()))
-    except (LedgerError, ValidationError, UnicodeError):
-        raise StartupError('PRELOAD_ACCOUNTS must be JSON such as {"1001": "500.00"}') from None
-    for number, balance in balances.items():
-        cents = Decimal(balance).quantize(Decimal("0.01"), ROUND_HALF_UP, Context(prec=40))
-        amount = minor_units(str(cents), ATM_EXPONENT)
-        yield partial(open_atm_account, number=number, amount=amount)
-
-
 def open_atm_account(book: Book, *, number: str, amount: int) -> None:
     """Open an account with what it holds."""
     open_account(book, owner_name=number, asset="USD", name=f"atm:{number}")
@@ -3467,17 +3423,28 @@ DollarsIn = Annotated[
 Dollars = Annotated[int, pydantic.PlainSerializer(lambda cents: decimal_text(cents, 2), str)]
 AtmNumber = Annotated[str, names_account(ATM_ACCOUNT)]
 
-ATM_ERRORS = {
-    AccountNotFound: (404, "account not found"),
-    InsufficientFunds: (400, "insufficient funds"),
-}
-
 
 class AtmRoute(LedgerRoute):
     """A route of the cash machine."""
 
-    errors, exponent, lenient = ATM_ERRORS, ATM_EXPONENT, True
-    first_accounts = staticmethod(atm_first_accounts)
+    exponent, lenient = ATM_EXPONENT, True
+    errors: ClassVar[Overrides] = {
+        AccountNotFound: (404, "account not found"),
+        InsufficientFunds: (400, "insufficient funds"),
+    }
+
+    @staticmethod
+    def first_accounts(settings: "Settings", demo: bool) -> Iterator["partial[None]"]:
+        """Return what opens the accounts of PRELOAD_ACCOUNTS, or of the demo."""
+        given = settings.preload_accounts or (ATM_DEMO if demo else "{}")
+        try:
+            balances = PRELOAD.validate_python(parse_json(given.encode()))
+        except (LedgerError, ValidationError, UnicodeError):
+            raise StartupError('PRELOAD_ACCOUNTS must be JSON such as {"1001": "500.00"}') from None
+        for number, balance in balances.items():
+            cents = Decimal(balance).quantize(Decimal("0.01"), ROUND_HALF_UP, Context(prec=40))
+            amount = minor_units(str(cents), ATM_EXPONENT)
+            yield partial(open_atm_account, number=number, amount=amount)
 
 
 atm = APIRouter(prefix="/atm", tags=["atm"], route_class=AtmRoute)
@@ -3571,10 +3538,6 @@ def wallet(user: str, asset_type_id: int) -> str:
     return f"wallets:{user}@{WALLET_ASSETS[asset_type_id]}"
 
 
-WALLET_DEMO = (
-    partial(open_funded_wallets, user="user_alice", amounts=(100, 50, 500)),
-    partial(open_funded_wallets, user="user_bob", amounts=(80, 30, 200)),
-)
 CreditsIn = Annotated[
     int,
     BeforeValidator(partial(parse_decimal, exponent=WALLET_EXPONENT, or_number=True)),
@@ -3586,20 +3549,20 @@ KeyInBody = Annotated[str | None, AfterValidator(note_key), pydantic.Field(exclu
 WalletOwner = Annotated[str, names_account(*WALLETS)]
 
 
-WALLET_ERRORS = {
-    AccountNotFound: (404, "User account not found"),
-    InsufficientFunds: (402, "Insufficient balance: have {balance}, need {requested}"),
-}
-
-
 class WalletRoute(LedgerRoute):
     """A route of the wallets."""
 
-    errors, exponent, lenient = WALLET_ERRORS, WALLET_EXPONENT, True
+    exponent, lenient = WALLET_EXPONENT, True
+    errors: ClassVar[Overrides] = {
+        AccountNotFound: (404, "User account not found"),
+        InsufficientFunds: (402, "Insufficient balance: have {balance}, need {requested}"),
+    }
 
     @staticmethod
-    def first_accounts(settings: "Settings", demo: bool) -> Iterable["partial[None]"]:
-        return WALLET_DEMO if demo else ()
+    def first_accounts(settings: "Settings", demo: bool) -> Iterator["partial[None]"]:
+        funds = {"user_alice": (100, 50, 500), "user_bob": (80, 30, 200)}
+        for user, amounts in funds.items() if demo else ():
+            yield partial(open_funded_wallets, user=user, amounts=amounts)
 
 
 wallets = APIRouter(prefix="/api/v1/wallets", tags=["wallets"], route_class=WalletRoute)
@@ -4955,22 +4918,17 @@ async def get_docs(request: Request) -> Response:
 
 
 @lru_cache
-def docs_asset(name: str, media_type: str) -> Response:
+def docs_asset(name: str) -> Response:
     """Return what the docs are made of, which a package brings along: they need no network."""
-    file = resources.files("fastapi_offline") / "static" / name
-    return Response(file.read_bytes(), media_type=media_type)
+    file, kind = resources.files("fastapi_offline") / "static" / name, name.rpartition(".")[2]
+    return Response(file.read_bytes(), media_type=f"text/{kind.replace('js', 'javascript')}")
 
 
 @pages.get("/docs/swagger-ui-bundle.js")
-async def get_docs_script() -> Response:
-    """Serve the script of the docs."""
-    return docs_asset("swagger-ui-bundle.js", "text/javascript")
-
-
 @pages.get("/docs/swagger-ui.css")
-async def get_docs_style() -> Response:
-    """Serve the style of the docs."""
-    return docs_asset("swagger-ui.css", "text/css")
+async def get_docs_asset(request: Request) -> Response:
+    """Serve the script or the style of the docs."""
+    return docs_asset(request.scope["path"].rpartition("/")[2])
 
 
 @api.get("/metrics", include_in_schema=False)
@@ -5016,6 +4974,7 @@ def application(
     waiting.set_function(lambda: sum(map(len, [*ledger._waiting.values()])))
     app = FastAPI(
         openapi_url=None,
+        openapi_tags=[{"name": name, "description": about} for name, about in TAGS.items()],
         title="ledger.py",
         version=__version__,
         description="A double-entry ledger: durable, idempotent, never negative, always balanced.",
@@ -5063,13 +5022,7 @@ def describe(app: FastAPI) -> Row:
     """Return the description of the API for programs, made once."""
     if app.openapi_schema:
         return app.openapi_schema
-    described = app.openapi_schema = get_openapi(
-        title=app.title,
-        version=app.version,
-        description=app.description,
-        routes=app.routes,
-        tags=[{"name": name, "description": about} for name, about in TAGS.items()],
-    )
+    described = FastAPI.openapi(app)
     components = described.setdefault("components", {})
     problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas = components.setdefault("schemas", {})
@@ -5077,28 +5030,30 @@ def describe(app: FastAPI) -> Row:
     components["securitySchemes"] = SECURITY
     for path in described["paths"].values():
         for operation in path.values():
-            for response in operation["responses"].values():
-                for content in response.get("content", {}).values():
-                    if "examples" not in content:
-                        content["example"] = example_of(content["schema"], schemas)
+            bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
+            for content in [shown for body in bodies for shown in body.get("content", {}).values()]:
+                if "examples" not in content:
+                    content["example"] = example_of(content["schema"], schemas)
     return described
 
 
 def example_of(schema: Row, schemas: Row) -> Any:
-    """Return an example of what a schema describes."""
+    """Return an example of what a schema describes: what is required, or has a default."""
     schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
-    for name in ("anyOf", "allOf"):
-        if name in schema:
-            return example_of(schema[name][0], schemas)
+    default = [schema["default"]] if "default" in schema else []
+    for given in (*schema.get("examples", ()), *default, *schema.get("enum", ())):
+        return given
+    for each in (*schema.get("anyOf", ()), *schema.get("allOf", ())):
+        return example_of(each, schemas)
     if "properties" in schema:
-        fields = schema["properties"].items()
-        return {name: EXAMPLES.get(name) or example_of(each, schemas) for name, each in fields}
+        required, fields = schema.get("required", ()), schema["properties"].items()
+        shown = [(name, each) for name, each in fields if name in required or "default" in each]
+        return {name: EXAMPLES.get(name) or example_of(each, schemas) for name, each in shown}
     if schema.get("type") == "array":
         return [example_of(schema["items"], schemas)]
-    given = [*schema.get("examples", ()), *schema.get("enum", ())]
     kinds = {"date-time": "2026-11-21T12:00:00.000000Z", "integer": 300, "object": {}}
     kind = schema.get("format") or schema.get("type", "")
-    return given[0] if given else kinds.get(kind, "text" if kind == "string" else None)
+    return kinds.get(kind, "text" if kind == "string" else None)
 
 
 def open_first_accounts(
