@@ -22,6 +22,7 @@ import multiprocessing.forkserver
 import os
 import random
 import re
+import runpy
 import secrets
 import shutil
 import signal
@@ -800,51 +801,16 @@ def test_an_answer_goes_out_only_after_the_commit(servers: "Bank") -> None:
 
 
 def test_nothing_is_lost_and_nothing_happens_twice_however_often_it_dies(database: str) -> None:
-    people = {f"person {number}": 1_000 for number in range(6)}
-    moves: dict[Move, dict[str, int] | None] = {}
-    with opened(database) as bank:
-        ids = bank.given(people).ids
-    for death in range(CYCLES + 1):
-        with serving(database) as server:
-            server.bank.ids = ids
-            # First of all, what was in doubt when the last process died is asked once more.
-            for move in [move for move, changes in moves.items() if changes is None]:
-                moves[move] = made(server.bank, move)
-            model = Counter(people)
-            for changes in moves.values():
-                model.update(changes)
-            assert server.bank.balances() == model
-            if death < CYCLES:
-                load_until_killed(server, partial(move_at_random, server.bank, moves), 200)
+    options = ("--cycles", str(CYCLES), "--database-url", database)
+    assert re.search(r"\b0 wrong\b", prove("crash.py", *options))
     assert ledger.main(["check", "--database-url", database]) == 0
 
 
-class Move(NamedTuple):
-    """A transfer, or a hold and its capture, under a key."""
-
-    source: str
-    dest: str
-    amount: int
-    key: str
-
-
-def move_at_random(bank: "Bank", moves: dict[Move, dict[str, int] | None]) -> None:
-    """Transfer something, and note how it changed balances; None as long as nobody knows."""
-    source, dest = random.sample(sorted(bank.ids), 2)
-    move = Move(source, dest, random.randint(1, 400), new_key())
-    moves[move] = None
-    moves[move] = made(bank, move)
-
-
-def made(bank: "Bank", move: Move) -> dict[str, int]:
-    """Ask for a transfer, or a hold and its capture, and return how it changed balances."""
-    is_held = move.amount % 3 == 0
-    answer = (bank.hold if is_held else bank.transfer)(*move[:3], key=move.key)
-    if is_held and answer.is_success:
-        answer = bank.capture(answer.json()["id"], key=move.key)
-    is_done = outcome(answer) == 200
-    assert is_done or refusal(answer) == (409, "insufficient_funds")
-    return {move.source: -move.amount, move.dest: move.amount} if is_done else {}
+@pytest.mark.skipif(CYCLES <= 3, reason="it takes some tries, and so some time")
+@pytest.mark.parametrize("broken", ["key-apart", "early-answer"])
+def test_the_program_that_kills_sees_what_is_lost(broken: str) -> None:
+    said = prove("crash.py", "--cycles", "100", "--servers", "1", "--broken", broken, status=1)
+    assert not re.search(r"\b0 wrong\b", said)
 
 
 def load_until_killed(server: "Server", act: Callable[[], Any], most: int) -> None:
@@ -9162,6 +9128,24 @@ def run_program(
     status = process.exitcode
     process.close()
     return subprocess.CompletedProcess(arguments, status, said.read_text(), log.read_text())
+
+
+def prove(program: str, *options: str, status: int = 0) -> str:
+    """Run a program of `bench/` as a fork; return its last line, which has the figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        ran = run_program(program, *options, folder=Path(folder), target=run_proof)
+    assert ran.returncode == status, ran.stdout + ran.stderr
+    return ran.stdout.splitlines()[-1]
+
+
+def run_proof(arguments: Sequence[str], _: Any, said: Path, log: Path) -> None:
+    """Do in a new process what `python bench/PROGRAM` does in an empty folder."""
+    os.chdir(log.parent)
+    for file, descriptor in ((said, 1), (log, 2)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    program = PROGRAM.with_name("bench") / arguments[0]
+    sys.argv, sys.path[:0] = [*arguments], [str(program.parent)]
+    runpy.run_path(str(program), run_name="__main__")
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -88,25 +88,42 @@ def make_key(url: str) -> str:
 
 @contextmanager
 def serving(
-    kind: str, folder: Path, database: str, url: str = "", program: Path = PROGRAM
+    kind: str,
+    folder: Path,
+    database: str,
+    url: str = "",
+    program: Path = PROGRAM,
+    **environment: str,
 ) -> Iterator[Server]:
     """Run a server as a process until the block ends; a keyed ledger is not in open mode."""
-    port, log = free_port(), folder / f"{database}.log"
     url = url or f"sqlite:///{folder / database}.db"
     api_key = make_key(url) if kind == "keyed" else ""
-    with log.open("wb") as output:
+    process, server = start(kind, folder, database, url, program, **environment)
+    try:
+        yield replace(server, api_key=api_key)
+    finally:
+        stop(process)
+
+
+def start(
+    kind: str, folder: Path, database: str, url: str, program: Path, **environment: str
+) -> tuple[subprocess.Popen[bytes], Server]:
+    """Start a server, and return its process once it accepts connections."""
+    port, log = free_port(), folder / f"{database}.log"
+    with log.open("ab") as output:
         process = subprocess.Popen(
             command_for(kind, port, url, program),
             cwd=folder,
-            env={**os.environ, "DATABASE_URL": url},
+            env={**os.environ, "DATABASE_URL": url, **environment},
             stdout=output,
             stderr=output,
         )
     try:
         wait_until_open(port, process, log)
-        yield Server(port, process.pid, folder / f"{database}.accounts", api_key)
-    finally:
+    except RuntimeError:
         stop(process)
+        raise
+    return process, Server(port, process.pid, folder / f"{database}.accounts")
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

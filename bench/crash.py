@@ -1,0 +1,384 @@
+"""Kill servers under a load of every kind of operation, again and again, and compare the books.
+
+After each kill the servers start again, and whatever had no answer is sent once more with its key.
+Then every answer of the cycle must come again under its key, byte for byte; every balance must be
+what the answers add up to; and in the end the integrity check must find nothing.
+"""
+
+import http.client
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from harness import Server, call, connect, free_port, tell
+from postgres import find_programs, new_postgres
+from proof import findings, module_of, program, read_options, rows
+
+CALLERS = 6
+PATIENCE_SECONDS = 60.0
+DAY = 86_400_000
+FIRST_ACCOUNTS = json.dumps({f"100{number}": "1000.00" for number in range(4)})
+
+
+@dataclass
+class Request:
+    """What is asked once, however often it is sent, and what it changes if it is done."""
+
+    path: str
+    body: dict[str, Any]
+    effect: dict[str, int] = field(default_factory=dict)
+    method: str = "POST"
+    key: str = field(default_factory=lambda: str(uuid4()))
+    status: int = 0
+    answer: bytes = b""
+    sent: int = 0
+
+    def send(self, link: http.client.HTTPConnection) -> tuple[int, bytes, bool]:
+        """Send it; return the status, 0 for none, the answer, and whether it was a replay."""
+        headers = {"Content-Type": "application/json", "Idempotency-Key": self.key}
+        try:
+            link.request(self.method, self.path, json.dumps(self.body), headers)
+            response = link.getresponse()
+            return response.status, response.read(), "Idempotent-Replayed" in response.headers
+        except (OSError, http.client.HTTPException):
+            link.close()
+            return 0, b"", False
+
+    def ask(self, link: http.client.HTTPConnection) -> bool:
+        """Send it, and keep its answer if it is one: that the server cannot now is none."""
+        self.sent += 1
+        status, answer, _ = self.send(link)
+        if status not in (0, 503, 507):
+            self.status, self.answer = status, answer
+        return self.status != 0
+
+
+Errand = Generator[Request, Any, None]
+"""Requests of which each one needs the answer to the last one."""
+
+
+@dataclass
+class Story:
+    """What the callers know."""
+
+    dice: random.Random
+    people: list[str] = field(default_factory=list)
+    balances: Counter[str] = field(default_factory=Counter)
+    requests: list[Request] = field(default_factory=list)
+
+    def two(self) -> list[str]:
+        """Return two people."""
+        return self.dice.sample(self.people, 2)
+
+    def amount(self) -> int:
+        """Return an amount that most can pay, for some time."""
+        return self.dice.randint(1, 400)
+
+
+def move_cash(story: Story) -> Errand:
+    """Bring money, take it out."""
+    (one, _), amount = story.two(), story.amount()
+    yield Request(f"/accounts/{one}/deposit", {"amount": amount}, {one: amount})
+    yield Request(f"/accounts/{one}/withdraw", {"amount": 2 * amount}, {one: -2 * amount})
+
+
+def transfer(story: Story) -> Errand:
+    """Transfer, and take some of it back."""
+    (one, two), amount = story.two(), story.amount()
+    ends = {"source_account_id": one, "dest_account_id": two}
+    done = yield Request("/transfers", {**ends, "amount": amount}, {one: -amount, two: amount})
+    if amount % 3 == 0:
+        path = f"/transactions/{done['transfer_id']}/reverse"
+        yield Request(path, {}, {one: amount, two: -amount})
+
+
+def transfer_many(story: Story) -> Errand:
+    """Transfer many times in one request, all or none."""
+    (one, two), amounts = story.two(), [story.amount() for _ in range(5)]
+    ends = {"source_account_id": one, "dest_account_id": two, "metadata": {"run": "5"}}
+    transfers = [{**ends, "amount": amount} for amount in amounts]
+    total = sum(amounts)
+    yield Request("/transfers/bulk", {"transfers": transfers}, {one: -total, two: total})
+
+
+def journal(story: Story) -> Errand:
+    """Post three entries at once."""
+    (one, two, three), amount = story.dice.sample(story.people, 3), story.amount()
+    effect = {one: -2 * amount, two: amount, three: amount}
+    entries = [
+        {"account_id": name, "type": "CREDIT" if change > 0 else "DEBIT", "amount": abs(change)}
+        for name, change in effect.items()
+    ]
+    yield Request("/transactions", {"entries": entries}, effect)
+
+
+def hold(story: Story) -> Errand:
+    """Hold money, and capture it or give it up."""
+    (one, two), amount = story.two(), story.amount()
+    ends = {"account_id": one, "dest_account_id": two}
+    held = yield Request("/holds", {**ends, "amount": amount})
+    if amount % 2:
+        yield Request(f"/holds/{held['id']}/capture", {}, {one: -amount, two: amount})
+    else:
+        yield Request(f"/holds/{held['id']}/void", {})
+
+
+def pay(story: Story) -> Errand:
+    """Pay a merchant, and get it back."""
+    (one, _), amount = story.two(), story.amount()
+    body = {"account_id": one, "amount": amount}
+    done = yield Request("/payments", body, {one: -amount})
+    if amount % 2:
+        yield Request(f"/transactions/{done['payment_id']}/reverse", {}, {one: amount})
+
+
+def live(story: Story) -> Errand:
+    """Open an account, change it and close it."""
+    opened = yield Request("/accounts", {"owner_name": "Somebody", "metadata": {"a": "1"}})
+    path = f"/accounts/{opened['id']}"
+    yield Request(path, {"owner_name": "Somebody else"}, method="PATCH")
+    for step in story.dice.choice([("freeze", "unfreeze"), ("freeze", "close"), ("close",)]):
+        yield Request(f"{path}/{step}", {})
+
+
+def bank(story: Story) -> Errand:
+    """Do what the banking kata does; what it pays brings 2 % back when somebody looks later."""
+    one, two = story.dice.sample(["b0", "b1", "b2"], 2)
+    amount, mine = story.amount(), f"bank:{one}@USD"
+    body = {"timestamp": 1, "account_id": one, "amount": amount}
+    yield Request("/bank/deposits", body, {mine: amount})
+    yield Request("/bank/payments", body, {mine: amount * 2 // 100 - amount})
+    ends = {"timestamp": 1, "source_account_id": one, "target_account_id": two}
+    effect = {mine: -amount, f"bank:{two}@USD": amount}
+    yield Request("/bank/transfers", {**ends, "amount": amount}, effect)
+    if amount % 5 == 0:
+        yield look_later(one)
+
+
+def look_later(name: str) -> Request:
+    """Ask for a balance after a day, which credits what is due."""
+    return Request(f"/bank/accounts/{name}/balance?timestamp={DAY + 1}", {}, method="GET")
+
+
+def cash_machine(story: Story) -> Errand:
+    """Use the cash machine."""
+    number, amount = f"100{story.dice.randrange(4)}", story.amount()
+    body, mine = {"amount": f"{amount / 100:.2f}"}, f"atm:{number}@USD"
+    yield Request(f"/atm/accounts/{number}/deposit", body, {mine: amount})
+    yield Request(f"/atm/accounts/{number}/withdraw", body, {mine: -amount})
+
+
+def wallets(story: Story) -> Errand:
+    """Buy, get and spend credits."""
+    user, amount = f"w{story.dice.randrange(2)}", story.amount()
+    for step, sign in {"top-up": 1, "bonus": 1, "spend": -1}.items():
+        body = {"amount": f"{amount / 10_000:.4f}", "asset_type_id": 1}
+        path = f"/api/v1/wallets/users/{user}/{step}"
+        yield Request(path, body, {f"wallets:{user}@GOLD": sign * amount})
+
+
+ERRANDS: list[Callable[[Story], Errand]] = [move_cash, transfer, transfer_many, journal, hold]
+ERRANDS += [pay, live, bank, cash_machine, wallets]
+
+
+def open_all(server: Server, story: Story) -> None:
+    """Open the accounts of all, with money in them."""
+    with closing(connect(server)) as link:
+        for number in range(6):
+            opened = call(link, "POST", "/accounts", {"owner_name": f"person {number}"})
+            story.people.append(opened["id"])
+            call(link, "POST", f"/accounts/{opened['id']}/deposit", {"amount": 100_000})
+        for number in range(3):
+            body = {"timestamp": 1, "account_id": f"b{number}"}
+            call(link, "POST", "/bank/accounts", body)
+        for number in range(2):
+            call(link, "POST", "/api/v1/wallets/users", {"external_user_id": f"w{number}"})
+
+
+def run_errands(server: Server, story: Story, is_over: threading.Event) -> None:
+    """Run one errand after the other, until the time is over or the server is gone."""
+    with closing(connect(server)) as link:
+        while not is_over.is_set():
+            errand, found = story.dice.choice(ERRANDS)(story), None
+            while True:
+                try:
+                    request = errand.send(found)
+                except StopIteration:
+                    break
+                story.requests.append(request)
+                if not request.ask(link):
+                    return
+                if request.status >= 400:
+                    break
+                found = json.loads(request.answer)
+
+
+def send_again(server: Server, requests: list[Request]) -> None:
+    """Send what has no answer until it has one."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with closing(connect(server)) as link:
+        for request in requests:
+            while not request.status and not request.ask(link):
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{request.path} was not answered in time")
+                time.sleep(0.02)
+
+
+def stored_balances(ledger: Any, url: str) -> Counter[str]:
+    """Return the balances of all customers, under an id or a dialect's name."""
+    query = "SELECT id, name, asset, balance FROM account WHERE kind = 'CUSTOMER'"
+    return Counter(
+        {
+            f"{row['name']}@{row['asset']}" if row["name"] else row["id"]: row["balance"]
+            for row in rows(ledger, url, query)
+        }
+    )
+
+
+def differences(ledger: Any, url: str, server: Server, story: Story) -> list[str]:
+    """Compare every answer with the books, and return what is wrong."""
+    wrong = []
+    with closing(connect(server)) as link:
+        for name in ("b0", "b1", "b2"):
+            look_later(name).ask(link)
+        for request in story.requests:
+            story.balances.update(request.effect if request.status < 300 else {})
+            if request.status >= 500:
+                wrong.append(f"{request.path} was answered {request.status}")
+            if request.method != "GET":
+                again = request.send(link)
+                if again != (request.status, request.answer, True):
+                    first = (request.status, request.answer)
+                    wrong.append(f"{request.path} was answered {first}, and then {again}")
+    for name, balance in stored_balances(ledger, url).items():
+        if balance != story.balances[name]:
+            wrong.append(f"{name} has {balance}, and should have {story.balances[name]}")
+    return wrong
+
+
+class Running(NamedTuple):
+    """A server, and the process that it is."""
+
+    process: Any
+    server: Server
+
+
+def begin_fork(ledger: Any, folder: Path, url: str) -> Running:
+    """Start a server as a fork of this process, which has the program loaded already."""
+    port = free_port()
+    given = (ledger, folder / "forks.log", ["--port", str(port), "--database-url", url])
+    process = multiprocessing.get_context("fork").Process(target=be_server, args=given)
+    process.start()
+    return Running(process, Server(port, process.pid or 0, folder / "accounts"))
+
+
+def be_server(ledger: Any, log: Path, arguments: list[str]) -> None:
+    """Serve, as `python ledger.py` does."""
+    sys.stdout = sys.stderr = log.open("a")
+    sys.exit(ledger.main(["serve", *arguments]))
+
+
+def ready(begin: Callable[[], Running]) -> tuple[Running, float]:
+    """Start a server, and return it with the time until its first answer."""
+    began = time.monotonic()
+    running = begin()
+    while time.monotonic() < began + PATIENCE_SECONDS and running.process.is_alive():
+        with suppress(OSError), closing(connect(running.server)) as link:
+            call(link, "GET", "/health")
+            return running, time.monotonic() - began
+        time.sleep(0.01)
+    raise RuntimeError("a server did not start")
+
+
+def load_and_kill(servers: list[Running], story: Story, seconds: float) -> list[int]:
+    """Load all servers, kill some of them, and return which."""
+    is_over = threading.Event()
+    callers = [
+        threading.Thread(
+            target=run_errands, args=(servers[n % len(servers)].server, story, is_over)
+        )
+        for n in range(CALLERS)
+    ]
+    for caller in callers:
+        caller.start()
+    time.sleep(seconds)
+    killed = story.dice.sample(range(len(servers)), story.dice.randint(1, len(servers)))
+    for number in killed:
+        servers[number].process.kill()
+    is_over.set()
+    for caller in callers:
+        caller.join()
+    return killed
+
+
+def run(folder: Path, url: str, options: Any) -> int:
+    """Play the cycles, and print their figures."""
+    os.environ["PRELOAD_ACCOUNTS"] = FIRST_ACCOUNTS
+    ledger = module_of(program(folder, options.broken))
+    story, end = Story(random.Random(options.seed)), time.monotonic() + options.seconds  # noqa: S311
+    wrong: list[str] = []
+    counts: Counter[str] = Counter()
+    times: list[float] = []
+    begin = partial(begin_fork, ledger, folder, url)
+    servers = [ready(begin)[0] for _ in range(options.servers)]
+    try:
+        open_all(servers[0].server, story)
+        story.balances = stored_balances(ledger, url)
+        while counts["cycles"] < options.cycles and not wrong and time.monotonic() < end:
+            story.requests = []
+            for number in load_and_kill(servers, story, story.dice.uniform(0.02, 0.5)):
+                servers[number].process.join()
+                servers[number], seconds = ready(begin)
+                times.append(seconds)
+            send_again(servers[-1].server, story.requests)
+            wrong = differences(ledger, url, servers[0].server, story)
+            counts["cycles"] += 1
+            counts["requests"] += len(story.requests)
+            counts["again"] += sum(request.sent > 1 for request in story.requests)
+            if counts["cycles"] % 20 == 0:
+                tell(f"{counts['cycles']} cycles, {counts['requests']:,} requests")
+    finally:
+        for running in servers:
+            running.process.terminate()
+            running.process.join()
+    wrong += findings(ledger, url)
+    print(*wrong[:10], sep="\n", end="\n" if wrong else "")
+    print(
+        f"crash: {counts['cycles']} cycles on {url.partition(':')[0]}, {options.servers} servers: "
+        f"{counts['requests']:,} requests, {counts['again']:,} sent again; {len(wrong)} wrong; "
+        f"ready after {median(times):.2f} s, at most {max(times):.2f} s"
+    )
+    return int(bool(wrong))
+
+
+def main() -> int:
+    """Read the options and run."""
+    options = read_options(__doc__, cycles=25, servers=2, postgresql=False, database_url="")
+    with tempfile.TemporaryDirectory(prefix="ledger-crash-") as name, ExitStack() as stack:
+        folder, url = Path(name), options.database_url or f"sqlite:///{name}/ledger.db"
+        if options.postgresql:
+            programs = find_programs()
+            if programs is None:
+                tell("PostgreSQL is missing; get it with: apt-get install postgresql")
+                return 2
+            folder.chmod(0o755)  # It runs as another user where this is root.
+            url = stack.enter_context(new_postgres(programs, folder / "postgresql")).url
+        return run(folder, url, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
