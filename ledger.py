@@ -77,6 +77,7 @@ import base64
 import copy
 import csv
 import gc
+import glob
 import hashlib
 import hmac
 import inspect
@@ -1836,6 +1837,7 @@ Limit = Annotated[
     int, Query(ge=1, le=PAGE_SIZE_MAX, description="How many a page has at most"), PLAIN_DIGITS
 ]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
+Search = Annotated[Printable | None, Query(description="How a text begins, whatever the case")]
 MetadataName = Annotated[PrintableText, pydantic.StringConstraints(min_length=1, max_length=40)]
 MetadataText = Annotated[PrintableText, pydantic.StringConstraints(max_length=500)]
 # As it is stored, and in one order: two objects that differ in it alone mean the same.
@@ -2386,11 +2388,13 @@ def list_accounts(
     owner_name: Printable | None = None,
     name: Annotated[PrintableText, pydantic.StringConstraints(max_length=220)] | None = None,
     external_id: Printable | None = None,
+    search: Search = None,
     metadata: MetadataFilter = (),
 ) -> Page[AccountPublic]:
     """List the customers' accounts, oldest first; `metadata[NAME]=VALUE` finds by notes."""
     columns = {"owner_name": owner_name, "name": name, "external_id": external_id}
     joins, where, row_id, values = filtered(metadata, "account", **columns)
+    where += begins(connection, search, values, "owner_name", "account.name", "external_id")
     query = f"{ACCOUNTS}{joins} WHERE kind = 'CUSTOMER'{where} AND {row_id} > :id ORDER BY {row_id}"
     part = (limit, cursor)
     return Page[AccountPublic].read(connection, "accounts", query, part, OLDEST_FIRST, **values)
@@ -2448,6 +2452,20 @@ def filtered(metadata: MetadataFilter, table: str, **columns: Any) -> tuple[str,
     # Another column's index is the better one to begin with.
     row_id = "note0.owner_id" if metadata and not condition else f"{table}.id"
     return joins, condition, row_id, values
+
+
+def begins(connection: Connection, search: str | None, values: Row, *columns: str) -> str:
+    """Return what must hold where a column begins with a text, whatever the case; add its value."""
+    if not search:
+        return ""
+    # By Python's own tables: what an engine knows of cases depends on how it was set up.
+    on_server = connection.engine == "postgresql"
+    escape = re.escape if on_server else glob.escape
+    cased = [("".join(sorted({char.lower(), char.upper()})), char) for char in search]
+    pattern = "".join(f"[{both}]" if len(both) == 2 else escape(char) for both, char in cased)
+    values["search"] = f"^{pattern}" if on_server else f"{pattern}*"
+    operator = "~" if on_server else "GLOB"
+    return f" AND ({' OR '.join(f'{column} {operator} :search' for column in columns)})"
 
 
 class AccountChange(RequestBody):
@@ -2656,10 +2674,12 @@ def list_transactions(
     kind: TransactionKind | None = None,
     start: Annotated[Moment | None, Query(alias="from")] = None,
     to: Moment | None = None,
+    search: Search = None,
     metadata: MetadataFilter = (),
 ) -> Page[TransactionPublic]:
     """List transactions, newest first; `metadata[NAME]=VALUE` finds by notes."""
     joins, where, row_id, values = filtered(metadata, "event", external_id=external_id, kind=kind)
+    where += begins(connection, search, values, "memo", "external_id")
     source, seq, order = "event", "0", row_id
     if account_id is not None:
         source, seq, order = "entry JOIN event ON event.id = transaction_id", "entry.seq", "seq"

@@ -3719,6 +3719,36 @@ def test_accounts_are_found_by_exactly_their_metadata(bank: "Bank") -> None:
     assert owners(**{"metadata[order]": "%"}) == []
 
 
+def test_accounts_and_transactions_are_found_by_how_a_text_begins(bank: "Bank") -> None:
+    names = ["Alice", "ALIENA", "\u00c4lva", "\u00f8rebro", "10%0", "[a]*", "^x.y", "a\\d"]
+    for number, name in enumerate(names):
+        bank.given({name: 0}).deposit(name, 1, memo=name, external_id=f"Order-{number}")
+    bank.post("/accounts", owner_name="x", external_id="ALi-1")
+
+    def found(search: str, **others: str) -> list[str]:
+        accounts = bank.get("/accounts", search=search, **others).json()["items"]
+        deposits = bank.get("/transactions", search=search, **others).json()["items"]
+        memos = [deposit["memo"] for deposit in deposits[::-1]]
+        owners = [account["owner_name"] for account in accounts]
+        assert owners[: len(memos)] == memos
+        return owners
+
+    assert found("") == [*names, "x"]
+    assert found("aLi") == ["Alice", "ALIENA", "x"]
+    for name in names:
+        assert found(name) == found(name[:4].swapcase()) == [name]
+    for nothing in ("lice", "%", "_", "?", "*", ".", "[", "\\", "alice\u00a0", "a.", "10_%"):
+        assert found(nothing) == [name for name in names if name.startswith(nothing)]
+    page = bank.get("/accounts", search="al", limit=1).json()
+    assert page["items"][0]["owner_name"] == "Alice"
+    after = bank.get("/accounts", search="al", limit=1, cursor=page["next_cursor"]).json()
+    assert after["items"][0]["owner_name"] == "ALIENA"
+    refused = bank.get("/accounts", search="b", cursor=page["next_cursor"])
+    assert refusal(refused) == (400, "invalid_cursor")
+    [order] = bank.get("/transactions", search="ORDER-3").json()["items"]
+    assert order["external_id"] == "Order-3"
+
+
 def change(bank: "Bank", name: str, *, key: str | None = None, **body: Any) -> httpx.Response:
     """Change an account."""
     headers = {} if key is None else {"Idempotency-Key": key}
