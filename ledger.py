@@ -37,7 +37,7 @@ and 2 wherever an account is written. `check` verifies what stored rows can show
     1. The entries of every transaction sum to zero per asset, and so does the whole ledger.
     2. A balance equals the sum of its entries; every entry carries the balance after it.
     3. The entries of an account are numbered 1, 2, 3 ... without a gap.
-    4. No customer's account is ever below zero, nor below what is held of it.
+    4. A customer's balance, less what is held of it, is never below minus its credit limit.
     5. Entries and events are never changed or deleted.
     6. An idempotency key of a caller acts at most once; the same request gets the same answer.
     7. Frozen accounts move no money; closed accounts are empty and never come back.
@@ -368,6 +368,14 @@ class Public(Stored):
         return shown
 
 
+def available(funds: Any) -> int:
+    """Return what an account may spend, or several together."""
+    return int(funds.balance - funds.held + funds.credit_limit)
+
+
+AVAILABLE = "balance - held + credit_limit"  # The same for the database.
+
+
 class AccountPublic(Public):
     """An account in minor units; `held` is promised, and `name` is a dialect's own name for it."""
 
@@ -378,13 +386,14 @@ class AccountPublic(Public):
     status: AccountStatus = "ACTIVE"
     balance: int = 0
     held: int = 0
+    credit_limit: int = 0
     external_id: str | None = None
     notes: StoredMetadata = None
     created_at: Timestamp
 
     @pydantic.computed_field
     def available(self) -> int:
-        return self.balance - self.held
+        return available(self)
 
 
 class Account(AccountPublic):
@@ -395,7 +404,7 @@ class Account(AccountPublic):
 
 
 class AccountTable(Account, table=True):
-    """Every account; only the system's may go below zero."""
+    """Every account; only the system's may go below zero without a limit."""
 
     __tablename__ = "account"
     __table_args__ = (
@@ -405,7 +414,8 @@ class AccountTable(Account, table=True):
         sa.CheckConstraint("kind IN ('CUSTOMER', 'SYSTEM')"),
         # For a list of three, SQLite makes an index at each change.
         sa.CheckConstraint("status = 'ACTIVE' OR status IN ('FROZEN', 'CLOSED')"),
-        sa.CheckConstraint("held >= 0 AND (held <= balance OR kind = 'SYSTEM')"),
+        sa.CheckConstraint(f"held >= 0 AND ({AVAILABLE} >= 0 OR kind = 'SYSTEM')"),
+        sa.CheckConstraint(f"credit_limit BETWEEN 0 AND {AMOUNT_MAX}"),
         sa.CheckConstraint("balance = 0 OR status <> 'CLOSED'"),
         sa.CheckConstraint("last_seq > 0 OR (last_seq = 0 AND balance = 0)"),
         STRICT,
@@ -440,6 +450,7 @@ class Event(TransactionBase, table=True):
     caller: str
     account_id: str | None = None
     arguments: str
+    credit_limit: int | None = None  # What the account's is from then on.
 
 
 class EntryBase(Public):
@@ -473,7 +484,7 @@ CHANGING_COLUMNS = {
     "webhook": ("position", "failures", "due_at"),
 }
 # Not among those, because with each of them SQLite would write the index of names anew.
-NAMING_COLUMNS = {"account": ("owner_name", "notes")}
+NAMING_COLUMNS = {"account": ("owner_name", "notes", "credit_limit")}
 CHANGEABLE = {
     table: {*columns, *NAMING_COLUMNS.get(table, ())} for table, columns in CHANGING_COLUMNS.items()
 }
@@ -576,7 +587,7 @@ class Book:
         row: Row = {"id": self.new_id(), "kind": kind, "memo": None, "ts": self.now}
         row |= {"effective_at": self.command.effective_at, "caller": self.command.caller}
         row |= {"account_id": account and account.id, "arguments": self.command.arguments}
-        row |= {"external_id": None, "notes": None, "reverses": None} | event
+        row |= {"external_id": None, "notes": None, "reverses": None, "credit_limit": None} | event
         self.insert("event", row)
         self.index_metadata(row)
         return str(row["id"])
@@ -780,15 +791,14 @@ def require_active(account: Account) -> None:
 
 
 def require_funds(leg: Leg) -> None:
-    """Refuse a leg that would take a customer below zero, or any balance out of 64 bits."""
+    """Refuse a leg that needs more than is available, or would take a balance out of 64 bits."""
     account, amount = leg
-    balance = account.balance + amount
-    if balance < account.held and account.kind == "CUSTOMER" and amount < 0:
-        available = account.balance - account.held
-        why = f"Of account {account.id}, {available} is available, and {-amount} is needed"
-        sums = {"balance": account.balance, "available": available, "requested": -amount}
-        raise InsufficientFunds(why, account.id, **sums)
-    if abs(balance) > BALANCE_MAX:
+    if amount < 0 and account.kind == "CUSTOMER" and available(account) + amount < 0:
+        may_spend = available(account)
+        why = f"Of account {account.id}, {may_spend} is available, and {-amount} is needed"
+        sums = {"balance": account.balance, "available": may_spend, "requested": -amount}
+        raise InsufficientFunds(why, account.id, **sums, credit_limit=account.credit_limit)
+    if abs(account.balance + amount) > BALANCE_MAX:
         why = f"A balance may not leave the range of {BALANCE_MAX} minor units"
         raise BalanceLimit(why, account.id)
 
@@ -992,6 +1002,7 @@ class AssetNotFound(LedgerError, status=404): ...
 class TransactionNotFound(LedgerError, status=404, about="transaction_id"): ...
 class HoldNotFound(LedgerError, status=404, about="hold_id"): ...
 class AccountNotEmpty(LedgerError, status=409): ...
+class CreditLimitInUse(LedgerError, status=409): ...
 class InvalidStateTransition(LedgerError, status=409): ...
 class AssetMismatch(LedgerError, status=409): ...
 class AssetClosedLoop(LedgerError, status=409): ...
@@ -1048,7 +1059,7 @@ def open_account(
         raise AssetNotFound(f"There is no such asset; there are {', '.join(ASSETS)}")
     require_open_loop(asset)
     account = book.open(owner_name, asset, name, **columns)
-    book.record("open_account", account)
+    book.record("open_account", account, credit_limit=account.credit_limit or None)
     return account
 
 
@@ -1301,9 +1312,14 @@ class Note(Stored, table=True):
 
 
 def change_account(book: Book, reference: str, **changes: Any) -> Account:
-    """Change what an account's owner is called, or the notes about it."""
-    account = book.account(reference)
-    book.record("update_account", account)
+    """Change what an account's owner is called, the notes about it, or its credit limit."""
+    account, event = book.account(reference), Row()
+    if (limit := changes.get("credit_limit")) is not None:
+        require_limit(account, limit)
+        before = {"before": {"credit_limit": account.credit_limit}}
+        told = json.dumps(json.loads(book.command.arguments) | before)
+        event = {"credit_limit": limit, "arguments": told}
+    book.record("update_account", account, **event)
     book.change("account", vars(account), **changes)
     book.write()
     book.connection.update("account", NAMING_COLUMNS["account"], [vars(account)])
@@ -1311,6 +1327,15 @@ def change_account(book: Book, reference: str, **changes: Any) -> Account:
         book.connection.execute("DELETE FROM note WHERE owner_id = :id", id=account.id)
         book.index_metadata(vars(account))
     return account
+
+
+def require_limit(account: Account, limit: int) -> None:
+    """Refuse a credit limit below what is in use, or of an asset that nobody owes."""
+    require_open_loop(account.asset, account.id)
+    if available(account) - account.credit_limit + limit < 0:
+        why = f"Account {account.id} uses more than a credit limit of {limit} allows"
+        sums = {"balance": account.balance, "held": account.held, "available": available(account)}
+        raise CreditLimitInUse(why, account.id, **sums)
 
 
 def transfer_many(book: Book, transfers: Iterable[Row], *, atomic: bool) -> list[Row]:
@@ -1670,6 +1695,7 @@ class Asked:
         # It is no secret, and this is quicker than asking the system.
         self.id = request_id.decode() if is_sane else f"{random.getrandbits(128):032x}"
         self.caller: str | None = None
+        self.role = "admin"  # As a program has it that opens the ledger itself.
         self.key_prefix: str | None = None
         self.taken: dict[Room, int] = {}
         # What the arguments tell besides themselves: their types note it here.
@@ -1784,6 +1810,13 @@ def note_time(milliseconds: int, info: pydantic.ValidationInfo[Asked]) -> int:
     return milliseconds
 
 
+def require_admin(given: T, info: pydantic.ValidationInfo[Asked]) -> T:
+    """Refuse what only an admin may say."""
+    if info.context.role not in ADMINS:
+        raise Forbidden(f"The role {info.context.role} may not set this: it takes an admin")
+    return given
+
+
 def refuse_text(pattern: str, what: str, given: Any) -> Any:
     """Refuse text in which a pattern is found."""
     if isinstance(given, str) and re.search(pattern, given):
@@ -1824,6 +1857,9 @@ NOT_PLAIN = r"^(?!-?[0-9]{1,40}\Z)"
 PLAIN_DIGITS = BeforeValidator(partial(refuse_text, NOT_PLAIN, "Input should be a valid integer"))
 Amount = Annotated[
     int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units", examples=[300])
+]
+CreditLimit = Annotated[
+    int, pydantic.Field(strict=True, ge=0, le=AMOUNT_MAX), BeforeValidator(require_admin)
 ]
 PrintableText = Annotated[str, AfterValidator(NO_CONTROLS)]
 Printable = Annotated[PrintableText, pydantic.StringConstraints(max_length=200)]
@@ -2091,7 +2127,7 @@ class LedgerRoute(APIRoute):
         if not roles:
             return Caller("", "")
         caller = await callers.authenticate(scope, asked)
-        asked.caller = caller.name
+        asked.caller, asked.role = caller
         if caller.role not in roles:
             raise Forbidden(
                 f"The role {caller.role} may not do this: it takes {' or '.join(roles)}"
@@ -2368,6 +2404,7 @@ class AccountCreate(Named):
 
     owner_name: Name
     asset: Annotated[Name, pydantic.Field(examples=["USD"])] = "USD"
+    credit_limit: CreditLimit | None = None
 
 
 @api.post("/accounts", status_code=201, tags=["accounts"])
@@ -2375,8 +2412,8 @@ class AccountCreate(Named):
     SERVICES, location="/accounts/{0.id}", raises=(AssetNotFound, AssetClosedLoop, ExternalIdExists)
 )
 def create_account(book: Book, body: AccountCreate) -> AccountPublic:
-    """Open an account for a customer."""
-    return open_account(book, **vars(body))
+    """Open an account for a customer; a credit limit is an admin's to give."""
+    return open_account(book, **vars(body) | {"credit_limit": body.credit_limit or 0})
 
 
 @api.get("/accounts", tags=["accounts"])
@@ -2473,12 +2510,13 @@ class AccountChange(RequestBody):
 
     owner_name: Name | None = None
     notes: Annotated[Metadata | None, pydantic.Field(alias="metadata")] = None
+    credit_limit: CreditLimit | None = None
 
 
 @api.patch("/accounts/{account_id}", tags=["accounts"])
-@allow(SERVICES)
+@allow(SERVICES, raises=(AssetClosedLoop, CreditLimitInUse))
 def update_account(book: Book, account_id: AccountId, body: AccountChange) -> AccountPublic:
-    """Change an owner's name, or the notes about an account."""
+    """Change an owner's name, the notes about an account, or, as an admin, its credit limit."""
     changes = {name: value for name, value in vars(body).items() if value is not None}
     return change_account(book, account_id, **changes)
 
@@ -3047,8 +3085,9 @@ def fact(event: Row, stored: Row) -> Any:
         return HoldPublic(**stored | then | {"captured_amount": 0})
     owner = asked.get("owner_name") or (stored["name"] or "").partition(":")[2]
     notes = json.dumps(asked["metadata"]) if "metadata" in asked else None
-    then = {"owner_name": owner or stored["owner_name"], "notes": notes}
-    return AccountPublic(**stored | then | {"status": "ACTIVE", "balance": 0, "held": 0})
+    then = {"owner_name": owner or stored["owner_name"], "notes": notes, "status": "ACTIVE"}
+    empty = {"balance": 0, "held": 0, "credit_limit": event["credit_limit"] or 0}
+    return AccountPublic(**stored | then | empty)
 
 
 # ----- The library
@@ -4379,6 +4418,8 @@ for table in TABLES.values():
         # SQLModel's own choice is 32 bits on PostgreSQL, and no type of a strict SQLite table.
         column.type = INTEGER_64 if isinstance(column.type, sa.Integer) else PLAIN_TEXT
 
+NO_CREDIT = """NEW.credit_limit > 0
+            AND (SELECT closed_loop FROM asset WHERE code = NEW.asset) = 1"""
 # Invariants 2, 3, 5 and 7 for both engines: of a table and a change, what is refused, and why. One
 # trigger refuses several things, because to run it costs as much as what it asks.
 REFUSED = {
@@ -4399,8 +4440,12 @@ REFUSED = {
         "a closed account never comes back": "OLD.status = 'CLOSED' AND NEW.status <> 'CLOSED'",
         "only an active account moves money": """
             NEW.last_seq <> OLD.last_seq AND 'ACTIVE' NOT IN (OLD.status, NEW.status)""",
+        "nobody owes what is issued": NO_CREDIT,
     },
-    ("account", "INSERT"): {"an account opens empty": "(NEW.last_seq, NEW.balance) <> (0, 0)"},
+    ("account", "INSERT"): {
+        "an account opens empty": "(NEW.last_seq, NEW.balance) <> (0, 0)",
+        "nobody owes what is issued": NO_CREDIT,
+    },
     ("hold", "UPDATE"): {"a hold ends once": "OLD.status <> 'PENDING'"},
     ("scheduled_cashback", "UPDATE"): {
         "a cashback is credited once": """OLD.status = 'CANCELLED'
@@ -4492,6 +4537,11 @@ REFERENCES = [
     f"(SELECT 1 FROM {there.table} AS referred WHERE referred.{there.name} = {here}) LIMIT 1"
     for here, there in [(k.parent, k.column) for t in TABLES.values() for k in t.foreign_keys]
 ]
+# The credit limit of an entry's account at its time, and of an account now, as events have set it.
+LIMIT_THEN = f"""COALESCE((SELECT credit_limit FROM event WHERE event.account_id = account.id
+    AND event.id < entry.transaction_id AND {NO_ENTRIES} AND credit_limit IS NOT NULL
+    ORDER BY event.id DESC LIMIT 1), 0)"""  # noqa: S608
+LIMIT_NOW = LIMIT_THEN.replace("AND event.id < entry.transaction_id", "")
 # Each rule with the rows that it is for, and the queries that find one that breaks it.
 CHECKS = {
     "every transaction has entries, which sum to zero": (
@@ -4520,9 +4570,9 @@ CHECKS = {
                 CASE type WHEN 'CREDIT' THEN amount ELSE -amount END AS numeric) AS expected
             FROM entry WINDOW following AS (PARTITION BY account_id ORDER BY seq)
         ) AS numbered WHERE seq <> place OR balance <> expected""",
-        """SELECT 'account ' || account_id || ': entry ' || seq || ' leaves a customer at '
+        f"""SELECT 'account ' || account_id || ': entry ' || seq || ' leaves a customer at '
         || entry.balance AS wrong FROM entry JOIN account ON account.id = account_id
-        WHERE entry.balance < 0 AND kind = 'CUSTOMER'""",
+        WHERE entry.balance < 0 AND kind = 'CUSTOMER' AND entry.balance + {LIMIT_THEN} < 0""",  # noqa: S608
         """SELECT 'entry ' || id || ' stands twice' AS wrong FROM entry
         GROUP BY id HAVING count(*) > 1""",
     ),
@@ -4540,6 +4590,8 @@ CHECKS = {
                 AND kind IN ('open_account', 'freeze', 'unfreeze', 'close')
                 ORDER BY id DESC LIMIT 1), 'ACTIVE') AS became FROM account
         ) AS stood WHERE status <> became""",  # noqa: S608
+        f"""SELECT 'account ' || id || ' has a credit limit of ' || credit_limit || ', which no '
+        || 'event has set' AS wrong FROM account WHERE credit_limit <> {LIMIT_NOW}""",  # noqa: S608
         f"""SELECT 'account ' || id || ' holds ' || held || ', its pending holds are '
         || pending AS wrong FROM (
             SELECT id, held, (SELECT COALESCE(SUM(amount), 0) FROM hold
@@ -4997,7 +5049,7 @@ def application(
         openapi_tags=[{"name": name, "description": about} for name, about in TAGS.items()],
         title="ledger.py",
         version=__version__,
-        description="A double-entry ledger: durable, idempotent, never negative, always balanced.",
+        description="A double-entry ledger: durable, idempotent, never overdrawn, always balanced.",
         lifespan=lifespan,
         root_path=root_path,
         redirect_slashes=False,

@@ -281,6 +281,9 @@ def entries_like(**changes: str) -> str:
     [
         "UPDATE account SET status = 'ASLEEP'",
         "UPDATE account SET status = 'CLOSED' WHERE kind = 'CUSTOMER'",
+        "UPDATE account SET credit_limit = -1",
+        "UPDATE account SET credit_limit = 1000000000000001 WHERE asset = 'USD'",
+        "UPDATE account SET credit_limit = 10, held = 111 WHERE kind = 'CUSTOMER'",
         entries_like(seq="seq + 1", amount="0"),
         entries_like(seq="seq + 1", type="'GIFT'", balance="balance - amount"),
         "INSERT INTO api_key VALUES ('x', 'x', 'x', 'root', 0, NULL)",
@@ -321,8 +324,9 @@ def test_the_database_keeps_customers_above_zero(bank: "Bank") -> None:
 
 def new_account(kind: str, *, balance: str) -> str:
     """Return the statement that opens an account past the code."""
-    columns = "id, owner_name, asset, status, balance, held, created_at, kind, last_seq"
-    values = f"'x', '', 'USD', 'ACTIVE', {balance}, 0, 0, '{kind}', 0"
+    columns = "id, owner_name, asset, status, balance, held, credit_limit, created_at, kind"
+    values = f"'x', '', 'USD', 'ACTIVE', {balance}, 0, 0, 0, '{kind}'"
+    columns, values = f"{columns}, last_seq", f"{values}, 0"
     return f"INSERT INTO account ({columns}) VALUES ({values})"
 
 
@@ -650,6 +654,39 @@ def test_40_parallel_withdrawals_of_10_from_50_succeed_5_times(servers: "Bank") 
     assert servers.balances()["bea"] == 0
 
 
+def test_40_parallel_withdrawals_of_10_from_50_with_a_limit_of_100_succeed_15_times(
+    servers: "Bank",
+) -> None:
+    servers.given(ben=50)
+    assert change(servers, "ben", credit_limit=100).status_code == 200
+    answers = at_once([lambda: servers.withdraw("ben", 10)] * 40)
+    assert Counter(map(outcome, answers)) == {200: 15, "insufficient_funds": 25}
+    assert servers.funds("ben") == (-100, 0, 0)
+
+
+def test_a_limit_that_is_lowered_while_transfers_run_is_never_exceeded(servers: "Bank") -> None:
+    servers.given(lena=0, luca=1_000)
+    limits = itertools.cycle((100, 60, 0))
+    seen = []
+
+    def set_limit() -> None:
+        answer = change(servers, "lena", credit_limit=next(limits))
+        assert outcome(answer) in (200, "credit_limit_in_use")
+        seen.append(servers.get(f"/accounts/{servers.ids['lena']}").json())
+
+    def lend(source: str, dest: str) -> None:
+        answer = servers.transfer(source, dest, random.randint(1, 70))
+        assert outcome(answer) in (200, "insufficient_funds")
+
+    pay, repay = partial(lend, "lena", "luca"), partial(lend, "luca", "lena")
+    with meanwhile(set_limit, pay, pay, repay):
+        wait_until(lambda: len({each["balance"] for each in seen[:]}) > 20)
+    assert all(each["balance"] >= -each["credit_limit"] for each in seen)
+    assert min(each["balance"] for each in seen) < 0
+    # It finds each entry that stood below the limit of its time.
+    assert servers.wrong() == []
+
+
 def test_40_parallel_requests_with_one_key_act_once(servers: "Bank") -> None:
     servers.given(cleo=0)
     answers = at_once([partial(servers.deposit, "cleo", 7, key=new_key())] * 40)
@@ -971,6 +1008,86 @@ def test_only_an_empty_account_can_be_closed(bank: "Bank") -> None:
     bank.step("alice", "unfreeze")
     bank.withdraw("alice", 100)
     assert bank.step("alice", "close").json()["status"] == "CLOSED"
+
+
+def test_an_account_owes_up_to_its_limit_and_nothing_more(bank: "Bank") -> None:
+    opened = bank.post("/accounts", owner_name="alice", credit_limit=100).json()
+    bank.given(bob=0).ids["alice"] = opened["id"]
+    assert (opened["credit_limit"], opened["available"]) == (100, 100)
+    hold = bank.promised("alice", "bob", 20)
+    assert bank.transfer("alice", "bob", 30).json()["source"]["available"] == 50
+    for refused in (
+        bank.withdraw("alice", 51),
+        bank.pay("alice", 51),
+        bank.transfer("alice", "bob", 51),
+        bank.journal({"alice": -51, "bob": 51}),
+        bank.hold("alice", "bob", 51),
+    ):
+        assert refusal(refused) == (409, "insufficient_funds")
+        told = {name: refused.json()[name] for name in ("balance", "available", "credit_limit")}
+        assert told == {"balance": -30, "available": 50, "credit_limit": 100}
+    assert bank.withdraw("alice", 50).json()["balance"] == -80
+    assert bank.capture(hold).status_code == 200
+    assert bank.funds("alice") == (-100, 0, 0)
+    # Who owes pays back in parts, and is not gone before.
+    bank.deposit("alice", 1)
+    refused = bank.step("alice", "close")
+    assert (*refusal(refused), refused.json()["balance"]) == (409, "account_not_empty", -99)
+    assert bank.wrong() == []
+
+
+def test_a_limit_below_what_is_in_use_is_refused(bank: "Bank") -> None:
+    bank.given(alice=10, bob=0)
+    assert change(bank, "alice", credit_limit=100).json()["available"] == 110
+    bank.promised("alice", "bob", 20)
+    bank.withdraw("alice", 50)
+    refused = change(bank, "alice", credit_limit=59)
+    assert refusal(refused) == (409, "credit_limit_in_use")
+    told = {name: refused.json()[name] for name in ("balance", "held", "available")}
+    assert told == {"balance": -40, "held": 20, "available": 40}
+    assert change(bank, "alice", credit_limit=60).json()["available"] == 0
+    assert bank.deposit("alice", 60).json()["available"] == 60
+    assert change(bank, "alice", credit_limit=0).json()["available"] == 0
+    assert bank.wrong() == []
+
+
+def test_what_is_issued_is_not_owed(demo: "Bank") -> None:
+    wallet = demo.get("/accounts", name="wallets:user_alice").json()["items"][0]
+    demo.ids["wallet"] = wallet["id"]
+    for limit in (0, 1):
+        refused = change(demo, "wallet", credit_limit=limit)
+        assert refusal(refused) == (409, "asset_closed_loop")
+
+
+def test_a_limit_is_an_event_with_both_values(bank: "Bank") -> None:
+    bank.given(alice=0)
+    for limit in (100, 40):
+        change(bank, "alice", credit_limit=limit, owner_name="alice")
+    lowered, raised, _ = bank.get("/audit").json()["items"]
+    assert (raised["action"], raised["account_id"]) == ("update_account", bank.ids["alice"])
+    for event, before, after in ((raised, 0, 100), (lowered, 100, 40)):
+        assert event["details"]["before"] == {"credit_limit": before}
+        assert event["details"]["body"]["credit_limit"] == after
+    *_, opened, _, told = bank.get("/events").json()["items"]
+    assert opened["data"]["credit_limit"] == 0
+    asked = {"id": bank.ids["alice"], "owner_name": "alice", "credit_limit": 40}
+    assert (told["type"], told["data"]) == ("account.updated", asked)
+
+
+def test_a_limit_and_what_needs_it_may_share_a_batch(bank: "BankInside") -> None:
+    path = f"/accounts/{bank.given(alice=0).ids['alice']}"
+    credit = partial(ledger.change_account, reference=bank.ids["alice"])
+    take = partial(ledger.withdraw, reference=bank.ids["alice"])
+    give = partial(ledger.deposit, reference=bank.ids["alice"])
+    steps = [(take, 10), (credit, 20), (take, 15), (credit, 14), (give, 15), (credit, 0), (take, 1)]
+    commands = [
+        command_of(step, **{"credit_limit" if step is credit else "amount": value})
+        for step, value in steps
+    ]
+    answers = bank.ledger.commit(commands)
+    assert [answer.status for answer in answers] == [409, 200, 200, 409, 200, 200, 409]
+    assert bank.get(path).json()["balance"] == 0
+    assert bank.wrong() == []
 
 
 def test_of_two_changes_of_state_at_one_moment_one_wins(bank: "BankInside") -> None:
@@ -1547,6 +1664,7 @@ class AnyStory(stateful.RuleBasedStateMachine):
         self.bank = self.scene.enter_context(opened(database, connected=CONNECTED.get(database)))
         self.balances: dict[str, int] = {}
         self.status: dict[str, str] = {}
+        self.limits: Counter[str] = Counter()
         self.promised: Counter[str] = Counter()
         self.holds: dict[str, Promise] = {}
         self.moves: dict[str, dict[str, int]] = {}
@@ -1568,12 +1686,16 @@ class AnyStory(stateful.RuleBasedStateMachine):
         """Return what somebody has promised, and has still."""
         return sum(hold.amount for hold in self.pending() if hold.source == name)
 
+    def available(self, name: str) -> int:
+        """Return what somebody may spend."""
+        return self.balances[name] - self.held(name) + self.limits[name]
+
     def obstacle(self, changes: Mapping[str, int]) -> str:
         """Return the code that refuses to change balances so, or nothing where they may be."""
         for name in changes:
             if self.status[name] != "ACTIVE":
                 return f"account_{self.status[name].lower()}"
-        is_short = any(self.balances[n] - self.held(n) < -by for n, by in changes.items() if by < 0)
+        is_short = any(self.available(n) < -by for n, by in changes.items() if by < 0)
         return "insufficient_funds" if is_short else ""
 
     def change(self, changes: Mapping[str, int]) -> None:
@@ -1613,6 +1735,14 @@ class AnyStory(stateful.RuleBasedStateMachine):
         name = self.person(number)
         if self.expect(self.obstacle({name: amount}), self.bank.deposit, name, amount):
             self.balances[name] += amount
+
+    @stateful.rule(number=people, limit=st.sampled_from([0, 50, 200]))
+    def limit(self, number: int, limit: int) -> None:
+        name = self.person(number)
+        is_used = self.available(name) - self.limits[name] + limit < 0
+        code = "credit_limit_in_use" if is_used else ""
+        if self.expect(code, partial(change, self.bank), name, credit_limit=limit):
+            self.limits[name] = limit
 
     @stateful.rule(number=people, amount=amounts)
     def withdraw(self, number: int, amount: int) -> None:
@@ -1718,7 +1848,7 @@ class AnyStory(stateful.RuleBasedStateMachine):
         refused = {
             "invalid_state_transition": self.status[name] not in origins,
             "holds_pending": step == "close" and any(name in hold[:2] for hold in self.pending()),
-            "account_not_empty": step == "close" and self.balances[name] > 0,
+            "account_not_empty": step == "close" and self.balances[name] != 0,
             "cashback_pending": step == "close" and self.promised[name] > 0,
         }
         code = next((code for code, is_so in refused.items() if is_so), "")
@@ -1746,7 +1876,7 @@ class AnyStory(stateful.RuleBasedStateMachine):
     @stateful.invariant()
     def the_books_agree(self) -> None:
         funds = {
-            name: (balance, self.held(name), balance - self.held(name))
+            name: (balance, self.held(name), self.available(name))
             for name, balance in self.balances.items()
         }
         shown = self.bank.get("/accounts").json()["items"]
@@ -2298,6 +2428,21 @@ def test_every_route_takes_a_key_and_some_take_nothing_without_one(secured: "Ban
             assert required == ([] if method == "GET" else [is_required]), (method, template)
 
 
+def test_a_credit_limit_is_an_admins_to_give(secured: "BankInside") -> None:
+    admin, service = secured.by(ADMIN_KEY), secured.by(token(role="service"))
+    admin.given(alice=0)
+    for limit in (0, 5):
+        for answer in (
+            service.post("/accounts", owner_name="bob", credit_limit=limit),
+            change(service, "alice", owner_name="A", credit_limit=limit),
+        ):
+            assert refusal(answer) == (403, "forbidden")
+    assert change(service, "alice", owner_name="A").json()["owner_name"] == "A"
+    assert change(admin, "alice", credit_limit=5).json()["available"] == 5
+    opened = admin.post("/accounts", owner_name="bob", credit_limit=5)
+    assert opened.json()["credit_limit"] == 5
+
+
 # ----- Requests
 # What is refused before the books are asked: most of it is sent to one ledger, which must be the
 # same after each test.
@@ -2726,7 +2871,7 @@ def test_a_caller_who_goes_away_leaves_the_server_well(server: "Server") -> None
 def test_the_shapes_are_those_of_the_contract(bank: "Bank") -> None:
     sent = bank.given(alice=100, bob=0).transfer("alice", "bob", 1).json()
     account = {"id", "name", "owner_name", "asset", "status", "balance", "held", "available"}
-    account |= {"external_id", "metadata", "created_at"}
+    account |= {"credit_limit", "external_id", "metadata", "created_at"}
     entry = {"id", "ts", "account_id", "transaction_id", "amount", "type", "balance", "ref", "kind"}
     entry |= {"seq"}
     shown = bank.get(f"/transactions/{sent['transfer_id']}").json()
@@ -3796,6 +3941,9 @@ def test_a_change_is_refused_where_it_does_not_fit(bank: "Bank") -> None:
         ({"status": "CLOSED"}, "/status"),
         ({"balance": 5}, "/balance"),
         ({"external_id": "x"}, "/external_id"),
+        ({"credit_limit": -1}, "/credit_limit"),
+        ({"credit_limit": 10**15 + 1}, "/credit_limit"),
+        ({"credit_limit": "5"}, "/credit_limit"),
     ):
         assert pointers(change(bank, "alice", **body)) == [pointer]
     (cash,) = bank.rows("SELECT id FROM account WHERE name = 'cash' AND asset = 'USD'")[0]
@@ -5887,12 +6035,12 @@ NEW_HOLDS = f"INSERT INTO hold ({NEW_HOLDS}, expires_at, external_id) SELECT "
          "WHERE status = 'PENDING'", "CHECK"),
         (NEW_HOLDS + "'x' || id, 'PENDING', account_id, account_id, 'USD', 1, 0, 0, 0, 'x' "
          "FROM hold", "UNIQUE"),
-        ("INSERT INTO account (id, name, owner_name, asset, status, balance, held, created_at, "
-         "kind, last_seq) SELECT 'x' || id, name, '', asset, status, 0, 0, 0, kind, 0 FROM account "
-         "WHERE name = 'cash'", "UNIQUE"),
+        ("INSERT INTO account (id, name, owner_name, asset, status, balance, held, credit_limit, "
+         "created_at, kind, last_seq) SELECT 'x' || id, name, '', asset, status, 0, 0, 0, 0, kind, "
+         "0 FROM account WHERE name = 'cash'", "UNIQUE"),
         ("INSERT INTO account (id, external_id, owner_name, asset, status, balance, held, "
-         "created_at, kind, last_seq) SELECT 'x' || id, 'x', '', asset, status, 0, 0, 0, kind, 0 "
-         "FROM account", "UNIQUE"),
+         "credit_limit, created_at, kind, last_seq) SELECT 'x' || id, 'x', '', asset, status, 0, "
+         "0, 0, 0, kind, 0 FROM account", "UNIQUE"),
         ("INSERT INTO event (id, kind, ts, caller, arguments, external_id) "
          "SELECT 'x' || id, kind, 0, '', '', 'x' FROM event WHERE kind <> 'REVERSAL'", "UNIQUE"),
         ("INSERT INTO api_key SELECT name || 'x', prefix, hash, role, 0, NULL FROM api_key",
@@ -5910,7 +6058,7 @@ def test_the_database_keeps_what_may_stand_in_a_column(
 
 # What may change of a row. Whatever else a table holds is for ever, but for metadata's index.
 CHANGING = {
-    "account": {"status", "balance", "held", "last_seq", "owner_name", "notes"},
+    "account": {"status", "balance", "held", "last_seq", "owner_name", "notes", "credit_limit"},
     "hold": {"status", "captured_amount", "transaction_id"},
     "scheduled_cashback": {"status", "transaction_id"},
     "api_key": {"revoked_at"},
@@ -5929,6 +6077,16 @@ def test_no_row_ever_goes_or_changes_but_in_what_may_change(
     for statement in statements:
         with pytest.raises(REFUSED, match=f"what {table} holds is for ever"):
             eventful.tamper(statement)
+
+
+def test_the_database_lets_nobody_owe_what_is_issued(bank: "Bank") -> None:
+    wallet = new_account("CUSTOMER", balance="0").replace("'USD'", "'GOLD'")
+    for statement in (
+        "UPDATE account SET credit_limit = 1 WHERE asset = 'GOLD'",
+        wallet.replace("0, 0, 0, 'CUSTOMER'", "0, 1, 0, 'CUSTOMER'"),
+    ):
+        with pytest.raises(REFUSED, match="nobody owes what is issued"):
+            bank.tamper(statement)
 
 
 def test_the_database_keeps_closed_accounts_closed(bank: "Bank") -> None:
@@ -6043,6 +6201,7 @@ def test_the_check_finds_what_was_tampered_with(
         ("UPDATE entry SET id = 'ZZ' WHERE type = 'CREDIT'", "entry ZZ has no UUID"),
         ("UPDATE event SET arguments = '{' WHERE kind = 'DEPOSIT'", "arguments are no JSON"),
         (f"UPDATE account SET status = 'FROZEN' WHERE id = {ALICES}", "FROZEN, but became ACTIVE"),
+        (f"UPDATE account SET credit_limit = 5 WHERE id = {ALICES}", "a credit limit of 5"),
     ],
 )
 def test_the_check_finds_what_no_constraint_can(bank: "Bank", statement: str, finding: str) -> None:
@@ -6050,6 +6209,18 @@ def test_the_check_finds_what_no_constraint_can(bank: "Bank", statement: str, fi
     new_api_key(bank.database, "till", "admin")
     bank.tamper_freely(statement)
     assert any(finding in found for found in bank.wrong())
+
+
+def test_the_check_finds_an_entry_below_the_limit_of_its_time(bank: "Bank") -> None:
+    bank.given(alice=0)
+    for limit, balance in ((10, -10), (0, 0), (30, -30)):
+        bank.deposit("alice", 10) if limit == 0 else None
+        change(bank, "alice", credit_limit=limit)
+        bank.withdraw("alice", -balance) if balance else None
+    assert bank.wrong() == []
+    # It was allowed later, and not then.
+    bank.tamper_freely("UPDATE event SET credit_limit = 9 WHERE credit_limit = 10")
+    assert any("entry 1 leaves a customer at -10" in found for found in bank.wrong())
 
 
 @pytest.mark.parametrize(
