@@ -71,6 +71,23 @@ Contents. Who stops after part one knows why a retry cannot pay twice.
     Four   running       Application, Receipts, Log, Command line, Page
 """
 
+import sys
+
+if __name__ == "__main__":
+
+    def explain(kind: type[BaseException], error: BaseException, trace: "Any") -> None:
+        """Say in one line what the imports below lack, and which command mends it."""
+        install = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+        why = f"{error}. Mend it: uv run ledger.py, or {install} && .venv/bin/python ledger.py"
+        if sys.hexversion < 0x30B0000:
+            why = f"Python {sys.version.split()[0]} is older than 3.11. Mend it: uv run ledger.py"
+        if issubclass(kind, ImportError):
+            print(f"ledger: {why}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = explain
+
 import argparse
 import asyncio
 import base64
@@ -92,7 +109,6 @@ import secrets
 import shutil
 import socket
 import sqlite3
-import sys
 import threading
 import time
 from bisect import bisect_left

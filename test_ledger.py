@@ -36,6 +36,7 @@ import threading
 import time
 import tomllib
 import uuid
+import venv
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8261,6 +8262,24 @@ def test_long_commands_say_how_far_they_are_on_a_terminal_alone(
     assert capsys.readouterr().err == ""
 
 
+def test_a_package_that_is_missing_is_said_with_the_command_that_brings_it() -> None:
+    ran = run_python("-S", str(PROGRAM))
+    assert (ran.returncode, ran.stdout, len(ran.stderr.splitlines())) == (1, "", 1)
+    assert re.match("ledger: No module named '[a-z]+'. Mend it: uv run ledger.py, or ", ran.stderr)
+    assert ran.stderr.rpartition("or ")[2].strip() in README
+
+
+def test_a_python_that_is_too_old_is_said() -> None:
+    versions = Path.home().glob(".pyenv/versions/3.[0-9]*/bin/python3.[0-9]*")
+    olds = [str(each) for each in versions if re.search("python3[.](9|10)$", str(each))]
+    if not olds:
+        pytest.skip("no older Python is here")
+    ran = subprocess.run([olds[0], PROGRAM], capture_output=True, text=True)
+    said = r"ledger: Python 3\.(9|10)\.[0-9]+ is older than 3\.11. Mend it: uv run ledger\.py\n"
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert re.fullmatch(said, ran.stderr)
+
+
 # ----- Page
 # What `/` shows in Chromium; what the routes behind it answer is tested above.
 
@@ -8468,24 +8487,89 @@ def test_the_page_shows_transactions_to_those_who_may_not_read_events(
 PROGRAM = Path(ledger.__file__)
 README = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
 BASH = shutil.which("bash") or ""
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+SET_UP = README.partition("## A walk")[0].count("```bash\n")
+# As somebody pastes into them, with whatever they do to comments and marks then.
+SHELLS = {
+    "bash": ("--norc", "--noprofile", "-i"),
+    "zsh": ("-f", "-i"),
+    "fish": ("--no-config", "-i"),
+}
+# It writes down what it was called with.
+NOTER = '#!/bin/sh\necho "$(basename "$0") $*" >>"$NOTED"\n'
 
 
-@pytest.mark.skipif(not BASH, reason="the walk is for a shell with curl")
-def test_the_walk_in_the_readme_runs_as_it_stands() -> None:
-    walk = "\n".join(re.findall(r"```bash\n# walk\n(.*?)```", README, re.DOTALL))
+def paste(shell: str, text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Paste text into a shell in a folder, whose own programs come first."""
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    path, noted = f"{folder}{os.pathsep}{os.environ['PATH']}", str(folder / "noted")
+    ran = subprocess.run(
+        [shell, *SHELLS[shell]],
+        input=text,
+        cwd=folder,
+        env={**os.environ, "PATH": path, "NOTED": noted, "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        start_new_session=True,  # The terminal of who runs the tests is none of its business.
+    )
+    assert "not found" not in ran.stderr, ran.stderr
+    return ran
+
+
+def put_noters(folder: Path, *names: str) -> None:
+    """Put programs into a folder that do nothing but note that they were called."""
+    for name in names:
+        (folder / name).write_text(NOTER)
+        (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_commands_to_set_up_are_the_same_in_every_shell(shell: str, tmp_path: Path) -> None:
+    venv.create(tmp_path / ".venv", symlinks=True)
+    put_noters(tmp_path, "uv", "python3")
+    put_noters(tmp_path / ".venv/bin", "pip", "pytest")
+    program = "import os, sys; print(sys.prefix, file=open(os.environ['NOTED'], 'a'))"
+    (tmp_path / "ledger.py").write_text(program)
+    text = "".join(BLOCKS[:SET_UP])
+    if shell == "fish":
+        text = text.replace("/activate", "/activate.fish")
+    paste(shell, f"{text}\npython ledger.py\n", tmp_path)
+    installed = ["python3 -m venv .venv", "pip install -r requirements.txt"]
+    assert (tmp_path / "noted").read_text().splitlines() == [
+        "uv run ledger.py",
+        *installed,
+        str(tmp_path / ".venv"),
+        *installed,
+        "pytest ",
+        str(tmp_path / ".venv"),
+    ]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_the_walk_in_the_readme_runs_as_it_stands(shell: str, tmp_path: Path) -> None:
     # An empty folder is all that the server needs.
-    with serving("", start=as_command) as server:
-        address = server.said[0].split()[-1]
-        ran = subprocess.run(
-            [BASH, "-euo", "pipefail", "-c", walk.replace("http://127.0.0.1:8000", address)],
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert (ran.returncode, ran.stderr) == (0, "")
-        assert server.bank.balances() == {"Alice": 750, "Bob": 300}
-        checked = run_program("check", folder=server.log.parent)
-        assert (checked.returncode, checked.stdout.count("ok")) == (0, 10)
+    with serving("") as server:
+        folder, address = server.log.parent, server.said[0].split()[-1]
+        # Python takes a second each time, so most of its commands are tried below.
+        (tmp_path / "python").write_text(f"""{NOTER}
+            case "$*" in *add*) cd {folder} && exec {sys.executable} {PROGRAM.parent}/"$@"; esac""")
+        (tmp_path / "python").chmod(0o755)
+        walk = "".join(BLOCKS[SET_UP:]).replace("http://127.0.0.1:8000", address)
+        ran = paste(shell, f"set -eu\nset -o pipefail\n{walk}", tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        listed = json.loads(ran.stdout.splitlines()[-1])["items"][-2:]  # The key opens it.
+        assert [(each["owner_name"], each["balance"]) for each in listed] == [
+            ("Alice", 750),
+            ("Bob", 300),
+        ]
+        *commands, adding = [
+            line.split()[2:] for line in (tmp_path / "noted").read_text().splitlines()
+        ]
+        assert (commands[0], adding[:2]) == (["check"], ["key", "add"])
+        for command in commands if shell == "bash" else ():
+            assert run_program(*command, folder=folder).returncode == 0, command
     for shown in ("Idempotent-Replayed: true", "insufficient_funds", '"ref":"rent"'):
         assert shown.lower() in ran.stdout.lower()
 
