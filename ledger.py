@@ -282,11 +282,9 @@ class BalanceLimit(LedgerError, status=409): ...
 class IdempotencyKeyReused(LedgerError, status=409): ...
 class Unbalanced(LedgerError, status=422): ...
 class AccountRepeated(LedgerError, status=422): ...
-# fmt: on
 
 
 # An error of the database is never stored as an answer: the key stays good.
-# fmt: off
 class DatabaseBusy(LedgerError, status=503, detail="The database is in use: try again"): ...
 class DatabaseConflict(DatabaseBusy): ...
 class ReadTooLong(DatabaseBusy, detail="This takes too long now: ask for less"): ...
@@ -313,11 +311,6 @@ def utc_text(microseconds: int) -> str:
     return moment.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
-def stored_time(given: Any) -> Any:
-    """Return a time of RFC 3339 as it is stored, and anything else as it is."""
-    return parse_time(given) if isinstance(given, str) else given
-
-
 def as_enum(*values: str) -> pydantic.WithJsonSchema:
     """Describe text that is one of some values, which the database sees to."""
     return pydantic.WithJsonSchema({"type": "string", "enum": list(values)})
@@ -326,7 +319,7 @@ def as_enum(*values: str) -> pydantic.WithJsonSchema:
 TIME_SCHEMA = pydantic.WithJsonSchema({"type": "string", "format": "date-time"})
 Timestamp = Annotated[
     int,
-    BeforeValidator(stored_time),
+    BeforeValidator(lambda given: parse_time(given)),
     pydantic.PlainSerializer(utc_text, return_type=str),
     TIME_SCHEMA,
 ]
@@ -1577,21 +1570,18 @@ class Callers:
     def _of_token(self, token: bytes) -> Caller:
         if not self._jwt_secret or token.count(b".") != 2:
             raise Unauthorized("The credentials are not valid")
-        claims: Row = {}
-        why = "it is none that could be read"
-        # The last three are what the parser of a hostile token may run into.
+        # The last three errors are what the parser of a hostile token may run into.
         try:
             algorithms = [JWT_ALGORITHM]
             claims = JWT.decode(token, self._jwt_secret, algorithms, leeway=JWT_CLOCK_SECONDS_MAX)
-        except (jwt.PyJWTError, ValueError, ArithmeticError, RecursionError) as error:
-            why = JWT_FAULTS.get(type(error), why)
-        sub, role, exp = (claims.get(name) for name in ("sub", "role", "exp"))
-        if claims:
+            sub, role, exp = (claims[name] for name in ("sub", "role", "exp"))
             why = "it has expired" if is_name(sub) and role in ROLES else "sub or role is wrong"
-        is_time = isinstance(exp, int | float) and time.time() < exp < JWT_EXP_MAX
-        if not (is_time and is_name(sub) and role in ROLES):
-            raise Unauthorized(f"The token is not valid: {why}")
-        return Caller(f"jwt:{sub}", role)
+            is_time = isinstance(exp, int | float) and time.time() < exp < JWT_EXP_MAX
+            if is_time and is_name(sub) and role in ROLES:
+                return Caller(f"jwt:{sub}", role)
+        except (jwt.PyJWTError, ValueError, ArithmeticError, RecursionError) as error:
+            why = JWT_FAULTS.get(type(error), "it is none that could be read")
+        raise Unauthorized(f"The token is not valid: {why}")
 
 
 def is_name(given: object) -> bool:
@@ -1722,11 +1712,9 @@ class Asked:
     def credential(self) -> bytes:
         """Return the one key or token that is brought, or raise Unauthorized."""
         credential = self.headers.get(b"x-api-key", b"")
-        if (authorization := self.headers.get(b"authorization")) is not None:
-            scheme, _, token = authorization.partition(b" ")
-            # That of another scheme is a proxy's, and says nothing here.
-            if scheme.lower() == b"bearer" or not credential:
-                credential = b"" if credential or scheme.lower() != b"bearer" else token
+        scheme, _, token = self.headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer":  # Another scheme is a proxy's, and says nothing here.
+            credential = b"" if credential else token
         if not credential.strip():
             raise Unauthorized("Send one key or token: X-API-Key, or Authorization: Bearer")
         return credential.strip()
@@ -1853,10 +1841,12 @@ def parse_decimal(given: Any, *, exponent: int, or_number: bool = False) -> int:
         raise PydanticCustomError("decimal", message) from None
 
 
-def parse_time(given: str) -> int:
-    """Return a time of any offset (RFC 3339) as it is stored."""
+def parse_time(given: Any) -> int:
+    """Return a time of any offset (RFC 3339) as it is stored, or one that is stored already."""
+    if isinstance(given, int):
+        return given
     # In a query, the plus of an offset means a blank.
-    text = re.sub(" (?=[0-9:]{5}$)", "+", given.upper())
+    text = re.sub(" (?=[0-9:]{5}$)", "+", str(given).upper())
     with suppress(ValueError, OverflowError):
         moment = datetime.fromisoformat(text)
         if moment.tzinfo and "T" in text:
@@ -1871,9 +1861,7 @@ NOT_BLANK = partial(refuse_text, r"^\s*$", "Text should not be blank")
 # Python takes more for an integer than anybody writes as one.
 NOT_PLAIN = r"^(?!-?[0-9]{1,40}\Z)"
 PLAIN_DIGITS = BeforeValidator(partial(refuse_text, NOT_PLAIN, "Input should be a valid integer"))
-Amount = Annotated[
-    int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units", examples=[300])
-]
+Amount = Annotated[int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units")]
 CreditLimit = Annotated[
     int, pydantic.Field(strict=True, ge=0, le=AMOUNT_MAX), BeforeValidator(require_admin)
 ]
@@ -2336,8 +2324,6 @@ api = APIRouter(route_class=LedgerRoute)
 
 
 class Health(BaseModel):
-    """That the database answers."""
-
     status: Literal["ok"] = "ok"
 
 
@@ -2367,8 +2353,6 @@ class EventCreate(Named):
 
 
 class AmountCreate(EventCreate):
-    """An amount to be moved."""
-
     amount: Amount
 
 
@@ -2755,7 +2739,7 @@ class EntryCreate(RequestBody):
     """An entry of a transaction: a DEBIT takes from the account, a CREDIT adds to it."""
 
     account_id: AccountId
-    type: Annotated[Literal["DEBIT", "CREDIT"], pydantic.Field(examples=["DEBIT"])]
+    type: Literal["DEBIT", "CREDIT"]
     amount: Amount
 
 
@@ -2817,8 +2801,6 @@ class BulkResult(BaseModel):
 
 
 class BulkPublic(BaseModel):
-    """What became of each transfer."""
-
     succeeded: int
     failed: int
     results: list[BulkResult]
@@ -2909,8 +2891,6 @@ def list_holds(
 
 
 class PaymentCreate(AmountCreate):
-    """A payment to a merchant."""
-
     account_id: AccountId
 
 
@@ -3236,8 +3216,6 @@ BankName = Annotated[Name, names_account(BANK_ACCOUNT)]
 
 
 class BankRoute(LedgerRoute):
-    """A route of the banking kata."""
-
     lenient = True
     errors: ClassVar[Overrides] = {
         AccountExists: (409, "Account already exists"),
@@ -3250,15 +3228,11 @@ bank.get("/health", operation_id="get_bank_health")(get_health)
 
 
 class BankAccountCreate(RequestBody):
-    """A new account under a name of the caller's own."""
-
     timestamp: BankTime
     account_id: BankName
 
 
 class BankAccountCreated(BaseModel):
-    """That an account was made."""
-
     account_id: str
     created: bool = True
 
@@ -3272,8 +3246,6 @@ def create_bank_account(book: Book, body: BankAccountCreate) -> BankAccountCreat
 
 
 class BankAccounts(BaseModel):
-    """All names, sorted."""
-
     accounts: list[str]
 
 
@@ -3292,8 +3264,6 @@ def named_balances(connection: Connection, prefix: str) -> dict[str, int]:
 
 
 class BankAccountBalance(BaseModel):
-    """An account's balance in minor units."""
-
     account_id: str
     balance: int
 
@@ -3309,14 +3279,10 @@ def get_bank_balance(
 
 
 class BankMovement(BankAccountCreate):
-    """An amount for an account, at the caller's time."""
-
     amount: Amount
 
 
 class BankBalance(BaseModel):
-    """A balance in minor units."""
-
     balance: int
 
 
@@ -3329,8 +3295,6 @@ def create_bank_deposit(book: Book, body: BankMovement) -> BankBalance:
 
 
 class BankTransfer(RequestBody):
-    """A transfer between two names, at the caller's time."""
-
     timestamp: BankTime
     source_account_id: BankName
     target_account_id: BankName
@@ -3500,8 +3464,6 @@ AtmNumber = Annotated[str, names_account(ATM_ACCOUNT)]
 
 
 class AtmRoute(LedgerRoute):
-    """A route of the cash machine."""
-
     exponent, lenient = ATM_EXPONENT, True
     errors: ClassVar[Overrides] = {
         AccountNotFound: (404, "account not found"),
@@ -3526,8 +3488,6 @@ atm = APIRouter(prefix="/atm", tags=["atm"], route_class=AtmRoute)
 
 
 class AtmWelcome(BaseModel):
-    """Where to begin."""
-
     message: str = "Mini ATM Server"
     docs: str = "/docs"
     sample_accounts: dict[str, Dollars]
@@ -3541,8 +3501,6 @@ def get_atm_welcome(connection: Connection) -> AtmWelcome:
 
 
 class AtmHealth(Health):
-    """That the database answers, and which accounts there are."""
-
     accounts: list[str]
 
 
@@ -3554,8 +3512,6 @@ def get_atm_health(connection: Connection) -> AtmHealth:
 
 
 class AtmBalance(BaseModel):
-    """An account's balance."""
-
     account_number: str
     balance: Dollars
 
@@ -3569,8 +3525,6 @@ def get_atm_balance(connection: Connection, number: AtmNumber) -> AtmBalance:
 
 
 class AtmMovement(RequestBody):
-    """An amount of cash."""
-
     amount: DollarsIn
 
 
@@ -3625,8 +3579,6 @@ WalletOwner = Annotated[str, names_account(*WALLETS)]
 
 
 class WalletRoute(LedgerRoute):
-    """A route of the wallets."""
-
     exponent, lenient = WALLET_EXPONENT, True
     errors: ClassVar[Overrides] = {
         AccountNotFound: (404, "User account not found"),
@@ -3644,8 +3596,6 @@ wallets = APIRouter(prefix="/api/v1/wallets", tags=["wallets"], route_class=Wall
 
 
 class WalletBalance(BaseModel):
-    """What is in a wallet."""
-
     balance: Credits
     account_id: str
     asset_type_id: int
@@ -3660,8 +3610,6 @@ def get_wallet_balance(connection: Connection, user: str, asset_type_id: PlainIn
 
 
 class WalletUserCreate(RequestBody):
-    """A user, as the application knows them."""
-
     external_user_id: Annotated[Name, names_account(*WALLETS)]
 
 
@@ -3938,8 +3886,6 @@ class Database:
         self._writing: list[SqliteConnection] = []
         self._busy: set[SqliteConnection] = set()
         self._turn = threading.Lock()
-        turns = partial(asyncio.Semaphore, LONG_READERS_MAX)
-        self._long_turns: defaultdict[Loop, asyncio.Semaphore] = defaultdict(turns)
         self.measure()
 
     def make_threads(self) -> None:
@@ -4026,14 +3972,8 @@ class Database:
                     return read("short")
                 threads = self._key_reader if urgent else self._readers
                 return await in_time(loop.run_in_executor(threads, read, "short"))
-        try:
-            await asyncio.wait_for(self._long_turns[loop].acquire(), REQUEST_SECONDS_MAX)
-        except TimeoutError:
-            raise DatabaseBusy from None
-        try:
-            return await loop.run_in_executor(self._long_readers, read_long)
-        finally:
-            self._long_turns[loop].release()
+        reading = loop.run_in_executor(self._long_readers, read_long)
+        return await in_time(reading, REQUEST_SECONDS_MAX, DatabaseBusy)
 
     async def run_write(self, function: Callable[[Sequence[Any]], T], batch: Sequence[Any]) -> T:
         """Run a function that writes a batch: inline in a library, in a thread for a server."""
@@ -4136,12 +4076,14 @@ def translate_error(error: Any) -> LedgerError:
     return DatabaseLost() if is_lost and not issubclass(known, DatabaseBusy) else known()
 
 
-async def in_time(waiting: "asyncio.Future[T]") -> T:
+async def in_time(
+    waiting: Awaitable[T], seconds: float = ANSWER_SECONDS_MAX, failure: Any = DatabaseLost
+) -> T:
     """Return what is waited for, unless a database server says nothing at all for too long."""
     try:
-        return await asyncio.wait_for(waiting, ANSWER_SECONDS_MAX)
+        return await asyncio.wait_for(waiting, seconds)
     except TimeoutError:
-        raise DatabaseLost from None
+        raise failure from None
 
 
 def retry_while_busy(action: Callable[[], T]) -> T:
@@ -5136,7 +5078,8 @@ def example_of(schema: Row, schemas: Row) -> Any:
     if "properties" in schema:
         required, fields = schema.get("required", ()), schema["properties"].items()
         shown = [(name, each) for name, each in fields if name in required or "default" in each]
-        return {name: EXAMPLES.get(name) or example_of(each, schemas) for name, each in shown}
+        known = {name: {"default": value} for name, value in EXAMPLES.items()}
+        return {name: example_of(known.get(name, {}) | each, schemas) for name, each in shown}
     if schema.get("type") == "array":
         return [example_of(schema["items"], schemas)]
     kinds = {"date-time": "2026-11-21T12:00:00.000000Z", "integer": 300, "object": {}}
@@ -5380,7 +5323,7 @@ def remove_webhook(book: Book, *, url: str) -> None:
 # ----- Log
 # One JSON object a line. There is never a key, a token, a name or an amount in it.
 
-LOG_LINES_MAX, LOG_SECONDS_MAX = 20_000, 0.1
+LOG_LINES_MAX, LINE_SECONDS_MAX = 20_000, 0.1
 
 
 class Log(logging.Handler):
@@ -5441,7 +5384,7 @@ class Log(logging.Handler):
     def _write(self, stream: TextIO, ending: threading.Event) -> None:
         ended = False
         while not ended:
-            ended = ending.wait(LOG_SECONDS_MAX)
+            ended = ending.wait(LINE_SECONDS_MAX)
             taken = self.taken
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
             lost = max(0, taken - self.written - len(lines))
