@@ -4711,6 +4711,7 @@ class Settings:
     admin_key: str | None = field(default=None, repr=False)
     jwt_secret: str | None = field(default=None, repr=False)
     root_path: str = ""
+    demo: bool = True
 
     @classmethod
     def read(cls, environment: Mapping[str, str], *, database_url: str | None = None) -> "Settings":
@@ -4722,6 +4723,7 @@ class Settings:
             preload_accounts=environment.get("PRELOAD_ACCOUNTS") or None,
             admin_key=environment.get("LEDGER_ADMIN_KEY") or None,
             jwt_secret=environment.get("LEDGER_JWT_SECRET") or None,
+            demo=environment.get("LEDGER_DEMO") != "0",
         )
         if not re.fullmatch("|[!-~]{16,}", settings.admin_key or ""):
             raise StartupError("LEDGER_ADMIN_KEY must be 16 visible ASCII characters or more")
@@ -4988,8 +4990,15 @@ def create_app(
             )
         with database.read() as connection:
             is_new = not connection.rows("SELECT id FROM event LIMIT 1")
-        open_first_accounts(ledger, settings, dialects, "system", is_new and callers.open_mode)
-        return application(ledger, callers, dialects, settings.root_path)
+        demo = is_new and callers.open_mode and settings.demo
+        opened = open_first_accounts(ledger, settings, dialects, "system", demo)
+        app = application(ledger, callers, dialects, settings.root_path)
+        app.state.opened = ""
+        if opened:
+            hint = " (a new ledger without demonstration money: --no-demo or LEDGER_DEMO=0)"
+            app.state.opened = f"{', '.join(opened)}{hint if demo else ''}"
+            log.warning("opened %s", app.state.opened)
+        return app
     except BaseException:
         database.close()
         raise
@@ -5089,16 +5098,20 @@ def example_of(schema: Row, schemas: Row) -> Any:
 
 def open_first_accounts(
     ledger: Ledger, settings: Settings, dialects: Iterable[APIRouter], caller: str, demo: bool
-) -> None:
-    """Open the accounts that dialects begin with; those that are there stay as they are."""
-    commands = [
-        Command(caller, json.dumps(opening.keywords), opening)
+) -> list[str]:
+    """Open the accounts that dialects begin with, and name them; those that are there stay."""
+    openings: list[Any] = [
+        opening
         for router in dialects
         for opening in router.route_class.first_accounts(settings, demo)  # type: ignore[attr-defined]
     ]
-    for answer in retry_while_busy(lambda: ledger.commit(commands)) if commands else ():
+    commands = [Command(caller, json.dumps(each.keywords), each) for each in openings]
+    answers = retry_while_busy(lambda: ledger.commit(commands)) if commands else []
+    for answer in answers:
         if answer.status >= 400 and json.loads(answer.body)["code"] != AccountExists.code:
             raise StartupError(f"the first accounts cannot be opened: {answer.body}")
+    opened = [each for each, answer in zip(openings, answers, strict=True) if answer.status < 400]
+    return [next(iter(each.keywords.values())) for each in opened]
 
 
 @asynccontextmanager
@@ -5413,7 +5426,7 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     listener = listen(options.host, options.port)
     if not re.fullmatch("(/[!-.0-~]+)*", options.root_path):
         raise StartupError(f"the root path must be like /money, not {options.root_path!r}")
-    settings = replace(settings, root_path=options.root_path)
+    settings = replace(settings, root_path=options.root_path, demo=settings.demo and options.demo)
     app = create_app(settings, for_others=not is_local(options.host))
     app.state.alone = True
     host, port = listener.getsockname()[:2]
@@ -5422,6 +5435,8 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     print(f"  docs      {address}/docs")
     database = app.state.ledger.database
     print(f"  database  {database.name}")
+    if app.state.opened:
+        print(f"  opened    {app.state.opened}")
     with database.read() as connection:
         if warning := clock_warning(database, read_clocks(connection)):
             print(f"  clock     {warning}")
@@ -5722,6 +5737,8 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     serving.add_argument("--port", default=port, help="default: $PORT, or 8000")
     prefix = "what a proxy puts before every path, such as /money"
     serving.add_argument("--root-path", default="", metavar="PATH", help=prefix)
+    without = "open no accounts with demonstration money in a new ledger, as LEDGER_DEMO=0 does"
+    serving.add_argument("--no-demo", dest="demo", action="store_false", help=without)
     add_command(commands, "check", run_check)
     add_command(commands, "seed", run_seed)
     add_command(commands, "backup", run_backup).add_argument("file", type=Path, metavar="FILE")

@@ -132,6 +132,8 @@ on_postgresql = pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
 at_the_edge = pytest.mark.parametrize("engine", ENGINES[: 1 + (CYCLES > 3)], indirect=True)
 NOBODY = "00000000-0000-7000-8000-000000000000"
 ATM_DEMO = json.loads(ledger.ATM_DEMO)
+WALLETS = ("user_alice", "user_bob")
+WITHOUT_DEMO = " (a new ledger without demonstration money: --no-demo or LEDGER_DEMO=0)"
 
 
 def short(value: Any) -> str:
@@ -7540,6 +7542,7 @@ def test_the_server_says_where_it_is(server: "Server") -> None:
         f"ledger.py serves on {address}",
         f"  docs      {address}/docs",
         f"  database  {ledger.database_at(server.bank.database).name}",
+        f"  opened    {', '.join([*WALLETS, *ATM_DEMO])}{WITHOUT_DEMO}",
         "  mode      open: every caller on this machine may do everything",
     ]
 
@@ -7798,6 +7801,25 @@ def test_a_receiver_that_cannot_be_is_refused_in_one_line(
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert bank.rows("SELECT * FROM webhook") == []
+
+
+def test_demonstration_money_is_said_and_can_be_declined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened_by_a_start(file: str, **variables: str) -> str:
+        settings = ledger.Settings.read(variables, database_url=f"sqlite:///{tmp_path}/{file}")
+        app = ledger.create_app(settings)
+        app.state.ledger.database.close()
+        return str(app.state.opened)
+
+    assert opened_by_a_start("new") == ", ".join([*WALLETS, *ATM_DEMO]) + WITHOUT_DEMO
+    assert opened_by_a_start("new") == "", "a restart opens nothing more"
+    assert opened_by_a_start("empty", LEDGER_DEMO="0") == ""
+    # What somebody lists is no demonstration.
+    monkeypatch.setenv("PRELOAD_ACCOUNTS", '{"77": "5.00"}')
+    with served_by(f"sqlite:///{tmp_path}/own.db", "ledger", "--no-demo") as (bank, log):
+        assert bank.get("/atm/").json()["sample_accounts"] == {"77": "5.00"}
+        assert "  opened    77\n" in log.read_text()
 
 
 def test_seed_makes_the_demo_accounts_once(
