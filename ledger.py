@@ -9,7 +9,7 @@
 
     python ledger.py             serve on http://127.0.0.1:8000, with the data in ./ledger.db
     python ledger.py check       verify the invariants over all stored rows
-    python ledger.py --help      the others: backup, copy, export, seed, key, webhook
+    python ledger.py --help      the others: backup, copy, export, upgrade, seed, key, webhook
     uvicorn ledger:app           serve the same application
 
 Terms, with an example of each:
@@ -67,7 +67,7 @@ Contents. Who stops after part one knows why a retry cannot pay twice.
     Two    HTTP          Callers, Requests, The API, The library,
                          Dialect: /bank, the banking kata, Dialect: /atm, the cash machine,
                          Dialect: /api/v1/wallets, application credits
-    Three  storage       Database, Schema
+    Three  storage       Database, Schema, Upgrades
     Four   running       Application, Receipts, Log, Command line, Page
 """
 
@@ -291,6 +291,7 @@ class ReadTooLong(DatabaseBusy, detail="This takes too long now: ask for less"):
 class ManyExpired(DatabaseBusy, detail="Many holds have expired at once: try again"): ...
 class DatabaseUnavailable(LedgerError, status=503, detail="The database refuses: try again"): ...
 class DatabaseLost(DatabaseUnavailable, detail="The database cannot be written to: try again"): ...
+class LedgerUpgraded(DatabaseLost, detail="The ledger was upgraded: restart with its program"): ...
 class DiskFailed(DatabaseUnavailable, detail="The disk fails, and nothing was done"): ...
 class InternalError(LedgerError, status=500, detail="The server made a mistake, and logged it"): ...
 class StorageFull(LedgerError, status=507, detail="The disk is full, and nothing was done"): ...
@@ -323,6 +324,7 @@ Timestamp = Annotated[
     pydantic.PlainSerializer(utc_text, return_type=str),
     TIME_SCHEMA,
 ]
+SCHEMA_VERSION = 2
 STRICT = {"sqlite_strict": True}
 NO_ROWID = STRICT | {"sqlite_with_rowid": False}
 TransactionKind = Literal[
@@ -490,7 +492,7 @@ CHANGING_COLUMNS = {
     "hold": ("status", "captured_amount", "transaction_id"),
     "scheduled_cashback": ("status", "transaction_id"),
     "api_key": ("revoked_at",),
-    "webhook": ("position", "failures", "due_at"),
+    "webhook": ("position", "failures", "due_at", "last_error"),
 }
 # Not among those, because with each of them SQLite would write the index of names anew.
 NAMING_COLUMNS = {"account": ("owner_name", "notes", "credit_limit")}
@@ -521,6 +523,8 @@ class Connection(Protocol):
     schema: str
     is_writable: str
     probe: str
+    drop_trigger: str
+    size: str
     clock: str
     writes: str
     bound: str
@@ -677,7 +681,13 @@ class Book:
         self.change("account", vars(account), held=account.held - hold["amount"])
 
     def follow(self, newest: list[Row]) -> None:
-        """Let times and ids rise, whatever the clock does and other servers have written."""
+        """Let times and ids rise, whatever the clock does and other servers have written.
+
+        Raises LedgerUpgraded where the tables are no more those that this program writes.
+        """
+        if any(row["version"] != SCHEMA_VERSION for row in newest):
+            raise LedgerUpgraded
+        newest = [row for row in newest if row["id"]]
         # The clock anew, once: the accounts that a batch locks first may have been waited for.
         clock = self.now if self.last_time else utc_now()
         self.now = max([self.now, clock, *(row["ts"] for row in newest)])
@@ -817,7 +827,11 @@ def require_funds(leg: Leg) -> None:
 # committed together, and only then is anybody answered. Idempotency lives here.
 
 COMMITS_MAX, GATHERING_TURNS_MAX, TURNS_AFTER_LARGE, LARGE_ACCOUNTS = 4, 32, 4, 50
-NEWEST: tuple[str, Row] = ("SELECT id, ts FROM event ORDER BY id DESC LIMIT 1", {})
+NEWEST_EVENT = "SELECT id, ts FROM event ORDER BY id DESC LIMIT 1"
+NEWEST: tuple[str, Row] = (
+    f"SELECT version, id, ts FROM schema_version LEFT JOIN ({NEWEST_EVENT}) AS newest ON 1 = 1",  # noqa: S608
+    {},
+)
 Loop = asyncio.AbstractEventLoop
 Pending = asyncio.Future["Answer"]
 
@@ -835,12 +849,12 @@ DONE = Answer(200, "")
 
 
 class IdempotencyKey(Stored, table=True):
-    """The answer that a key was given; `id` is `caller|operation|key`."""
+    """The answer that a key was given; `name` is `caller|operation|key`."""
 
     __tablename__ = "idempotency_key"
     __table_args__ = (STRICT,)
 
-    id: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
     fingerprint: str
     status: int
     body: str
@@ -880,7 +894,7 @@ def execute_command(command: Command, book: Book, known: dict[str, Row]) -> Answ
         answer = refusal.to_answer()
     if command.key is not None:
         # In the same commit as what it did: both are on disk, or neither is.
-        stored = {"id": command.key, "fingerprint": fingerprint, "ts": book.now}
+        stored = {"name": command.key, "fingerprint": fingerprint, "ts": book.now}
         stored |= {"status": answer.status, "body": answer.body, "location": answer.location}
         book.insert("idempotency_key", stored)
         known[command.key] = stored
@@ -905,10 +919,10 @@ class Ledger:
         keys = [command.key for command in commands if command.key is not None]
         with self.database.write() as connection:
             book = Book(connection)
-            stored = "SELECT * FROM idempotency_key WHERE id = ANY(:keys)"
+            stored = "SELECT * FROM idempotency_key WHERE name = ANY(:keys)"
             # In one round trip: the accounts, the newest event, and the keys.
             [rows] = book.lock(references, (stored, {"keys": keys}))
-            known = {row["id"]: row for row in rows}
+            known = {row["name"]: row for row in rows}
             is_tidy = book.is_tidy
             answers = (
                 [execute_command(command, book, known) for command in commands] if is_tidy else []
@@ -2456,7 +2470,9 @@ def find_account(connection: Connection, reference: str) -> Row:
 
 
 # The ledger's own time, by which writes go too: this machine's clock, or the newest event's.
-NOW = f"(SELECT max(ts) FROM (SELECT :now AS ts UNION ALL SELECT ts FROM ({NEWEST[0]}) AS e) AS t)"  # noqa: S608
+NOW = (
+    f"(SELECT max(ts) FROM (SELECT :now AS ts UNION ALL SELECT ts FROM ({NEWEST_EVENT}) AS e) AS t)"  # noqa: S608
+)
 BEHIND = f'{NOW} - :now AS "newest event", {{0}} - :now AS "database server"'
 IS_OVER_NOW = IS_OVER.replace(":now", NOW)
 # Of two columns of one name, the later one counts: what expired holds still hold is available.
@@ -2468,8 +2484,9 @@ HOLDS = f"SELECT hold.*, {HOLD_STATUS} AS status FROM hold"  # noqa: S608
 
 
 def read_clocks(connection: Connection) -> Row:
-    """Return the ledger's own time, and how far this machine's clock is behind the others."""
-    query = f"SELECT {NOW} AS now, {BEHIND.format(connection.clock)}"
+    """Return the ledger's own time, how far this clock is behind the others, and the version."""
+    version = "(SELECT max(version) FROM schema_version) AS version"
+    query = f"SELECT {NOW} AS now, {BEHIND.format(connection.clock)}, {version}"
     return connection.rows(query, now=utc_now())[0]
 
 
@@ -3036,7 +3053,7 @@ async def list_events(
         await asyncio.sleep(BUSY_RETRY_SECONDS)
         _, later = await database.run_read(see_writes)
         writes = [[write for write in writes[0] if write in later]]
-    until = newest[0]["id"] if newest and not any(writes) else ""
+    until = "" if any(writes) else newest[0]["id"] or ""
     rows = await database.run_read(find_events, after, until, limit)
     return Events.model_validate({"items": rows, "next": rows[-1]["id"] if rows else after})
 
@@ -3722,7 +3739,9 @@ class SqliteConnection:
     is_writable = "SELECT 1 AS yes FROM asset LIMIT 1"
     probe = "PRAGMA user_version = 0"  # Which writes, and changes nothing.
     tables = "SELECT name FROM sqlite_schema WHERE type = 'table'"
-    schema = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
+    schema = "SELECT name, type AS kind, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
+    drop_trigger = "DROP TRIGGER IF EXISTS {}"
+    size = "SELECT page_count * page_size AS bytes FROM pragma_page_count, pragma_page_size"
     clock = ":now"  # Which is given; a server has its own, for all who call it.
     mark = ""  # What lets others see that a write is under way, and those that they see so.
     writes = "SELECT 1 AS write WHERE 1 = 0"
@@ -3817,18 +3836,21 @@ class PostgresConnection(SqliteConnection):
     probe = "SELECT txid_current()"
     tables = "SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()"
     schema = """WITH here AS (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
-    SELECT table_name::text AS name, concat_ws(' ', column_name, data_type, is_nullable) AS sql
-    FROM information_schema.columns WHERE table_schema = current_schema()
+    SELECT table_name::text AS name, 'column' AS kind,
+    concat_ws(' ', column_name, data_type, is_nullable) AS sql FROM information_schema.columns
+    WHERE table_schema = current_schema()
     UNION ALL
-    SELECT conrelid::regclass::text, concat_ws(' ', convalidated, pg_get_constraintdef(oid))
+    SELECT conrelid::regclass::text, 'rule', concat_ws(' ', convalidated, pg_get_constraintdef(oid))
     FROM pg_constraint WHERE connamespace = (SELECT oid FROM here) AND contype <> 'n'
     UNION ALL
-    SELECT indexname::text, replace(indexdef, current_schema() || '.', '') FROM pg_indexes
+    SELECT indexname::text, 'index', replace(indexdef, current_schema() || '.', '') FROM pg_indexes
     WHERE schemaname = current_schema()
     UNION ALL
-    SELECT tgname::text, concat_ws(' ', tgtype, tgattr, tgenabled, prosrc) FROM pg_trigger
-    JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
+    SELECT tgname::text, 'trigger', concat_ws(' ', tgtype, tgattr, tgenabled, prosrc)
+    FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
     WHERE NOT tgisinternal"""
+    drop_trigger = "DROP FUNCTION IF EXISTS {}() CASCADE"
+    size = "SELECT pg_database_size(current_database()) AS bytes"
     clock = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS bigint)"
     mark = f"SELECT pg_advisory_xact_lock_shared({WRITE_LOCK})"
     writes = f"""SELECT virtualtransaction AS write FROM pg_locks WHERE locktype = 'advisory'
@@ -3875,6 +3897,7 @@ class Database:
     inline = False  # Whether it is called on the event loop itself.
     is_open = False
     fault: LedgerError | None = None  # Of the last write, where the disk is to blame.
+    news = ""  # What was done to it when it was opened.
     name: str  # What the operator knows it by, without any password.
     begin_read: str
     begin_write: str
@@ -3909,6 +3932,10 @@ class Database:
 
     def require_present(self, *, to_write: bool) -> None:
         """Raise DatabaseLost where a write would go into nothing."""
+
+    def keep(self, suffix: str) -> str:
+        """Keep a file as it is, beside it, and say so."""
+        return ""
 
     def after_commit(self, rows_max: int = 0) -> None:
         """Do what is to be done now and then, or when so many rows were written."""
@@ -3982,14 +4009,20 @@ class Database:
             return function(batch)
         return await asyncio.get_running_loop().run_in_executor(self.writer, function, batch)
 
-    def open(self, *, make: bool) -> None:
-        """Accept a ledger of this version; with `make`, make one where there is nothing yet."""
+    def open(self, *, make: bool, older: bool = False) -> None:
+        """Accept a ledger of this version, or an `older` one; with `make`, make what is missing."""
         try:
             # Looking first through a connection that only reads leaves a stranger's file alone.
             with self.read() as connection:
                 version = stored_version(connection)
             if not version and (self.inline or not make):  # A new file is filled elsewhere.
                 raise StartupError(f"{self.name} has no tables: restore it as a whole")
+            if 0 < version < SCHEMA_VERSION and not older:
+                if not (make and self.inline):
+                    how = f"python ledger.py upgrade brings it to version {SCHEMA_VERSION}"
+                    raise StartupError(f"{self.name} is a ledger of version {version}: {how}")
+                self.news = upgrade(self)
+                log.warning(self.news)
             if make:
                 retry_while_busy(partial(complete_schema, self))
             self.is_open = True
@@ -4151,7 +4184,7 @@ class SqliteDatabase(Database):
             raise
         return SqliteConnection(driver)
 
-    def open(self, *, make: bool) -> None:
+    def open(self, *, make: bool, older: bool = False) -> None:
         self._opened = []
         try:
             self.require_whole()
@@ -4164,7 +4197,7 @@ class SqliteDatabase(Database):
             raise StartupError(f"cannot open {self.path}: {error.strerror}") from None
         if not (make or os.path.exists(self._log) or os.access(self.path.parent, os.W_OK)):
             self._uri += "&immutable=1"  # SQLite can make no log; `require_present` sees others'.
-        super().open(make=make)
+        super().open(make=make, older=older)
         self._opened = self._identities()
 
     def require_whole(self) -> None:
@@ -4238,6 +4271,17 @@ class SqliteDatabase(Database):
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
             if driver.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()[0]:
                 raise DatabaseBusy
+
+    def keep(self, suffix: str) -> str:
+        copied = Path(f"{self.path}{suffix}")
+        copied.unlink(missing_ok=True)
+        self.copy_to(copied)
+        return f"; as it was before: {copied}"
+
+    def copy_to(self, file: Path) -> None:
+        """Copy what is committed into a new file, while it is in use."""
+        with closing(sqlite3.connect(self._uri, uri=True)) as db, new_file(file) as to:
+            db.execute("VACUUM INTO ?", [str(to)])
 
     def _identities(self) -> list[Any]:
         try:
@@ -4351,6 +4395,7 @@ class Webhook(Stored, table=True):
     position: str = Field(foreign_key="event.id")
     failures: int
     due_at: int | None
+    last_error: str | None = None
 
 
 class SchemaVersion(Stored, table=True):
@@ -4363,7 +4408,6 @@ class SchemaVersion(Stored, table=True):
     description: str
 
 
-SCHEMA_VERSION = 1
 SCHEMA_LOCK = 0x6C65646765720A
 PORTION_ROWS = 2_000
 SYSTEM_STORED = "SELECT name, asset FROM account WHERE kind = 'SYSTEM'"
@@ -4425,13 +4469,25 @@ for name in TABLES.keys() - {"note"}:
     TRIGGERS[f"{name}_kept"] = (f"BEFORE DELETE ON {name}", never)
 
 
-def create_tables(connection: Connection) -> None:
-    """Make the tables and indexes, in the engine's own words."""
+def in_words(connection: Connection, made: Any) -> str:
+    """Return the statement that makes something, in the engine's own words."""
     dialect = sa.make_url(f"{connection.engine}://").get_dialect()()
-    for table in TABLES.values():
-        made: list[Any] = [sa.schema.CreateTable(table)]
-        for statement in made + [sa.schema.CreateIndex(index) for index in table.indexes]:
-            connection.driver.execute(str(statement.compile(dialect=dialect)))
+    return str(made.compile(dialect=dialect)).strip()
+
+
+def create_tables(connection: Connection, tables: Iterable[str] = TABLES) -> None:
+    """Make tables and their indexes."""
+    for name in tables:
+        connection.driver.execute(in_words(connection, sa.schema.CreateTable(TABLES[name])))
+        create_indexes(connection, TABLES[name])
+
+
+def create_indexes(connection: Connection, table: sa.Table) -> None:
+    """Make the indexes of a table that are not there."""
+    known = {row["name"] for row in connection.rows(connection.schema) if row["kind"] == "index"}
+    for index in table.indexes:
+        if index.name not in known:
+            connection.driver.execute(in_words(connection, sa.schema.CreateIndex(index)))
 
 
 def create_triggers(connection: Connection) -> None:
@@ -4454,26 +4510,37 @@ def create_triggers(connection: Connection) -> None:
     connection.insert("schema_version", [{"version": SCHEMA_VERSION, "description": made}])
 
 
+FIRST_TABLES = {
+    "account", "api_key", "asset", "entry", "event", "hold", "idempotency_key", "note",
+    "scheduled_cashback", "schema_version", "webhook",
+}  # fmt: skip
+
+
 def stored_version(connection: Connection) -> int:
-    """Return a ledger's schema version, or 0 for an empty database; else raise StartupError."""
+    """Return a ledger's version, 0 for an empty database, or raise StartupError."""
     found = {row["name"] for row in connection.rows(connection.tables)}
     if not found:
         return 0
-    if not found.issuperset(TABLES):
+    if not found.issuperset(("account", "entry", "schema_version")):
         raise StartupError("the database holds something other than a ledger")
     versions = [row["version"] for row in connection.rows("SELECT version FROM schema_version")]
-    if SCHEMA_VERSION not in versions:
-        version = max(versions, default="(none)")
-        raise StartupError(f"schema version {version} is not {SCHEMA_VERSION}, the known one")
-    return SCHEMA_VERSION
+    if not found.issuperset(FIRST_TABLES):
+        lacking = ", ".join(sorted(FIRST_TABLES - found))
+        why = f"it has no table {lacking}; only the ledger.py that made it reads it"
+        raise StartupError(f"this is a ledger from before version 1: {why}")
+    version = max(versions, default=0)
+    if version > SCHEMA_VERSION:
+        known = f"this ledger.py, {__version__}, knows those until {SCHEMA_VERSION}"
+        raise StartupError(f"this is a ledger of version {version}, and {known}: use a later one")
+    if not version or (version == SCHEMA_VERSION and not found.issuperset(TABLES)):
+        raise StartupError("this ledger has lost its version or a table: restore it from a backup")
+    return version
 
 
 def complete_schema(database: Database) -> None:
     """Make what is missing: all of a new ledger, or assets and system accounts that came later."""
     with database.write() as connection:
-        if connection.engine == "postgresql":
-            # One server at a time, until the write has ended.
-            connection.execute("SELECT pg_advisory_xact_lock(:lock)", lock=SCHEMA_LOCK)
+        lock_schema(connection)
         if not stored_version(connection):
             create_tables(connection)
             create_triggers(connection)
@@ -4631,11 +4698,20 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
     strange = [f"asset or system account {one}" for one in differing]
     yield "assets and system accounts are the known ones", len(assets | stored), strange
     made, *others = connection.rows("SELECT description FROM schema_version")
-    now, then = connection.rows(connection.schema), json.loads(made["description"])
-    changed = [row for row in now + then if (row in now) != (row in then)]
+    then, now = json.loads(made["description"]), connection.rows(connection.schema)
+    beside = others_of(connection)
+    changed = [r for r in now + then if (r in now) != (r in then) and r["name"] not in beside]
     differing = sorted({f"{row['name']} is not as it was made" for row in changed})
     differing += ["there is a second row of schema_version" for _ in others]
     yield "tables and triggers are as they were made", len(then), differing
+
+
+def others_of(connection: Connection) -> set[str]:
+    """Return what others have put beside the ledger; a trigger of theirs is none of that."""
+    [made, *_] = connection.rows("SELECT description FROM schema_version")
+    ours = {row["name"] for row in json.loads(made["description"])}
+    now = connection.rows(connection.schema)
+    return {row["name"] for row in now if row["kind"] != "trigger"} - ours
 
 
 def check_events(connection: Connection) -> tuple[int, list[str]]:
@@ -4661,18 +4737,142 @@ def show_progress(doing: str = "") -> None:
         print(f"\33[K{doing}", end="\r", file=sys.stderr, flush=True)
 
 
-def portions(connection: Connection, table: str) -> Iterator[list[Row]]:
-    """Return all rows of a table in the order of its key, some at a time."""
+def portions(
+    connection: Connection, table: str, brought: dict[str, str] | None = None
+) -> Iterator[list[Row]]:
+    """Return all rows of a table in the order of its key, some at a time.
+
+    What later versions `brought` to the rows of an earlier one is SQL over these.
+    """
     keys = [column.name for column in TABLES[table].primary_key]
     order, after = ", ".join(keys), ", ".join(f":{key}" for key in keys)
-    query, position, count = f"SELECT * FROM {table}", Row(), 0  # noqa: S608
+    values = {column.name: column.name for column in TABLES[table].columns} | (brought or {})
+    shown = ", ".join(f"{value} AS {name}" for name, value in values.items())
+    source = f"SELECT * FROM (SELECT {shown} FROM {table}) AS rows_of_today"  # noqa: S608
+    query, position, count = source, Row(), 0
     while rows := connection.rows(f"{query} ORDER BY {order} LIMIT {PORTION_ROWS}", **position):
         yield rows
         count += len(rows)
         show_progress(f"{table}: {count:,} rows")
-        query = f"SELECT * FROM {table} WHERE ({order}) > ({after})"  # noqa: S608
+        query = f"{source} WHERE ({order}) > ({after})"
         position = {key: rows[-1][key] for key in keys}
     show_progress()
+
+
+# ----- Upgrades
+# How a ledger of an earlier version becomes one of today's, which is in nothing but its rows
+# another one than a new ledger.
+
+# The columns that each version brought, by table, as SQL over the rows before: a column's name in
+# small letters, or a constant. Tables, indexes and rules that it brought need no word here: they
+# are made as they are declared.
+BROUGHT: dict[int, dict[str, dict[str, str]]] = {
+    # The name of a key changed so that no program of version 1 can commit anything to version 2.
+    2: {"idempotency_key": {"name": "id"}, "webhook": {"last_error": "NULL"}},
+}
+# What else a version does to the rows, after that.
+STEPS: dict[int, Sequence[Callable[[Connection], None]]] = {}
+
+
+def brought_since(version: int) -> dict[str, dict[str, str]]:
+    """Return the columns, by table, that a ledger of a version lacks."""
+    since: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for later in range(version + 1, SCHEMA_VERSION + 1):
+        for table, columns in BROUGHT.get(later, {}).items():
+            since[table] |= columns
+    return since
+
+
+def upgrade(database: Database) -> str:
+    """Bring a ledger to this version in one write, a file after a copy of it; say what was done."""
+    connection = database.connect(write=True)
+    if connection.engine == "sqlite":
+        # A table is made anew while others refer to it, which `check` sees to in the end.
+        connection.driver.executescript("PRAGMA foreign_keys = 0; PRAGMA legacy_alter_table = 1")
+    database._writing.append(connection)
+    try:
+        return retry_while_busy(partial(upgrade_at_once, database))
+    finally:
+        database.disconnect()
+
+
+def upgrade_at_once(database: Database) -> str:
+    """Do all steps, or none where `check` finds anything wrong after them."""
+    with database.write() as connection:
+        lock_schema(connection)
+        version = stored_version(connection)
+        if version == SCHEMA_VERSION:
+            return f"{database.name} is a ledger of version {version} already"
+        kept = database.keep(f".version-{version}")
+        drop_triggers(connection)
+        reshape(connection, brought_since(version))
+        for later in range(version + 1, SCHEMA_VERSION + 1):
+            for step in STEPS.get(later, ()):
+                step(connection)
+        create_triggers(connection)
+        for _, _, wrong in check(connection):
+            if wrong:
+                raise StartupError(f"{database.name} was not upgraded: {wrong[0]}")
+    return f"{database.name} was upgraded from version {version} to {SCHEMA_VERSION}{kept}"
+
+
+def lock_schema(connection: Connection) -> None:
+    """Let one server at a time change tables, until its write has ended."""
+    if connection.engine == "postgresql":
+        connection.execute("SELECT pg_advisory_xact_lock(:lock)", lock=SCHEMA_LOCK)
+
+
+def drop_triggers(connection: Connection) -> None:
+    """Remove the triggers that were made, and what was recorded of them."""
+    [made] = connection.rows("SELECT description FROM schema_version")
+    for name in sorted({row["name"] for row in json.loads(made["description"])}):
+        if re.search("_(at_insert|at_update|unchanged|kept)$", name):
+            connection.execute(connection.drop_trigger.format(name))
+    connection.execute("DELETE FROM schema_version")
+
+
+def reshape(connection: Connection, brought: Mapping[str, Mapping[str, str]]) -> None:
+    """Give all tables the shape that they have today."""
+    stored = {row["name"] for row in connection.rows(connection.tables)}
+    change = make_anew if connection.engine == "sqlite" else alter
+    for name, table in TABLES.items():
+        show_progress(f"upgrading {name}")
+        if name in stored:
+            change(connection, table, brought[name])
+            create_indexes(connection, table)
+        else:
+            create_tables(connection, [name])
+
+
+def make_anew(connection: Connection, table: sa.Table, brought: Mapping[str, str]) -> None:
+    """Give a table of SQLite the columns and rules that it has today."""
+    execute, make = connection.driver.execute, in_words(connection, sa.schema.CreateTable(table))
+    stored = connection.rows("SELECT sql FROM sqlite_schema WHERE name = :name", name=table.name)
+    if stored != [{"sql": make}]:
+        values = ", ".join(brought.get(column.name, column.name) for column in table.columns)
+        execute(f"ALTER TABLE {table} RENAME TO earlier")
+        execute(make)
+        execute(f"INSERT INTO {table} SELECT {values} FROM earlier")  # noqa: S608
+        execute("DROP TABLE earlier")
+
+
+def alter(connection: Connection, table: sa.Table, brought: Mapping[str, str]) -> None:
+    """Give a table of PostgreSQL the columns and rules that it has today."""
+    changes = []
+    for name, value in brought.items():
+        if re.fullmatch("[a-z_]+", value):
+            changes.append(f"RENAME COLUMN {value} TO {name}")
+        else:
+            column = in_words(connection, sa.schema.CreateColumn(table.columns[name]))
+            changes += [f"ADD COLUMN {column} DEFAULT {value}", f"ALTER COLUMN {name} DROP DEFAULT"]
+    rules = "SELECT conname AS name FROM pg_constraint WHERE contype = 'c' AND conrelid ="
+    for rule in connection.rows(f"{rules} '{table}'::regclass"):
+        changes.append(f"DROP CONSTRAINT {rule['name']}")
+    for declared in table.constraints:
+        if isinstance(declared, sa.CheckConstraint):
+            changes.append(f"ADD CHECK ({declared.sqltext})")
+    for change in changes:
+        connection.driver.execute(f"ALTER TABLE {table} {change}")
 
 
 # ===== Part four: running
@@ -5158,9 +5358,11 @@ async def work_for_ever(ledger: Ledger) -> None:
     async with asyncio.TaskGroup() as tasks:
         while True:
             try:
-                if ledger.database.fault:
+                if database.fault:
                     await ledger.submit(Command("system", "{}", probe_disk))
                 clocks = await database.run_read(read_clocks)
+                if clocks["version"] != SCHEMA_VERSION:
+                    database.fault = LedgerUpgraded()
                 if (warning := clock_warning(database, clocks)) != told:
                     log.warning(warning or "this machine's clock is right again")
                     told = warning
@@ -5437,6 +5639,8 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     print(f"  database  {database.name}")
     if app.state.opened:
         print(f"  opened    {app.state.opened}")
+    if database.news:
+        print(f"  upgrade   {database.news}")
     with database.read() as connection:
         if warning := clock_warning(database, read_clocks(connection)):
             print(f"  clock     {warning}")
@@ -5457,13 +5661,15 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def opened(settings: Settings, *, make: bool = False) -> Iterator[Database]:
-    """Open a ledger for a command, which never makes one by mistake."""
+def opened(settings: Settings, *, make: bool = False, older: bool = False) -> Iterator[Database]:
+    """Open a ledger for a command, which never makes one by mistake; an `older` one stays so."""
     database = database_at(settings.database_url)
     if not make and isinstance(database, SqliteDatabase) and not database.path.exists():
         raise StartupError(f"there is no ledger at {database.name}")
     with closing(database):
-        database.open(make=make)
+        database.open(make=make, older=older)
+        if database.news:
+            print(database.news, file=sys.stderr)
         yield database
         database.require_present(to_write=True)
 
@@ -5492,13 +5698,27 @@ def run_check(settings: Settings, options: argparse.Namespace) -> int:
     return int(any(wrong for _, _, wrong in results))
 
 
+def run_upgrade(settings: Settings, options: argparse.Namespace) -> None:
+    """Bring a ledger of an earlier version to this one, or say what that would do."""
+    with opened(settings, older=True) as database:
+        if not options.dry_run:
+            print(upgrade(database))
+            return
+        with database.read() as connection:
+            version, stored = stored_version(connection), connection.rows(connection.size)[0]
+    print(f"{database.name} is of version {version}, and this program's is {SCHEMA_VERSION}")
+    for later in range(version + 1, SCHEMA_VERSION + 1):
+        tables = [f"{name} ({', '.join(columns)})" for name, columns in BROUGHT[later].items()]
+        print(f"  version {later} brings {' and '.join(tables)}, and checks the whole")
+    print(f"  it takes up to {2 * stored['bytes']:,} bytes more, for a copy and while it works")
+
+
 def run_backup(settings: Settings, options: argparse.Namespace) -> None:
     """Copy the ledger's file into a new one while it is in use."""
-    with opened(settings) as database:
+    with opened(settings, older=True) as database:
         if not isinstance(database, SqliteDatabase):
             raise StartupError(f"{database.name} is no file: back it up with pg_dump")
-        with closing(sqlite3.connect(database._uri, uri=True)) as db, new_file(options.file) as to:
-            db.execute("VACUUM INTO ?", [str(to)])
+        database.copy_to(options.file)
     print(f"copied {database.name} to {options.file}")
 
 
@@ -5506,7 +5726,8 @@ def run_copy(settings: Settings, options: argparse.Namespace) -> None:
     """Copy a whole ledger into an empty database of either engine, and check it there."""
     target = database_at(options.target)
     place: Any = target.new() if isinstance(target, SqliteDatabase) else closing(target)
-    with opened(replace(settings, database_url=options.source)) as source, place as new:
+    old = replace(settings, database_url=options.source)
+    with opened(old, older=True) as source, place as new:
         counts = copy_all(source, new)
     print(f"copied {source.name} to {target.name}, and checked it there:")
     for name, row_count in counts.items():
@@ -5520,8 +5741,9 @@ def copy_all(source: Database, target: Database) -> dict[str, int]:
         if stored_version(new):
             raise StartupError(f"{target.name} is not empty")
         create_tables(new)
+        brought = brought_since(stored_version(old))
         for table in counts:
-            for rows in portions(old, table):
+            for rows in portions(old, table, brought[table]):
                 new.insert(table, rows)
                 counts[table] += len(rows)
         # Not before, because they would refuse what frozen and closed accounts once did.
@@ -5741,6 +5963,8 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     serving.add_argument("--no-demo", dest="demo", action="store_false", help=without)
     add_command(commands, "check", run_check)
     add_command(commands, "seed", run_seed)
+    upgrading = add_command(commands, "upgrade", run_upgrade)
+    upgrading.add_argument("--dry-run", action="store_true", help="say what it would do")
     add_command(commands, "backup", run_backup).add_argument("file", type=Path, metavar="FILE")
     copying = add_command(commands, "copy", run_copy)
     copying.add_argument("--from", dest="source", required=True, metavar="URL")

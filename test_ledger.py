@@ -198,7 +198,8 @@ def test_ids_rise_even_when_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch)
     for now in (10**15, 10**15, 10**15 + 1, 5, 10**15 + 10**6):
         monkeypatch.setattr(ledger, "utc_now", lambda now=now: now)
         book = ledger.Book(None)  # type: ignore[arg-type]
-        book.follow([{"id": ids[-1], "ts": 10**15}] if ids else [])
+        newest = {"id": ids[-1] if ids else None, "ts": 10**15}
+        book.follow([newest | {"version": ledger.SCHEMA_VERSION}])
         ids += [book.new_id(), book.new_id()]
         assert book.now == max(now, 10**15)
     assert ids == sorted(set(ids))
@@ -5896,11 +5897,14 @@ def test_a_strangers_file_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("statement", "version"),
-    [("UPDATE schema_version SET version = 99", "99"), ("DELETE FROM schema_version", "(none)")],
+    [
+        ("UPDATE schema_version SET version = 99", "version 99"),
+        ("DELETE FROM schema_version", "restore it from a backup"),
+    ],
 )
 def test_an_unknown_schema_version_is_refused(bank: "Bank", statement: str, version: str) -> None:
     bank.tamper_freely(statement)
-    assert refused_start(bank.database) == f"schema version {version} is not 1, the known one"
+    assert version in refused_start(bank.database)
 
 
 def test_servers_may_make_one_new_ledger_at_one_moment(new_database: "NewDatabase") -> None:
@@ -6065,7 +6069,7 @@ CHANGING = {
     "hold": {"status", "captured_amount", "transaction_id"},
     "scheduled_cashback": {"status", "transaction_id"},
     "api_key": {"revoked_at"},
-    "webhook": {"position", "failures", "due_at"},
+    "webhook": {"position", "failures", "due_at", "last_error"},
 }
 
 
@@ -6197,7 +6201,7 @@ def test_the_check_finds_what_was_tampered_with(
             "system account (None, 'USD')",
         ),
         ("UPDATE entry SET id = (SELECT min(id) FROM entry)", "stands twice"),
-        ("INSERT INTO schema_version SELECT 2, description FROM schema_version", "a second row"),
+        ("INSERT INTO schema_version SELECT 0, description FROM schema_version", "a second row"),
         ("UPDATE event SET kind = 'GIFT' WHERE kind = 'DEPOSIT'", "is a GIFT"),
         ("UPDATE event SET id = 'ZZ' WHERE kind = 'open_account'", "event ZZ has no UUID"),
         (f"UPDATE account SET id = 'ZZ' WHERE id = {ALICES}", "account ZZ has no UUID"),
@@ -6343,6 +6347,326 @@ def test_the_check_adds_up_what_would_not_fit_into_64_bits(bank: "Bank") -> None
             f"SELECT id, 1, 'x', owner_name, 'CREDIT', balance, balance {account}",
         )
     assert any(f"sums to {2**63 - 1} USD" in found for found in bank.wrong())
+
+
+# ----- Upgrades
+# A real ledger of each version is kept as text, with rows of every kind, and with what it told.
+# LEDGER_TEST_KEEP=1 keeps the one of this version anew, after its tables have changed.
+
+KEPT = Path(__file__).parent / ".ledgers"
+EARLIER = range(1, ledger.SCHEMA_VERSION)
+
+
+def by_admin(bank: "BankInside") -> "BankInside":
+    """Let all that is asked be asked by the operator, whose keys stay known."""
+    send = bank.send
+
+    def send_as_admin(*request: Any, headers: Any = (), **options: Any) -> httpx.Response:
+        return send(*request, headers={**dict(headers), "X-API-Key": ADMIN_KEY}, **options)
+
+    bank.send = send_as_admin
+    return bank
+
+
+def tell_everything(bank: "BankInside") -> list[Any]:
+    """Let everything happen that can; return what was asked under keys, and the answers."""
+    bank.given(alice=10_000, bob=0, carol=500, dora=0)
+    asked: list[Any] = []
+
+    def ask(path: str, **body: Any) -> Any:
+        answer = bank.post(path, key=f"key-{len(asked)}", **body)
+        asked.append([path, f"key-{len(asked)}", body, answer.status_code, answer.text])
+        return answer.json()
+
+    alice, bob, carol, _ = bank.ids.values()
+    ends = {"source_account_id": alice, "dest_account_id": bob}
+    promise = {"account_id": alice, "dest_account_id": bob}
+    ask("/accounts", owner_name="Eve", external_id="eve-1", metadata={"team": "red", "é": "ü"})
+    ask("/transfers", **ends, amount=300, memo="rent", external_id="t-1", metadata={"order": "7"})
+    ask("/transfers", **ends, amount=10**12)
+    ask(f"/accounts/{alice}/withdraw", amount=5)
+    many = [{**ends, "amount": 1}, {**ends, "amount": 10**9}]
+    ask("/transfers/bulk", atomic=False, transfers=many)
+    entries = [
+        {"account_id": who, "type": kind, "amount": amount}
+        for who, kind, amount in ((alice, "DEBIT", 7), (bob, "CREDIT", 3), (carol, "CREDIT", 4))
+    ]
+    posted = ask("/transactions", entries=entries, metadata={"order": "8"})
+    ask(f"/transactions/{posted['id']}/reverse", memo="no")
+    for payer in (alice, carol):
+        ask("/payments", account_id=payer, amount=100)
+    cancelled = ask("/payments", account_id=alice, amount=200)
+    ask(f"/transactions/{cancelled['payment_id']}/reverse")
+    bank.step("carol", "freeze")
+    bank.pass_time(DAY + HOUR)
+    ask("/payments", account_id=alice, amount=150)
+    captured, voided, _ = (ask("/holds", **promise, amount=n)["id"] for n in (5, 6, 7))
+    ask("/holds", **promise, amount=8, expires_in=60, external_id="h-1")
+    ask(f"/holds/{captured}/capture", amount=4)
+    ask(f"/holds/{voided}/void")
+    bank.pass_time(HOUR)
+    ask(f"/accounts/{alice}/deposit", amount=1)
+    for step in ("freeze", "unfreeze", "close"):
+        bank.step("dora", step)
+    bank.send("PATCH", f"/accounts/{bob}", json={"owner_name": "Bobby", "metadata": {"a": "b"}})
+    for path, body in (
+        ("/bank/accounts", {"timestamp": 1, "account_id": "a"}),
+        ("/bank/deposits", {"timestamp": 2, "account_id": "a", "amount": 100}),
+        ("/bank/payments", {"timestamp": 3, "account_id": "a", "amount": 50}),
+        ("/bank/payments", {"timestamp": 90_000_000, "account_id": "a", "amount": 50}),
+        ("/atm/accounts/1001/deposit", {"amount": "1.50"}),
+        ("/api/v1/wallets/users", {"external_user_id": "u"}),
+        ("/api/v1/wallets/users/u/top-up", {"amount": "2.5", "asset_type_id": 1}),
+        ("/api/v1/wallets/users/u/bonus", {"amount": "1", "asset_type_id": 3}),
+        ("/api/v1/wallets/users/u/spend", {"amount": "0.5", "asset_type_id": 1}),
+    ):
+        ask(path, **body)
+    for name in "ab":
+        subscribe(bank, f"http://127.0.0.1:1/{name}")
+        new_api_key(bank.database, name, "service")
+    printed(bank.database, "webhook", "remove", "http://127.0.0.1:1/a")
+    key_command(bank.database, "revoke", "a")
+    return asked
+
+
+def told_of(bank: "BankInside") -> dict[str, Any]:
+    """Return what is told of a ledger: lists, and what follows them, and each account."""
+    paths = [
+        "/accounts?limit=3", "/balances", "/transactions?limit=100", "/transactions?limit=2",
+        "/holds?limit=2", "/events?limit=200", "/audit?limit=50", "/accounts?metadata[team]=red",
+        "/bank/accounts", "/bank/accounts/a/transactions?timestamp=180000000", "/atm/",
+        "/api/v1/wallets/users/u/balance?asset_type_id=1",
+    ]  # fmt: skip
+    for (account,) in bank.rows("SELECT id FROM account ORDER BY id"):
+        paths += [f"/accounts/{account}", f"/accounts/{account}/statement?limit=5"]
+    told = {path: bank.get(path).json() for path in paths}
+    for path in paths:
+        if cursor := told[path].get("next_cursor"):
+            told[f"{path}&cursor={cursor}"] = bank.get(f"{path}&cursor={cursor}").json()
+    table = csv.DictReader(io.StringIO(printed(bank.database, "export", "--format", "csv")))
+    return told | {"exported": [row["transaction_id"] for row in table]}
+
+
+@pytest.fixture(scope="session")
+def keep_ledger(lend_postgresql: "NewDatabase") -> None:
+    """Keep a ledger of this version, on both engines, with what it told."""
+    if not os.environ.get("LEDGER_TEST_KEEP"):
+        return
+    now = ledger.utc_now()
+    settings: Any = {"admin_key": ADMIN_KEY, "preload_accounts": '{"1001": "5"}'}
+    with new_file() as database, lend_postgresql(blank=True) as copied:
+        with opened(database, ledger.DIALECTS, **settings) as bank:
+            asked = tell_everything(by_admin(bank))
+            told: dict[str, Any] = {"now": ledger.utc_now(), "asked": asked, "told": told_of(bank)}
+        ledger.utc_now = lambda: now
+        printed(database, "copy", "--from", database, "--to", copied)
+        with closing(connect(database)) as connection:
+            told["sqlite"] = list(connection.iterdump())
+        programs = Path("/usr/lib/postgresql").glob("*/bin/pg_dump")
+        dump = [str(sorted(programs)[-1]), "--inserts", "--no-owner", "--no-privileges", copied]
+        text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+        # Without what is no SQL, and what the next server may not know.
+        unwanted = re.compile(r"--|\\|$|CREATE SCHEMA|SET ")
+        told["postgresql"] = [each for each in text.splitlines() if not unwanted.match(each)]
+    KEPT.mkdir(exist_ok=True)
+    file = KEPT / f"version-{ledger.SCHEMA_VERSION}.json"
+    file.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def kept(version: int, new_database: "NewDatabase") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lend the ledger that is kept of a version, and what it told."""
+    told = json.loads((KEPT / f"version-{version}.json").read_text())
+    with new_database(blank=True) as database:
+        with closing(connect(database)) as connection:
+            if database.startswith("sqlite"):
+                connection.executescript("\n".join(told["sqlite"]))
+            else:
+                connection.execute("\n".join(told["postgresql"]))
+                connection.commit()
+        ledger.utc_now = lambda: told["now"]
+        yield database, told
+
+
+def is_in(told: Any, now: Any) -> bool:
+    """Tell whether what was told before is told now, where later versions may tell more."""
+    if isinstance(told, dict) and isinstance(now, dict):
+        return all(name in now and is_in(value, now[name]) for name, value in told.items())
+    if isinstance(told, list) and isinstance(now, list):
+        return len(told) == len(now) and all(map(is_in, told, now))
+    return bool(told == now)
+
+
+@pytest.mark.parametrize("version", [*EARLIER, ledger.SCHEMA_VERSION])
+def test_a_ledger_of_any_version_tells_what_it_told(
+    new_database: "NewDatabase", keep_ledger: None, version: int
+) -> None:
+    with kept(version, new_database) as (database, told):
+        if version < ledger.SCHEMA_VERSION:
+            said = printed(database, "upgrade")
+            assert f"was upgraded from version {version} to {ledger.SCHEMA_VERSION}" in said
+        with opened(database, ledger.DIALECTS, admin_key=ADMIN_KEY) as bank:
+            assert bank.wrong() == []
+            now = told_of(by_admin(bank))
+            assert [path for path in told["told"] if not is_in(told["told"][path], now[path])] == []
+            for path, key, body, status, text in told["asked"]:
+                again = bank.post(path, key=key, **body)
+                assert (again.status_code, again.text) == (status, text)
+                assert again.headers["Idempotent-Replayed"] == "true"
+
+
+def shape_of(database: str) -> Any:
+    """Return all of a ledger but its rows."""
+    opened_at = ledger.database_at(database)
+    with closing(opened_at), opened_at.read() as connection:
+        [made] = connection.rows("SELECT * FROM schema_version")
+        by_name = sorted(json.loads(made["description"]), key=str)
+        return made["version"], by_name, sorted(connection.rows(connection.schema), key=str)
+
+
+@pytest.mark.parametrize("version", EARLIER)
+def test_an_upgraded_ledger_is_as_a_new_one_but_for_its_rows(
+    new_database: "NewDatabase", version: int
+) -> None:
+    with kept(version, new_database) as (database, _), new_database() as new:
+        printed(database, "upgrade")
+        assert shape_of(database) == shape_of(new)
+
+
+@pytest.mark.parametrize("version", EARLIER)
+@on_sqlite
+def test_a_file_is_upgraded_when_it_is_served_and_kept_as_it_was(
+    new_database: "NewDatabase", version: int
+) -> None:
+    with kept(version, new_database) as (database, _):
+        file = file_of(database)
+        before = contents_of(database)
+        with serving(database) as server:
+            said = f"{file} was upgraded from version {version} to {ledger.SCHEMA_VERSION}; "
+            copied = f"{file}.version-{version}"
+            assert f"  upgrade   {said}as it was before: {copied}" in server.said
+        assert contents_of(f"sqlite:///{copied}") == before
+        # Who goes back puts it in its place, and may go on from there again.
+        Path(copied).replace(file)
+        with ledger.open_ledger(database) as books:
+            assert len(books.accounts().items) > 5
+
+
+def contents_of(database: str) -> list[str]:
+    """Return a file's tables and rows."""
+    with closing(connect(database)) as connection:
+        return list(connection.iterdump())
+
+
+@pytest.mark.parametrize("version", EARLIER)
+def test_other_commands_leave_an_earlier_ledger_as_it_is(
+    new_database: "NewDatabase", engine: str, version: int
+) -> None:
+    with kept(version, new_database) as (database, _):
+        name = ledger.database_at(database).name
+        how = f"python ledger.py upgrade brings it to version {ledger.SCHEMA_VERSION}"
+        refused = f"ledger: {name} is a ledger of version {version}: {how}\n"
+        commands = [["check"], ["export", "--format", "csv"], ["key", "list"]]
+        for command in commands:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "stderr", said := io.StringIO())
+                assert ledger.main([*command, "--database-url", database]) == 1
+            assert said.getvalue() == refused
+        if engine == "postgresql":
+            assert f"ledger: {refused_start(database)}\n" == refused
+        shown = printed(database, "upgrade", "--dry-run")
+        assert f"{name} is of version {version}" in shown
+        assert "idempotency_key (name)" in shown or version > 1
+
+
+@pytest.mark.parametrize("version", EARLIER)
+def test_an_earlier_ledger_is_copied_into_one_of_today(
+    new_database: "NewDatabase", version: int
+) -> None:
+    with kept(version, new_database) as (database, told), new_database(blank=True) as copied:
+        printed(database, "copy", "--from", database, "--to", copied)
+        with opened(copied, ledger.DIALECTS, admin_key=ADMIN_KEY) as bank:
+            now = told_of(by_admin(bank))
+            assert bank.wrong() == []
+        assert [path for path in told["told"] if not is_in(told["told"][path], now[path])] == []
+
+
+@pytest.mark.parametrize("version", EARLIER)
+def test_an_upgrade_that_dies_has_done_nothing(
+    new_database: "NewDatabase", tmp_path: Path, version: int
+) -> None:
+    with kept(version, new_database) as (database, _):
+        status, died = None, 0
+        for place in itertools.count(3, step=6 if CYCLES > 3 else 40):
+            given = {"LEDGER_DATABASE_URL": database, "DIES_AT": str(place)}
+            ran = run_program("upgrade", folder=tmp_path, target=die_between_statements, **given)
+            status = ran.returncode
+            if status == 0:
+                break
+            died += 1
+            assert (status, version_of(database)) == (-signal.SIGKILL, version)
+        assert died >= 4
+        assert version_of(database) == ledger.SCHEMA_VERSION
+        assert printed(database, "check")
+
+
+def version_of(database: str) -> int:
+    """Return the version that a ledger says it is of."""
+    with closing(connect(database)) as connection:
+        [[version]] = connection.execute("SELECT version FROM schema_version").fetchall()
+        return int(version)
+
+
+def die_between_statements(
+    arguments: Sequence[str], environment: Mapping[str, str], said: Path, log: Path
+) -> None:
+    """Run a command that dies before one of its statements."""
+    left = itertools.count(int(environment["DIES_AT"]), step=-1)
+
+    class Dying:
+        """A driver that counts what is executed."""
+
+        def __init__(self, driver: Any) -> None:
+            self.driver = driver
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("execute", "executemany") and next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return getattr(self.driver, name)
+
+    for kind in (ledger.SqliteDatabase, ledger.PostgresDatabase):
+
+        def connect(self: Any, *, write: bool, connect: Any = kind.connect) -> Any:
+            connection = connect(self, write=write)
+            connection.driver = Dying(connection.driver)
+            return connection
+
+        kind.connect = connect  # type: ignore[method-assign]
+    run_main(arguments, environment, said, log)
+
+
+def test_no_program_of_version_1_commits_to_a_later_one(bank: "Bank") -> None:
+    with pytest.raises((sqlite3.Error, psycopg.Error), match="id"):
+        bank.rows("SELECT * FROM idempotency_key WHERE id IN ('x')")
+
+
+def test_a_server_notices_that_its_ledger_was_upgraded(new_database: "NewDatabase") -> None:
+    with new_database() as database, serving(database) as server:
+        server.bank.given(alice=100)
+        server.bank.tamper_freely("UPDATE schema_version SET version = 99")
+        wait_until(lambda: "The ledger was upgraded" in server.log.read_text())
+        assert server.bank.get("/health").status_code == 503
+        refused = server.bank.deposit("alice", 1)
+        assert refusal(refused) == (503, "database_unavailable")
+        assert refused.json()["detail"] == "The ledger was upgraded: restart with its program"
+        assert server.bank.balances()["alice"] == 100
+
+
+@pytest.mark.parametrize("lacking", ["note", "hold", "webhook"])
+def test_a_ledger_from_before_version_1_is_called_so(bank: "Bank", lacking: str) -> None:
+    bank.tamper_freely(f"DROP TABLE {lacking}{' CASCADE' * ('postgresql' in bank.database)}")
+    why = f"it has no table {lacking}; only the ledger.py that made it reads it"
+    assert refused_start(bank.database) == f"this is a ledger from before version 1: {why}"
 
 
 # ===== Part four: running
