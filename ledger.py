@@ -324,7 +324,7 @@ Timestamp = Annotated[
     pydantic.PlainSerializer(utc_text, return_type=str),
     TIME_SCHEMA,
 ]
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 STRICT = {"sqlite_strict": True}
 NO_ROWID = STRICT | {"sqlite_with_rowid": False}
 TransactionKind = Literal[
@@ -3846,7 +3846,9 @@ class PostgresConnection(SqliteConnection):
     SELECT indexname::text, 'index', replace(indexdef, current_schema() || '.', '') FROM pg_indexes
     WHERE schemaname = current_schema()
     UNION ALL
-    SELECT tgname::text, 'trigger', concat_ws(' ', tgtype, tgattr, tgenabled, prosrc)
+    SELECT tgname::text, 'trigger', concat_ws(' ', tgtype, (
+        SELECT string_agg(attname, ' ' ORDER BY attname) FROM pg_attribute
+        WHERE attrelid = tgrelid AND attnum = ANY(tgattr)), tgenabled, prosrc)
     FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
     WHERE NOT tgisinternal"""
     drop_trigger = "DROP FUNCTION IF EXISTS {}() CASCADE"
@@ -4769,6 +4771,7 @@ def portions(
 BROUGHT: dict[int, dict[str, dict[str, str]]] = {
     # The name of a key changed so that no program of version 1 can commit anything to version 2.
     2: {"idempotency_key": {"name": "id"}, "webhook": {"last_error": "NULL"}},
+    3: {"account": {"credit_limit": "0"}, "event": {"credit_limit": "NULL"}},
 }
 # What else a version does to the rows, after that.
 STEPS: dict[int, Sequence[Callable[[Connection], None]]] = {}
@@ -5702,7 +5705,9 @@ def run_upgrade(settings: Settings, options: argparse.Namespace) -> None:
     """Bring a ledger of an earlier version to this one, or say what that would do."""
     with opened(settings, older=True) as database:
         if not options.dry_run:
-            print(upgrade(database))
+            said = upgrade(database)
+            database.open(make=False)
+            print(said)
             return
         with database.read() as connection:
             version, stored = stored_version(connection), connection.rows(connection.size)[0]

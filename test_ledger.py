@@ -6515,13 +6515,13 @@ def test_a_ledger_of_any_version_tells_what_it_told(
                 assert again.headers["Idempotent-Replayed"] == "true"
 
 
-def shape_of(database: str) -> Any:
+def shape_of(database: str) -> list[Any]:
     """Return all of a ledger but its rows."""
     opened_at = ledger.database_at(database)
     with closing(opened_at), opened_at.read() as connection:
         [made] = connection.rows("SELECT * FROM schema_version")
-        by_name = sorted(json.loads(made["description"]), key=str)
-        return made["version"], by_name, sorted(connection.rows(connection.schema), key=str)
+        recorded = [("recorded", one) for one in json.loads(made["description"])]
+        return [made["version"], *recorded, *connection.rows(connection.schema)]
 
 
 @pytest.mark.parametrize("version", EARLIER)
@@ -6530,7 +6530,9 @@ def test_an_upgraded_ledger_is_as_a_new_one_but_for_its_rows(
 ) -> None:
     with kept(version, new_database) as (database, _), new_database() as new:
         printed(database, "upgrade")
-        assert shape_of(database) == shape_of(new)
+        upgraded, made = shape_of(database), shape_of(new)
+        assert [one for one in upgraded if one not in made] == []
+        assert [one for one in made if one not in upgraded] == []
 
 
 @pytest.mark.parametrize("version", EARLIER)
@@ -6664,7 +6666,7 @@ def test_a_server_notices_that_its_ledger_was_upgraded(new_database: "NewDatabas
 
 @pytest.mark.parametrize("lacking", ["note", "hold", "webhook"])
 def test_a_ledger_from_before_version_1_is_called_so(bank: "Bank", lacking: str) -> None:
-    bank.tamper_freely(f"DROP TABLE {lacking}{' CASCADE' * ('postgresql' in bank.database)}")
+    bank.tamper(f"DROP TABLE {lacking}{' CASCADE' * ('postgresql' in bank.database)}")
     why = f"it has no table {lacking}; only the ledger.py that made it reads it"
     assert refused_start(bank.database) == f"this is a ledger from before version 1: {why}"
 
