@@ -113,16 +113,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -134,19 +125,7 @@ from io import TextIOWrapper
 from itertools import groupby
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    ClassVar,
-    Generic,
-    Literal,
-    NamedTuple,
-    Protocol,
-    Self,
-    TextIO,
-    TypeVar,
-    get_args,
-)
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -1734,7 +1713,7 @@ class Asked:
         return credential.strip()
 
     async def body(
-        self, receive: Receive, room: Room, bytes_max: int, admit: Callable[[], Awaitable[object]]
+        self, receive: Receive, room: Room, bytes_max: int, admit: Callable[[], Any]
     ) -> bytes:
         """Return the body, or raise BodyTooLarge without reading on.
 
@@ -2071,7 +2050,7 @@ class LedgerRoute(APIRoute):
         kinds |= {IdempotencyKeyMissing} if self.policy.key == "required" else set()
         return kinds
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Callable[[Request], Any]:
         """Return what answers a request of this route."""
         if self.dependencies or hasattr(self, "app"):
             # It would not run them, and has a ledger in an application of create_app alone.
@@ -4112,7 +4091,7 @@ def translate_error(error: Any) -> LedgerError:
 
 
 async def in_time(
-    waiting: Awaitable[T], seconds: float = ANSWER_SECONDS_MAX, failure: Any = DatabaseLost
+    waiting: "asyncio.Future[T]", seconds: float = ANSWER_SECONDS_MAX, failure: Any = DatabaseLost
 ) -> T:
     """Return what is waited for, unless a database server says nothing at all for too long."""
     try:
@@ -4569,6 +4548,7 @@ LIMIT_THEN = f"""COALESCE((SELECT credit_limit FROM event WHERE event.account_id
     AND event.id < entry.transaction_id AND {NO_ENTRIES} AND credit_limit IS NOT NULL
     ORDER BY event.id DESC LIMIT 1), 0)"""  # noqa: S608
 LIMIT_NOW = LIMIT_THEN.replace("AND event.id < entry.transaction_id", "")
+TRANSACTION_KINDS = TypeAdapter(TransactionKind).json_schema()["enum"]
 # Each rule with the rows that it is for, and the queries that find one that breaks it.
 CHECKS = {
     "every transaction has entries, which sum to zero": (
@@ -4673,7 +4653,7 @@ CHECKS = {
             for table in ("account", "event", "entry", "hold")
         ],
         "SELECT 'event ' || id || ' is a ' || kind AS wrong FROM event "  # noqa: S608
-        f"WHERE kind NOT IN {(*get_args(TransactionKind), *EVENT_TYPES)}",
+        f"WHERE kind NOT IN {(*TRANSACTION_KINDS, *EVENT_TYPES)}",
     ),
 }
 
@@ -5585,7 +5565,7 @@ class Log(logging.Handler):
         self.take({"ts": record.created, "level": record.levelname, "message": message})
 
     @contextmanager
-    def written_to(self, stream: TextIO) -> Iterator[None]:
+    def written_to(self, stream: Any) -> Iterator[None]:
         """Write to a stream until the block ends; other handlers of the log are left alone."""
         ending = threading.Event()
         writer = threading.Thread(target=self._write, args=(stream, ending), daemon=True)
@@ -5599,7 +5579,7 @@ class Log(logging.Handler):
             ending.set()
             writer.join(timeout=1)
 
-    def _write(self, stream: TextIO, ending: threading.Event) -> None:
+    def _write(self, stream: Any, ending: threading.Event) -> None:
         ended = False
         while not ended:
             ended = ending.wait(LINE_SECONDS_MAX)
@@ -5800,7 +5780,7 @@ CSV_TEXTS = ("memo", "external_id", "owner", "account_name")
 CSV_COLUMNS = ("date", "time", "transaction_id", "kind", *CSV_TEXTS, "account_id", "asset")
 
 
-def write_csv(connection: Connection, events: Iterable[list[Row]], out: TextIO) -> None:
+def write_csv(connection: Connection, events: Iterable[list[Row]], out: TextIOWrapper) -> None:
     """Write a row an entry, its amounts as decimals, and no text that is like a formula."""
     columns = (*CSV_COLUMNS, "debit", "credit", "balance")
     table = csv.DictWriter(out, columns, extrasaction="ignore")
@@ -5821,7 +5801,7 @@ HLEDGER_NAMES["treasury"] = "equity:treasury"
 HLEDGER_TYPES = {"assets": "C", "expenses": "X", "equity": "E", "liabilities": "L"}
 
 
-def write_hledger(connection: Connection, events: Iterable[list[Row]], out: TextIO) -> None:
+def write_hledger(connection: Connection, events: Iterable[list[Row]], out: TextIOWrapper) -> None:
     """Write a journal, in which a DEBIT is positive, as accountants know it."""
     names, declared = hledger_names(connection), set()
     for transaction_id, entries in groupby(
