@@ -103,6 +103,7 @@ import json
 import logging
 import math
 import os
+import platform
 import random
 import re
 import secrets
@@ -154,7 +155,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 if sys.platform != "win32":
     import fcntl
 
-__version__ = "0.9.0"
+__version__ = "1.0.0"
 log = logging.getLogger("ledger")
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -3676,6 +3677,8 @@ READ_SECONDS_MAX = {"short": 0.5, "long": 20.0}
 LOOK_SECONDS = 0.02
 BUSY_SECONDS_MAX, BUSY_RETRY_SECONDS = 5.0, 0.001
 ANSWER_SECONDS_MAX, CLOSING_SECONDS_MAX = 10.0, 1.0
+# What commits and requests are counted by.
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)  # They leave here as errors of the ledger.
 
 
@@ -3904,12 +3907,18 @@ class Database:
         self.metrics = prometheus.CollectorRegistry()
         new: Any = {"registry": self.metrics}
         self.batches = prometheus.Summary("ledger_batch_commands", "Commands a batch", **new)
-        self.commits = prometheus.Histogram("ledger_commit_seconds", "Seconds a commit", **new)
+        commits = ("ledger_commit_seconds", "Seconds a commit")
+        self.commits = prometheus.Histogram(*commits, buckets=SECONDS, **new)
         self.kinds = prometheus.Counter("ledger_transactions", "Posted, by kind", ["kind"], **new)
         waiting = "Events that receivers have not had, up to 10,000"
         self.undelivered = prometheus.Gauge("ledger_undelivered_events", waiting, **new)
+        age = "Age of the oldest event that a receiver has not had"
+        self.undelivered_age = prometheus.Gauge("ledger_undelivered_seconds", age, **new)
         behind = "Seconds by which this machine's clock is behind"
         self.behind = prometheus.Gauge("ledger_clock_behind_seconds", behind, ["of"], **new)
+        versions = {"version": __version__, "tables": str(SCHEMA_VERSION)}
+        prometheus.Info("ledger", "The program and its tables", **new).info(versions)
+        prometheus.ProcessCollector(**new)
 
     def require_present(self, *, to_write: bool) -> None:
         """Raise DatabaseLost where a write would go into nothing."""
@@ -4152,6 +4161,11 @@ class SqliteDatabase(Database):
         self._rows_moved, self._looked_at = 0, 0.0
         self._alone, self._long_reads = threading.Lock(), threading.Semaphore(LONG_READERS_MAX)
         self._checkpoint: Future[None] | None = None
+
+    def measure(self) -> None:
+        super().measure()
+        size = ("ledger_log_bytes", "Size of the log beside the file")
+        prometheus.Gauge(*size, registry=self.metrics).set_function(self._log_bytes)
 
     def connect(self, *, write: bool) -> SqliteConnection:
         driver = sqlite3.connect(self._uri, uri=True, isolation_level=None, check_same_thread=False)
@@ -4924,7 +4938,11 @@ class Observed:
     def __init__(self, app: ASGIApp, log: "Log", metrics: prometheus.CollectorRegistry) -> None:
         self.app, self.log = app, log
         times = prometheus.Histogram(
-            "ledger_http_seconds", "Requests", ["route", "status"], registry=metrics
+            "ledger_http_seconds",
+            "Requests",
+            ["route", "status"],
+            buckets=SECONDS,
+            registry=metrics,
         )
         self.times = lru_cache(times.labels)  # To look for one takes longer than to count.
 
@@ -5398,11 +5416,17 @@ def __dir__() -> list[str]:
 
 RECEIPT_SECONDS_MAX, SAVE_SECONDS, TURN_SECONDS, PAUSE_SECONDS_MAX = 10, 2, 20, 3_600
 PAUSE_SECONDS = {0: 0, 1: 5, 2: 30, 3: 300, 4: 1_800}  # By the number of failures until now.
-TO_SERVE = """SELECT webhook.*, due_at - {0} AS waiting FROM webhook
-    WHERE due_at >= 0 AND position < (SELECT max(id) FROM event)"""
+NUMBERED = """SELECT webhook.*, {0}, (SELECT count(*) FROM webhook AS other
+    WHERE other.id <= webhook.id) AS number FROM webhook WHERE due_at >= 0"""
+TO_SERVE = NUMBERED.format("due_at - {0} AS waiting")
+TO_SERVE += " AND position < (SELECT max(id) FROM event)"
+BEHIND_BY = "(SELECT count(*) FROM (SELECT 1 FROM event WHERE id > position LIMIT 10000) AS later)"
 TAKE_TURN = """UPDATE webhook SET position = :position, failures = :failures,
-    due_at = {0} + :microseconds WHERE id = :id AND due_at = :due_at RETURNING due_at"""
-UNDELIVERED = """SELECT count(*) AS n FROM (SELECT 1 FROM webhook JOIN event ON event.id > position
+    last_error = :last_error, due_at = {0} + :microseconds
+    WHERE id = :id AND due_at = :due_at RETURNING due_at"""
+UNDELIVERED = """SELECT count(*) AS n, (SELECT ts FROM event WHERE id > (
+        SELECT min(position) FROM webhook WHERE due_at >= 0) ORDER BY id LIMIT 1) AS oldest
+    FROM (SELECT 1 FROM webhook JOIN event ON event.id > position
     WHERE due_at >= 0 LIMIT 10000) AS waiting"""
 ACCOUNT_FIELDS = ("id", "account_id", "dest_account_id")
 tls = lru_cache(httpx.create_ssl_context)
@@ -5416,6 +5440,8 @@ async def start_deliveries(ledger: Ledger, tasks: asyncio.TaskGroup) -> None:
         )
     )
     ledger.database.undelivered.set(undelivered["n"])
+    age = utc_now() - undelivered["oldest"] if undelivered["oldest"] else 0
+    ledger.database.undelivered_age.set(age / 1_000_000)
     for webhook in webhooks:
         longest = max(TURN_SECONDS, PAUSE_SECONDS.get(webhook["failures"], PAUSE_SECONDS_MAX))
         # What would wait for longer was told so by a clock that was set back since.
@@ -5429,8 +5455,11 @@ async def deliver(ledger: Ledger, webhook: Row) -> None:
         while await take_turn(ledger, webhook, TURN_SECONDS) and await post_page(ledger, webhook):
             pass
     except Exception as error:  # Whatever a stranger's server does, the receipt is sent again.
-        webhook["failures"] += 1
-        log.warning("a receipt waits: %s", getattr(error, "response", type(error).__name__))
+        answer = getattr(error, "response", None)
+        why = f"it answered {answer.status_code}" if answer else type(error).__name__
+        webhook |= {"failures": webhook["failures"] + 1, "last_error": why}
+        host = urlsplit(webhook["url"]).hostname
+        log.warning("receiver %d at %s: a receipt waits: %s", webhook["number"], host, why)
     finally:
         with suppress(Exception):  # Else the turn ends by itself.
             pause = PAUSE_SECONDS.get(webhook["failures"], PAUSE_SECONDS_MAX)
@@ -5461,7 +5490,7 @@ async def post_page(ledger: Ledger, webhook: Row) -> bool:
             accounts = [part.get(name) for part in parts for name in ACCOUNT_FIELDS]
             if webhook["account_id"] in (None, *accounts):
                 await post_receipt(ledger, client, webhook, shown)
-            webhook |= {"position": event.id, "failures": 0}
+            webhook |= {"position": event.id, "failures": 0, "last_error": None}
             if time.monotonic() > began + SAVE_SECONDS:
                 return True
     return len(page.items) == PAGE_SIZE
@@ -5519,7 +5548,8 @@ def remove_webhook(book: Book, *, url: str) -> None:
 
 
 # ----- Log
-# One JSON object a line. There is never a key, a token, a name or an amount in it.
+# One JSON object a line, or text for people. There is never a key, a token, a name or an amount
+# in it.
 
 LOG_LINES_MAX, LINE_SECONDS_MAX = 20_000, 0.1
 
@@ -5536,11 +5566,15 @@ class Log(logging.Handler):
         super().__init__()
         self.lines: deque[Row] = deque(maxlen=LOG_LINES_MAX)
         self.taken = self.written = 0
+        self.form = "json"
 
     def add(
         self, asked: Asked, method: str, route: str | None, status: int, seconds: float
     ) -> None:
         """Take a request; the route's template stands for its path, because paths hold names."""
+        is_own_page = method == "GET" and asked.headers.get(b"sec-fetch-site") == b"same-origin"
+        if self.form == "off" or (self.form == "text" and is_own_page):
+            return
         line = {
             "ts": time.time(),
             "method": method,
@@ -5592,17 +5626,30 @@ class Log(logging.Handler):
                 lines.append({"ts": time.time(), "level": "WARNING", "message": message})
             for line in lines:
                 line["ts"] = datetime.fromtimestamp(line["ts"], UTC)
-            shown = [to_json(line, ensure_ascii=True).decode() for line in lines]
+            shown = [self.shown(line) for line in lines]
             with suppress(OSError, ValueError):  # It may be closed by now.
                 stream.write("".join(f"{line}\n" for line in shown))
                 stream.flush()
+
+    def shown(self, line: Row) -> str:
+        """Return a line as it is written."""
+        if self.form == "json":
+            return to_json(line, ensure_ascii=True).decode()
+        at = line["ts"].astimezone().strftime("%H:%M:%S")
+        if "message" in line:
+            return f"{at}  {line['level'].lower()}: {line['message']}"
+        where = line["route"] or "(no such address)"
+        return f"{at}  {line['method']:6} {where}  {line['status']}  {line['ms']:.1f} ms"
 
 
 # ----- Command line
 # What the operator types.
 
 RECEIVER_URL = r"(?ia)https?://(\w[\w.-]*|\[[0-9a-f:.]+\])(?::(\d{1,5}))?([/?][!-~]*)?"
+OTHER_PORT = "choose another with --port"
 OPEN_MODE = "open: every caller on this machine may do everything"
+VERSIONS = f"ledger.py {__version__}, tables of version {SCHEMA_VERSION}, "
+VERSIONS += f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
 KEY_MODE = "keys: every caller needs an API key or a token"
 
 
@@ -5614,9 +5661,10 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     settings = replace(settings, root_path=options.root_path, demo=settings.demo and options.demo)
     app = create_app(settings, for_others=not is_local(options.host))
     app.state.alone = True
+    app.state.log.form = options.log or ("text" if sys.stderr.isatty() else "json")
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"ledger.py serves on {address}")
+    print(f"ledger.py {__version__} serves on {address}")
     print(f"  docs      {address}/docs")
     database = app.state.ledger.database
     print(f"  database  {database.name}")
@@ -5667,18 +5715,23 @@ def listen(host: str, port: str) -> socket.socket:
     except TypeError:
         raise StartupError(f"there is no host {host!r}") from None
     except OSError as error:
-        why = f"{os.strerror(error.errno or 0)}; choose another with --port"
+        is_name = isinstance(error, socket.gaierror)
+        why = error.strerror if is_name else f"{os.strerror(error.errno or 0)}; {OTHER_PORT}"
         raise StartupError(f"cannot serve on {host}:{port}: {why}") from None
 
 
 def run_check(settings: Settings, options: argparse.Namespace) -> int:
     """Print what each check counted and the first row that is wrong; return 1 if any is."""
     with opened(settings) as database, database.read() as connection:
-        results = list(check(connection))
+        results, beside = list(check(connection)), sorted(others_of(connection))
     for rule, row_count, wrong in results:
         print(f"{'WRONG' if wrong else 'ok':5}  {row_count:>9,}  {rule}")
         print("".join(f"       {found}\n" for found in wrong[:1]), end="")
-    return int(any(wrong for _, _, wrong in results))
+    if beside:
+        print(f"others: {', '.join(beside)}")
+    count = sum(bool(wrong) for _, _, wrong in results)
+    print(f"{count} of {len(results)} rules are broken" if count else "all ok")
+    return int(count > 0)
 
 
 def run_upgrade(settings: Settings, options: argparse.Namespace) -> None:
@@ -5914,14 +5967,19 @@ def run_webhook_remove(settings: Settings, options: argparse.Namespace) -> None:
     """Post no more receipts to a URL."""
     with opened(settings) as database:
         administer(database, remove_webhook, url=options.url)
+    print(f"removed {options.url}")
 
 
 def run_webhook_list(settings: Settings, options: argparse.Namespace) -> None:
-    """Show the receivers, and how often the next receipt of each has failed."""
-    print(f"failures  {'account':36}  url")
+    """Show the receivers, how far behind each is, and why and until when it waits."""
+    print(f"number  behind  failures  {'next try':27}  {'account':36}  url")
     with opened(settings) as database, database.read() as connection:
-        for row in connection.rows("SELECT * FROM webhook WHERE due_at >= 0 ORDER BY id"):
-            print(f"{row['failures']:8}  {row['account_id'] or '-':36}  {row['url']}")
+        for row in connection.rows(NUMBERED.format(f"{BEHIND_BY} AS behind") + " ORDER BY id"):
+            due = utc_text(row["due_at"]) if row["failures"] else "now"
+            line = f"{row['number']:6}  {row['behind']:6}  {row['failures']:8}  {due:27}  "
+            print(f"{line}{row['account_id'] or '-':36}  {row['url']}")
+            if row["last_error"]:
+                print(f"{'':24}  last error: {row['last_error']}")
 
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -5944,6 +6002,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     serving.add_argument("--port", default=port, help="default: $PORT, or 8000")
     prefix = "what a proxy puts before every path, such as /money"
     serving.add_argument("--root-path", default="", metavar="PATH", help=prefix)
+    serving.add_argument("--log", choices=("text", "json", "off"), help="default: by the terminal")
     without = "open no accounts with demonstration money in a new ledger, as LEDGER_DEMO=0 does"
     serving.add_argument("--no-demo", dest="demo", action="store_false", help=without)
     add_command(commands, "check", run_check)
@@ -5974,7 +6033,9 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     adding.add_argument("--account", metavar="ID", help="post only what is about this account")
     add_command(webhooks, "list", run_webhook_list)
     add_command(webhooks, "remove", run_webhook_remove).add_argument("url", metavar="URL")
-    named = arguments and (not arguments[0].startswith("-") or arguments[0] in ("-h", "--help"))
+    parser.add_argument("--version", action="version", version=VERSIONS)
+    of_all = ("-h", "--help", "--version")
+    named = arguments and (not arguments[0].startswith("-") or arguments[0] in of_all)
     return parser.parse_args(arguments if named else ["serve", *arguments])
 
 
@@ -6013,7 +6074,11 @@ def main(arguments: Sequence[str]) -> int:
 def one_line(error: BaseException) -> str:
     """Return what is behind an error, on one line."""
     shown = error if isinstance(error, StartupError) else error.__cause__ or error
-    return " ".join(str(shown).split())
+    text = str(shown)
+    if isinstance(shown, OSError) and shown.strerror:
+        named = re.sub("[.]ledger-unfinished.*", "", str(shown.filename or ""))
+        text = f"{named}: {shown.strerror}" if named else shown.strerror
+    return " ".join(text.split())
 
 
 # ----- Page

@@ -6652,6 +6652,27 @@ def test_no_program_of_version_1_commits_to_a_later_one(bank: "Bank") -> None:
         bank.rows("SELECT * FROM idempotency_key WHERE id IN ('x')")
 
 
+@on_sqlite
+def test_what_others_put_beside_the_ledger_is_named_and_no_fault(bank: "Bank") -> None:
+    beside = ["CREATE TABLE _litestream_seq (id INTEGER)", "CREATE INDEX mine ON account (asset)"]
+    bank.tamper(*beside, "CREATE VIEW rich AS SELECT * FROM account WHERE balance > 100")
+    assert bank.wrong() == []
+    said = printed(bank.database, "check").splitlines()
+    assert said[-2:] == ["others: _litestream_seq, mine, rich", "all ok"]
+    make_ledger(bank.database)
+    bank.tamper("CREATE TRIGGER theirs AFTER INSERT ON entry BEGIN SELECT 1; END")
+    assert bank.wrong() == ["theirs is not as it was made"]
+
+
+@on_postgresql
+def test_extensions_and_views_are_no_fault(bank: "Bank") -> None:
+    bank.tamper(
+        "CREATE VIEW rich AS SELECT * FROM account", "CREATE TABLE more (x int CHECK (x > 0))"
+    )
+    assert bank.wrong() == []
+    assert "others: more, rich\nall ok" in printed(bank.database, "check")
+
+
 def test_a_server_notices_that_its_ledger_was_upgraded(new_database: "NewDatabase") -> None:
     with new_database() as database, serving(database) as server:
         server.bank.given(alice=100)
@@ -7772,6 +7793,41 @@ def test_the_log_is_written_as_lines_of_json(database: str) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", lines[0]["ts"])
 
 
+def test_on_a_terminal_the_log_is_text_without_the_page_itself() -> None:
+    written, log = io.StringIO(), ledger.Log()
+    log.form = "text"
+    pages = ledger.Asked([(b"sec-fetch-site", b"same-origin")])
+    with log.written_to(written):
+        log.add(pages, "GET", "/accounts", 200, 0.0015)
+        log.add(pages, "POST", "/transfers", 200, 0.0015)
+        log.add(ledger.Asked(()), "GET", None, 404, 0.02)
+        log.take({"ts": 0.0, "level": "WARNING", "message": "receipts wait"})
+    lines = [line.partition("  ")[2] for line in written.getvalue().splitlines()]
+    assert lines == [
+        "POST   /transfers  200  1.5 ms",
+        "GET    (no such address)  404  20.0 ms",
+        "warning: receipts wait",
+    ]
+    log.form = "off"
+    log.add(ledger.Asked(()), "GET", "/accounts", 200, 0.0015)
+    assert not log.lines
+
+
+@on_sqlite
+def test_the_log_takes_the_form_that_is_asked_for(database: str, tmp_path: Path) -> None:
+    serve = [str(PROGRAM), "serve", "--port", "0", "--log", "text", "--database-url", database]
+    with (
+        (tmp_path / "log").open("w") as out,
+        subprocess.Popen([sys.executable, *serve], stdout=out, stderr=out) as process,
+    ):
+        log = tmp_path / "log"
+        wait_until(lambda: "mode" in log.read_text())
+        [address] = re.findall("http://[0-9.:]+", log.read_text())[:1]
+        Bank(partial(ask, httpx.URL(address)), database).get("/accounts")
+        wait_until(lambda: "GET    /accounts  200" in log.read_text())
+        process.terminate()
+
+
 def test_the_log_takes_what_the_program_says_until_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -7865,7 +7921,7 @@ def every_request(bank: "Bank") -> str:
 def test_the_server_says_where_it_is(server: "Server") -> None:
     address = "http://{}:{}".format(*server.bank.address())
     assert server.said == [
-        f"ledger.py serves on {address}",
+        f"ledger.py {ledger.__version__} serves on {address}",
         f"  docs      {address}/docs",
         f"  database  {ledger.database_at(server.bank.database).name}",
         f"  opened    {', '.join([*WALLETS, *ATM_DEMO])}{WITHOUT_DEMO}",
@@ -7955,9 +8011,9 @@ def test_a_setting_that_is_meant_for_others_changes_nothing(database: str, other
         assert server.bank.given(alice=1).balances() == {"alice": 1}
 
 
-CUT_OFF = "ledger: [Errno 32] Broken pipe\n"
-NO_ROOM = "ledger: [Errno 28] No space left on device\n"
-CLOSED = "ledger: [Errno 9] Bad file descriptor\n"
+CUT_OFF = "ledger: Broken pipe\n"
+NO_ROOM = "ledger: No space left on device\n"
+CLOSED = "ledger: Bad file descriptor\n"
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="the streams are closed by a shell")
@@ -8082,8 +8138,11 @@ def test_a_receiver_is_added_listed_and_removed(bank: "Bank") -> None:
     assert re.fullmatch("whsec_[A-Za-z0-9+/]{43}=", secret)
     assert subscribe(bank, other) != secret
     listed = [line.split() for line in printed(bank.database, "webhook", "list").splitlines()]
-    assert listed[1:] == [["0", bank.ids["alice"], one], ["0", "-", other]]
-    assert printed(bank.database, "webhook", "remove", one) == ""
+    assert listed[1:] == [
+        ["1", "1", "0", "now", bank.ids["alice"], one],
+        ["2", "0", "0", "now", "-", other],
+    ]
+    assert printed(bank.database, "webhook", "remove", one) == f"removed {one}"
     assert one not in printed(bank.database, "webhook", "list")
     subscribe(bank, one)
     # As a compose service may be called, and the last port there is.
@@ -8579,7 +8638,7 @@ def test_an_output_that_nobody_reads_ends_an_export_in_one_line(
         os.dup2(output, 1)
         os.close(output)
         os.close(writing)
-    assert capsys.readouterr().err == "ledger: [Errno 32] Broken pipe\n"
+    assert capsys.readouterr().err == "ledger: Broken pipe\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")
