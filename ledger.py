@@ -9,7 +9,7 @@
 
     python ledger.py             serve on http://127.0.0.1:8000, with the data in ./ledger.db
     python ledger.py check       verify the invariants over all stored rows
-    python ledger.py --help      the others: backup, copy, export, upgrade, seed, key, webhook
+    python ledger.py --help      the others: backup, copy, export, upgrade, seed, asset, key ...
     uvicorn ledger:app           serve the same application
 
 Terms, with an example of each:
@@ -316,7 +316,7 @@ EVENT_TYPES = {
     "update_account": "account.updated", "unfreeze": "account.unfrozen", "close": "account.closed",
     "hold": "hold.created", "void": "hold.voided", "add_key": "key.added",
     "revoke_key": "key.revoked", "add_webhook": "webhook.added",
-    "remove_webhook": "webhook.removed",
+    "remove_webhook": "webhook.removed", "add_asset": "asset.added",
 }  # fmt: skip
 # Capitals, which the kinds of transactions have, come before.
 IS_TRANSACTION, NO_ENTRIES = "kind < 'a'", "kind >= 'a'"
@@ -539,6 +539,7 @@ class Book:
         self.is_tidy = True  # Whether all holds that have expired were released.
         self.command: Command  # The one whose turn it is.
         self.accounts: dict[str, Account] = {}
+        self.assets: dict[str, Any] = {}  # Those of one's own that were looked for.
         self.inserts: dict[str, list[Row]] = defaultdict(list)
         self.updates: dict[str, dict[int, Row]] = defaultdict(dict)
         self._undo: list[Callable[[], Any]] = []
@@ -1002,6 +1003,7 @@ class Ledger:
 # fmt: off
 class SameAccount(LedgerError, status=400): ...
 class AssetNotFound(LedgerError, status=404): ...
+class AssetExists(LedgerError, status=409): ...
 class TransactionNotFound(LedgerError, status=404, about="transaction_id"): ...
 class HoldNotFound(LedgerError, status=404, about="hold_id"): ...
 class AccountNotEmpty(LedgerError, status=409): ...
@@ -1009,6 +1011,7 @@ class CreditLimitInUse(LedgerError, status=409): ...
 class InvalidStateTransition(LedgerError, status=409): ...
 class AssetMismatch(LedgerError, status=409): ...
 class AssetClosedLoop(LedgerError, status=409): ...
+class AssetOpenLoop(LedgerError, status=409): ...
 class CashbackPending(LedgerError, status=409): ...
 class AlreadyReversed(LedgerError, status=409, about="transaction_id"): ...
 class CashbackCredited(LedgerError, status=409, about="transaction_id"): ...
@@ -1022,54 +1025,90 @@ class AmountExceedsHold(LedgerError, status=409, about="hold_id"): ...
 # fmt: on
 
 
-class Asset(Stored, table=True):
+class AssetPublic(Public):
     """What is counted. A closed-loop asset is issued, given and spent, and moves no other way."""
-
-    __table_args__ = (STRICT,)
 
     code: str = Field(primary_key=True)
     name: str
     exponent: int
-    closed_loop: int
+    closed_loop: Annotated[int, pydantic.PlainSerializer(bool, return_type=bool)]
+
+
+class Asset(AssetPublic, table=True):
+    """Every asset: those that each ledger has, and one's own, which events have added."""
+
+    __table_args__ = (
+        sa.CheckConstraint("exponent BETWEEN 0 AND 12"),
+        sa.CheckConstraint("closed_loop BETWEEN 0 AND 1"),
+        STRICT,
+    )
 
 
 ASSETS = {
     asset.code: asset
     for asset in (
-        Asset(code="USD", name="US Dollar", exponent=2, closed_loop=0),
-        Asset(code="EUR", name="Euro", exponent=2, closed_loop=0),
-        Asset(code="GBP", name="Pound Sterling", exponent=2, closed_loop=0),
-        Asset(code="JPY", name="Yen", exponent=0, closed_loop=0),
-        Asset(code="GOLD", name="Gold Coins", exponent=4, closed_loop=1),
-        Asset(code="DMND", name="Diamonds", exponent=4, closed_loop=1),
-        Asset(code="PTS", name="Loyalty Points", exponent=4, closed_loop=1),
+        AssetPublic(code="USD", name="US Dollar", exponent=2, closed_loop=0),
+        AssetPublic(code="EUR", name="Euro", exponent=2, closed_loop=0),
+        AssetPublic(code="GBP", name="Pound Sterling", exponent=2, closed_loop=0),
+        AssetPublic(code="JPY", name="Yen", exponent=0, closed_loop=0),
+        AssetPublic(code="GOLD", name="Gold Coins", exponent=4, closed_loop=1),
+        AssetPublic(code="DMND", name="Diamonds", exponent=4, closed_loop=1),
+        AssetPublic(code="PTS", name="Loyalty Points", exponent=4, closed_loop=1),
     )
 }
-# Cash is the money outside. Payments go to "merchants"; to "payments" where the caller has a clock.
-# Cashbacks come out of our own pocket, and the treasury issues closed-loop assets.
-SYSTEM_ACCOUNTS = {
-    (name, code)
-    for code, asset in ASSETS.items()
-    for name in (("treasury",) if asset.closed_loop else ("cash", "merchants", "cashback"))
-} | {("payments", "USD")}
+
+
+def system_accounts(assets: Iterable[AssetPublic]) -> set[tuple[str, str]]:
+    """Return the names and assets of the system accounts that assets need.
+
+    Cash is the money outside. Payments go to "merchants"; to "payments" where the caller has a
+    clock. Cashbacks come out of our own pocket, and the treasury issues closed-loop assets.
+    """
+    names = {0: ("cash", "merchants", "cashback"), 1: ("treasury",)}
+    return {(name, asset.code) for asset in assets for name in names[asset.closed_loop]}
+
+
+SYSTEM_ACCOUNTS = system_accounts(ASSETS.values()) | {("payments", "USD")}
+
+
+def find_asset(book: Book, code: str) -> AssetPublic:
+    """Return an asset, or raise AssetNotFound; it never changes, so it is looked for once."""
+    if not (known := ASSETS.get(code) or book.assets.get(code)):
+        for row in book.ask("SELECT * FROM asset WHERE code = :code", code=code):
+            known = book.assets[code] = AssetPublic.of(row)
+    if not known:
+        raise AssetNotFound(f"There is no asset {code}: GET /assets lists all")
+    return known
+
+
+def add_asset(book: Book, **columns: Any) -> AssetPublic:
+    """Add an asset of one's own, for ever, with its system accounts, or raise AssetExists."""
+    asset = AssetPublic.of(columns)
+    if book.ask("SELECT code FROM asset WHERE code = :code", code=asset.code):
+        raise AssetExists(f"There is an asset {asset.code} already")
+    book.insert("asset", columns)
+    for name, code in sorted(system_accounts([asset])):
+        book.open("system", code, name, kind="SYSTEM")
+    book.record("add_asset", None)
+    return asset
 
 
 def open_account(
     book: Book, *, owner_name: str, asset: str, name: str | None = None, **columns: Any
 ) -> Account:
     """Open an empty account for a customer."""
-    if asset not in ASSETS:
-        raise AssetNotFound(f"There is no such asset; there are {', '.join(ASSETS)}")
-    require_open_loop(asset)
+    if find_asset(book, asset).closed_loop and asset in ASSETS:
+        raise AssetClosedLoop(f"The accounts of {asset} are opened as wallets")
     account = book.open(owner_name, asset, name, **columns)
     book.record("open_account", account, credit_limit=account.credit_limit or None)
     return account
 
 
-def require_open_loop(asset: str, account_id: str = "") -> None:
+def require_open_loop(book: Book, account: Account) -> None:
     """Refuse an asset that only its own operations move."""
-    if ASSETS[asset].closed_loop:
-        raise AssetClosedLoop(f"{asset} is moved by top-up, bonus and spend alone", account_id)
+    if find_asset(book, account.asset).closed_loop:
+        why = f"{account.asset} is moved by top-up, bonus and spend alone"
+        raise AssetClosedLoop(why, account.id)
 
 
 def payer_and_payee(book: Book, source: str, dest: str) -> tuple[Account, Account]:
@@ -1077,7 +1116,7 @@ def payer_and_payee(book: Book, source: str, dest: str) -> tuple[Account, Accoun
     if source == dest:
         raise SameAccount("Cannot transfer to the same account", source)
     payer, payee = book.account(source), book.account(dest)
-    require_open_loop(payer.asset, payer.id)
+    require_open_loop(book, payer)
     if payer.asset != payee.asset:
         why = "The accounts hold different assets"
         raise AssetMismatch(why, payer.id, dest_account_id=payee.id)
@@ -1087,7 +1126,7 @@ def payer_and_payee(book: Book, source: str, dest: str) -> tuple[Account, Accoun
 def deposit(book: Book, reference: str, *, amount: int, **event: Any) -> Account:
     """Take money in: DEBIT cash, CREDIT the account."""
     account = book.account(reference)
-    require_open_loop(account.asset, account.id)
+    require_open_loop(book, account)
     cash = book.system_account("cash", account.asset)
     book.post("DEPOSIT", [Leg(cash, -amount), Leg(account, +amount)], **event)
     return account
@@ -1096,7 +1135,7 @@ def deposit(book: Book, reference: str, *, amount: int, **event: Any) -> Account
 def withdraw(book: Book, reference: str, *, amount: int, **event: Any) -> Account:
     """Pay money out: DEBIT the account, CREDIT cash."""
     account = book.account(reference)
-    require_open_loop(account.asset, account.id)
+    require_open_loop(book, account)
     cash = book.system_account("cash", account.asset)
     book.post("WITHDRAWAL", [Leg(account, -amount), Leg(cash, +amount)], **event)
     return account
@@ -1150,7 +1189,7 @@ class ScheduledCashback(CashbackPublic, table=True):
 def pay(book: Book, account_id: str, *, amount: int, payee: str = "merchants", **event: Any) -> Row:
     """Pay, and promise a cashback: DEBIT the account, CREDIT the payee; return the promise."""
     account = book.account(account_id)
-    require_open_loop(account.asset, account.id)
+    require_open_loop(book, account)
     contra = book.system_account(payee, account.asset)
     payment_id = book.post("PAYMENT", [Leg(account, -amount), Leg(contra, +amount)], **event)
     effective_at, number = book.command.effective_at, None
@@ -1252,18 +1291,20 @@ def open_wallets(book: Book, *, owner_name: str, name: str) -> None:
     book.record("open_wallets", wallets[0])
 
 
-def move_credits(book: Book, reference: str, *, amount: int, kind: str) -> str:
+def move_credits(book: Book, reference: str, *, amount: int, kind: str, **event: Any) -> str:
     """Issue credits: DEBIT treasury, CREDIT the wallet; of a SPEND, `amount` is negative."""
     wallet = book.account(reference)
+    if not find_asset(book, wallet.asset).closed_loop:
+        raise AssetOpenLoop(f"{wallet.asset} is not issued: it is deposited", wallet.id)
     treasury = book.system_account("treasury", wallet.asset)
-    return book.post(kind, [Leg(treasury, -amount), Leg(wallet, +amount)])
+    return book.post(kind, [Leg(treasury, -amount), Leg(wallet, +amount)], **event)
 
 
 def journal(book: Book, entries: Iterable[tuple[str, int]], **event: Any) -> str:
     """Post entries between customers: each is an account and a signed amount."""
     legs = [Leg(book.account(reference), amount) for reference, amount in entries]
     for leg in legs:
-        require_open_loop(leg.account.asset, leg.account.id)
+        require_open_loop(book, leg.account)
     return book.post("JOURNAL", legs, **event)
 
 
@@ -1318,6 +1359,7 @@ def change_account(book: Book, reference: str, **changes: Any) -> Account:
     """Change what an account's owner is called, the notes about it, or its credit limit."""
     account, event = book.account(reference), Row()
     if (limit := changes.get("credit_limit")) is not None:
+        require_open_loop(book, account)
         require_limit(account, limit)
         before = {"before": {"credit_limit": account.credit_limit}}
         told = json.dumps(json.loads(book.command.arguments) | before)
@@ -1333,8 +1375,7 @@ def change_account(book: Book, reference: str, **changes: Any) -> Account:
 
 
 def require_limit(account: Account, limit: int) -> None:
-    """Refuse a credit limit below what is in use, or of an asset that nobody owes."""
-    require_open_loop(account.asset, account.id)
+    """Refuse a credit limit below what is in use."""
     if available(account) - account.credit_limit + limit < 0:
         why = f"Account {account.id} uses more than a credit limit of {limit} allows"
         sums = {"balance": account.balance, "held": account.held, "available": available(account)}
@@ -1856,6 +1897,11 @@ NOT_BLANK = partial(refuse_text, r"^\s*$", "Text should not be blank")
 NOT_PLAIN = r"^(?!-?[0-9]{1,40}\Z)"
 PLAIN_DIGITS = BeforeValidator(partial(refuse_text, NOT_PLAIN, "Input should be a valid integer"))
 Amount = Annotated[int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units")]
+AssetCode = Annotated[
+    str,
+    pydantic.StringConstraints(pattern="^[A-Z][A-Z0-9._-]{0,15}$"),
+    pydantic.Field(examples=["BTC"]),
+]
 CreditLimit = Annotated[
     int, pydantic.Field(strict=True, ge=0, le=AMOUNT_MAX), BeforeValidator(require_admin)
 ]
@@ -1923,6 +1969,7 @@ MOVING = (
     AccountNotFound, AccountFrozen, AccountClosed, InsufficientFunds, BalanceLimit,
     AssetClosedLoop, ExternalIdExists,
 )  # fmt: skip
+ISSUING = (*MOVING, AssetOpenLoop)
 CLOSING = (InvalidStateTransition, HoldsPending, AccountNotEmpty, CashbackPending)
 SECURITY = {
     "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -2283,7 +2330,7 @@ class Page(BaseModel, Generic[P]):
         limit, cursor = part
         place = (start or NEWEST_FIRST) if cursor is None else cursor.rpartition(".")[0]
         is_given = cursor in (None, lead_to(place))
-        if not (is_given and re.fullmatch("[0-9]{1,18}_[0-9a-g-]*", place)):
+        if not (is_given and re.fullmatch("[0-9]{1,18}_[0-9A-Za-z._-]*", place)):
             raise InvalidCursor("Invalid cursor")
         seq, _, row_id = place.partition("_")
         values_at = {"seq": int(seq), "id": row_id, "limit": limit + 1, "now": utc_now()}
@@ -2393,8 +2440,68 @@ def create_withdrawal(book: Book, account_id: AccountId, body: AmountCreate) -> 
     return withdraw(book, account_id, **vars(body))
 
 
+@api.post("/accounts/{account_id}/top-up", tags=["accounts"])
+@allow(SERVICES, key="required", raises=ISSUING)
+def top_up_account(book: Book, account_id: AccountId, body: AmountCreate) -> AccountPublic:
+    """Issue credits of a closed-loop asset that were bought."""
+    move_credits(book, account_id, kind="TOP_UP", **vars(body))
+    return book.account(account_id)
+
+
+@api.post("/accounts/{account_id}/bonus", tags=["accounts"])
+@allow(SERVICES, key="required", raises=ISSUING)
+def give_bonus(book: Book, account_id: AccountId, body: AmountCreate) -> AccountPublic:
+    """Issue credits of a closed-loop asset that are a present."""
+    move_credits(book, account_id, kind="BONUS", **vars(body))
+    return book.account(account_id)
+
+
+@api.post("/accounts/{account_id}/spend", tags=["accounts"])
+@allow(SERVICES, key="required", raises=ISSUING)
+def spend_credits(book: Book, account_id: AccountId, body: AmountCreate) -> AccountPublic:
+    """Take credits of a closed-loop asset back for a service."""
+    move_credits(book, account_id, kind="SPEND", **vars(body) | {"amount": -body.amount})
+    return book.account(account_id)
+
+
+class AssetCreate(RequestBody):
+    """A new asset, for ever: choose an exponent with which all of it fits in 2^53 minor units."""
+
+    code: AssetCode
+    name: Name
+    exponent: Annotated[int, pydantic.Field(strict=True, ge=0, le=12, examples=[8])]
+    closed_loop: Annotated[bool, pydantic.Field(strict=True)] = False
+
+
+@api.post("/assets", status_code=201, tags=["assets"])
+@allow(ADMINS, location="/assets/{0.code}", raises=(AssetExists,))
+def create_asset(book: Book, body: AssetCreate) -> AssetPublic:
+    """Add an asset of your own, with its system accounts."""
+    return add_asset(book, **vars(body) | {"closed_loop": int(body.closed_loop)})
+
+
+@api.get("/assets", tags=["assets"])
+@allow(READERS)
+def list_assets(
+    connection: Connection, limit: Limit = PAGE_SIZE, cursor: Cursor = None
+) -> Page[AssetPublic]:
+    """List all assets, by their codes."""
+    query = "SELECT asset.*, code AS id FROM asset WHERE code > :id ORDER BY code"
+    return Page[AssetPublic].read(connection, "assets", query, (limit, cursor), OLDEST_FIRST)
+
+
+@api.get("/assets/{code}", tags=["assets"])
+@allow(READERS, raises=(AssetNotFound,))
+def get_asset(connection: Connection, code: str) -> AssetPublic:
+    """Show an asset."""
+    found = connection.rows("SELECT * FROM asset WHERE code = :code", code=code)
+    if not found:
+        raise AssetNotFound(f"There is no asset {code}")
+    return AssetPublic.of(found[0])
+
+
 class AccountCreate(Named):
-    """A new account; see the README for the assets that there are."""
+    """A new account, of an asset that there is."""
 
     owner_name: Name
     asset: Annotated[Name, pydantic.Field(examples=["USD"])] = "USD"
@@ -3072,7 +3179,7 @@ def fact(event: Row, stored: Row) -> Any:
     if status or kind == "update_account":
         return {"id": event["account_id"]} | ({"status": status} if status else asked)
     if not stored:
-        return told
+        return asked or told
     if kind in ("hold", "void"):
         then = {"status": "VOIDED" if kind == "void" else "PENDING", "transaction_id": None}
         return HoldPublic(**stored | then | {"captured_amount": 0})
@@ -3138,6 +3245,9 @@ class Books:
     """A ledger for a program in Python, which threads may share, beside servers or without."""
 
     open_account = Call[AccountPublic](create_account)
+    add_asset = Call[AssetPublic](create_asset)
+    asset = Call[AssetPublic](get_asset)
+    assets = Call[Page[AssetPublic]](list_assets)
     account = Call[AccountPublic](get_account)
     accounts = Call[Page[AccountPublic]](list_accounts)
     update_account = Call[AccountPublic](update_account)
@@ -3146,6 +3256,9 @@ class Books:
     close_account = Call[AccountPublic](close_account)
     deposit = Call[AccountPublic](create_deposit)
     withdraw = Call[AccountPublic](create_withdrawal)
+    top_up = Call[AccountPublic](top_up_account)
+    give_bonus = Call[AccountPublic](give_bonus)
+    spend = Call[AccountPublic](spend_credits)
     statement = Call[Page[EntryPublic]](get_statement)
     balance = Call[BalancePublic](get_balance)
     balances = Call[TrialBalance](get_trial_balance)
@@ -4543,7 +4656,7 @@ def complete_schema(database: Database) -> None:
         book = Book(connection)
         book.follow(connection.rows(NEWEST[0]))
         for code in ASSETS.keys() - known:
-            book.insert("asset", ASSETS[code].model_dump())
+            book.insert("asset", dict(vars(ASSETS[code])))
         stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
         for name, code in sorted(SYSTEM_ACCOUNTS - stored):
             book.open("system", code, name, kind="SYSTEM")
@@ -4686,11 +4799,15 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
         [total] = connection.rows(f"SELECT count(*) AS n FROM {counted}")  # noqa: S608
         yield rule, total["n"], wrong
     yield "events say what was asked, and keys are those that were added", *check_events(connection)
-    assets = {tuple(row.values()) for row in connection.rows("SELECT * FROM asset")}
-    known = {tuple(asset.model_dump().values()) for asset in ASSETS.values()}
+    rows = connection.rows("SELECT code, name, exponent, closed_loop FROM asset")
+    added = connection.rows("SELECT arguments FROM event WHERE kind = 'add_asset'")
+    told = [parse_details(row["arguments"]).get("body", {}) for row in added]
+    assets = {tuple(row.values()) for row in rows}
+    known = {tuple(asset.values()) for asset in [*map(vars, ASSETS.values()), *told]}
+    needed = SYSTEM_ACCOUNTS | system_accounts(AssetPublic.of(row) for row in rows)
     stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
     # As text, because a stranger may have no name.
-    differing = sorted(map(str, (assets ^ known) | (stored ^ SYSTEM_ACCOUNTS)))
+    differing = sorted(map(str, (assets ^ known) | (stored ^ needed)))
     strange = [f"asset or system account {one}" for one in differing]
     yield "assets and system accounts are the known ones", len(assets | stored), strange
     made, *others = connection.rows("SELECT description FROM schema_version")
@@ -5245,6 +5362,7 @@ def head_of(route: Any) -> Any:
 
 
 TAGS = {
+    "assets": "What is counted",
     "accounts": "Open them, put money in and take it out, and see what happened",
     "transfers": "Between two accounts, one or many at once",
     "transactions": "Of any number of entries, and their reversal",
@@ -5903,6 +6021,18 @@ def plain(text: str) -> str:
 EXPORTS = {"csv": write_csv, "hledger": write_hledger}
 
 
+def run_asset_add(settings: Settings, options: argparse.Namespace) -> None:
+    """Add an asset for ever: its code, its name and the digits of its minor unit."""
+    columns = {name: getattr(options, name) for name in AssetCreate.model_fields}
+    with opened(settings) as database:
+        try:
+            Books(Ledger(database), "cli").add_asset(**columns)
+        except InvalidRequest as refusal:
+            [wrong, *_] = refusal.members["errors"]
+            raise StartupError(f"{wrong['pointer'][1:]}: {wrong['detail']}") from None
+    print(f"{options.code} is in {database.name}, for ever")
+
+
 def run_seed(settings: Settings, options: argparse.Namespace) -> None:
     """Open the first accounts and wallets that are missing: the demo or PRELOAD_ACCOUNTS."""
     with opened(settings, make=True) as database:
@@ -5985,10 +6115,6 @@ def run_webhook_list(settings: Settings, options: argparse.Namespace) -> None:
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line's options; without a command, it serves."""
 
-    def utf8(name: str) -> str:
-        """Return a name as it was typed, also where the locale is of other bytes."""
-        return name.encode(errors="surrogateescape").decode(errors="surrogateescape")
-
     def moment(given: str) -> int:
         """Return a time, or the midnight of a date in UTC, as it is stored."""
         is_date = re.fullmatch(r"\d{4}-\d\d-\d\d", given, re.ASCII)
@@ -6019,6 +6145,26 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     exporting.add_argument("--to", type=moment, default=math.inf, metavar="TIME")
     exporting.add_argument("--account", metavar="ID", help="only what touched this account")
     exporting.add_argument("file", type=Path, nargs="?", metavar="FILE")
+    add_groups(commands)
+    parser.add_argument("--version", action="version", version=VERSIONS)
+    of_all = ("-h", "--help", "--version")
+    named = arguments and (not arguments[0].startswith("-") or arguments[0] in of_all)
+    return parser.parse_args(arguments if named else ["serve", *arguments])
+
+
+def add_groups(commands: Any) -> None:
+    """Add the commands about assets, keys and receivers."""
+
+    def utf8(name: str) -> str:
+        """Return a name as it was typed, also where the locale is of other bytes."""
+        return name.encode(errors="surrogateescape").decode(errors="surrogateescape")
+
+    assets = commands.add_parser("asset", help="what is counted").add_subparsers(required=True)
+    adding = add_command(assets, "add", run_asset_add)
+    adding.add_argument("code", metavar="CODE")
+    adding.add_argument("--name", required=True, type=utf8)
+    adding.add_argument("--exponent", required=True, type=int, metavar="DIGITS")
+    adding.add_argument("--closed-loop", action="store_true", help="it is issued, given and spent")
     key_help = "make, show and end the API keys of callers"
     keys = commands.add_parser("key", help=key_help).add_subparsers(required=True)
     adding = add_command(keys, "add", run_key_add)
@@ -6033,10 +6179,6 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     adding.add_argument("--account", metavar="ID", help="post only what is about this account")
     add_command(webhooks, "list", run_webhook_list)
     add_command(webhooks, "remove", run_webhook_remove).add_argument("url", metavar="URL")
-    parser.add_argument("--version", action="version", version=VERSIONS)
-    of_all = ("-h", "--help", "--version")
-    named = arguments and (not arguments[0].startswith("-") or arguments[0] in of_all)
-    return parser.parse_args(arguments if named else ["serve", *arguments])
 
 
 def add_command(commands: Any, name: str, run: Callable[..., Any]) -> argparse.ArgumentParser:
@@ -6135,7 +6277,7 @@ path { fill: none; stroke: currentcolor; stroke-width: 2; vector-effect: non-sca
   <button>Enter</button>
 </form>
 <script type="module">
-const EXPONENTS = {EXPONENTS};
+const EXPONENTS = {};  // Of the assets that there are, by code.
 const [search, main, enter] = document.querySelectorAll("form, main");
 const known = new Map();  // The accounts that were seen, by id.
 // Numbers stay the text that was sent: an amount may be too large for a number of JavaScript's.
@@ -6149,6 +6291,11 @@ async function get(path, query = {}, ...expected) {
   if (![200, ...expected].includes(response.status)) throw found;
   for (const each of [found, ...(found.items ?? [])]) if (each.owner_name) known.set(each.id, each);
   return found;
+}
+async function count(cursor) {
+  const page = await get("/assets", cursor ? { cursor } : {});
+  for (const { code, exponent } of page.items) EXPONENTS[code] = exponent;
+  if (page.next_cursor) await count(page.next_cursor);
 }
 async function meet(rows) {
   const ids = rows.flatMap((row) => [row.account_id, row.dest_account_id ?? row.account_id]);
@@ -6300,8 +6447,8 @@ async function draw(moved) {
   const { hash } = location, began = Date.now();
   const [path, query] = hash.slice(2).split("?");
   const [view, id] = path.split("/");
-  const shown = (VIEWS[view] ?? overview)(id, Object.fromEntries(new URLSearchParams(query)));
-  const next = el("main", {}, ...await shown.catch(refused));
+  const show = () => (VIEWS[view] ?? overview)(id, Object.fromEntries(new URLSearchParams(query)));
+  const next = el("main", {}, ...await count().then(show).catch(refused));
   if (hash !== location.hash) return;
   const focused = document.activeElement.getAttribute("href");
   if (!next.isEqualNode(main)) main.replaceChildren(...next.children);
@@ -6324,7 +6471,7 @@ enter.onsubmit = () => {
 addEventListener("hashchange", () => draw(true));
 draw();
 </script>
-""".replace("{EXPONENTS}", json.dumps({code: asset.exponent for code, asset in ASSETS.items()}))
+"""
 
 
 def own_source(tag: str) -> str:

@@ -286,6 +286,8 @@ def entries_like(**changes: str) -> str:
         "UPDATE account SET status = 'ASLEEP'",
         "UPDATE account SET status = 'CLOSED' WHERE kind = 'CUSTOMER'",
         "UPDATE account SET credit_limit = -1",
+        "INSERT INTO asset (code, name, exponent, closed_loop) VALUES ('X', 'X', 13, 0)",
+        "INSERT INTO asset (code, name, exponent, closed_loop) VALUES ('X', 'X', 2, 2)",
         "UPDATE account SET credit_limit = 1000000000000001 WHERE asset = 'USD'",
         "UPDATE account SET credit_limit = 10, held = 111 WHERE kind = 'CUSTOMER'",
         entries_like(seq="seq + 1", amount="0"),
@@ -890,7 +892,101 @@ def test_a_closed_loop_asset_is_not_for_everybody(bank: "Bank") -> None:
         assert refusal(refused) == (409, "asset_closed_loop")
 
 
+def add_asset(bank: "Bank", code: str, **columns: Any) -> httpx.Response:
+    """Add an asset of one's own."""
+    return bank.post("/assets", **{"code": code, "name": code.title(), "exponent": 8, **columns})
+
+
+def test_an_asset_of_ones_own_is_used_as_any_other(servers: "Bank") -> None:
+    added = add_asset(servers, "BTC", name="Bitcoin")
+    shown = {"code": "BTC", "name": "Bitcoin", "exponent": 8, "closed_loop": False}
+    assert (added.status_code, added.json()) == (201, shown)
+    assert servers.get(added.headers["Location"]).json() == shown
+    # At once, for every operation of its kind, on each server.
+    servers.given(asset="BTC", nils=100, nora=0)
+    assert servers.withdraw("nils", 10).json()["asset"] == "BTC"
+    assert servers.transfer("nils", "nora", 20).status_code == 200
+    hold = servers.promised("nils", "nora", 20)
+    assert servers.capture(hold).status_code == 200
+    assert servers.journal({"nora": -5, "nils": 5}).status_code == 201
+    assert servers.pay("nora", 5).json()["cashback"]["amount"] == 0
+    assert servers.reverse(servers.last("nora")).status_code == 201
+    assert change(servers, "nora", credit_limit=7).json()["available"] == 42
+    assert refusal(servers.post(top_up_of(servers, "nora"), amount=1, key=new_key())) == (
+        409,
+        "asset_open_loop",
+    )
+    [total] = [each for each in servers.get("/balances").json()["items"] if each["asset"] == "BTC"]
+    system = {"cash": -90, "cashback": 0, "merchants": 0}
+    assert total == {"asset": "BTC", "customers": 90, "system": system, "total": 0}
+    assert refusal(add_asset(servers, "BTC")) == (409, "asset_exists")
+    assert refusal(add_asset(servers, "JPY")) == (409, "asset_exists")
+    assert servers.wrong() == []
+
+
+def top_up_of(bank: "Bank", name: str) -> str:
+    """Return where an account is topped up."""
+    return f"/accounts/{bank.ids[name]}/top-up"
+
+
+def test_a_closed_loop_asset_of_ones_own_is_issued_given_and_spent(bank: "Bank") -> None:
+    assert add_asset(bank, "MILES", exponent=0, closed_loop=True).json()["closed_loop"] is True
+    for name in ("alice", "bob"):
+        opened = bank.post("/accounts", owner_name=name, asset="MILES")
+        assert opened.status_code == 201
+        bank.ids[name] = opened.json()["id"]
+
+    def move(how: str, amount: int) -> Any:
+        path = f"/accounts/{bank.ids['alice']}/{how}"
+        return bank.post(path, key=new_key(), amount=amount, memo=how)
+
+    assert [move(how, 50).json()["balance"] for how in ("top-up", "bonus", "spend")] == [
+        50,
+        100,
+        50,
+    ]
+    assert [(line["kind"], line["ref"]) for line in bank.statement("alice")] == [
+        ("SPEND", "spend"),
+        ("BONUS", "bonus"),
+        ("TOP_UP", "top-up"),
+    ]
+    refused = move("spend", 51)
+    assert (*refusal(refused), refused.json()["requested"]) == (409, "insufficient_funds", 51)
+    for answer in (
+        bank.deposit("alice", 1),
+        bank.withdraw("alice", 1),
+        bank.pay("alice", 1),
+        bank.transfer("alice", "bob", 1),
+        bank.journal({"alice": -1, "bob": 1}),
+        bank.hold("alice", "bob", 1),
+        change(bank, "alice", credit_limit=1),
+    ):
+        assert refusal(answer) == (409, "asset_closed_loop")
+    assert bank.rows("SELECT balance FROM account WHERE asset = 'MILES' AND name = 'treasury'") == [
+        (-50,)
+    ]
+    assert bank.reverse(bank.last("alice")).status_code == 201
+    assert bank.wrong() == []
+
+
+def test_an_asset_and_its_first_account_may_share_a_batch(bank: "BankInside") -> None:
+    asset = {"code": "X", "name": "X", "exponent": 0}
+    account = ("/accounts", {"owner_name": "alice", "asset": "X"})
+    answers = bank.together(account, ("/assets", asset), ("/assets", asset), account)
+    assert [outcome(answer) for answer in answers] == ["asset_not_found", 201, "asset_exists", 201]
+    assert answers[3].json()["asset"] == "X"
+    assert bank.wrong() == []
+
+
+def test_of_20_who_add_an_asset_at_one_moment_one_does(servers: "Bank") -> None:
+    answers = at_once([partial(add_asset, servers, "ONCE")] * 20)
+    assert Counter(map(outcome, answers)) == {201: 1, "asset_exists": 19}
+    names = servers.rows("SELECT name FROM account WHERE asset = 'ONCE' ORDER BY name")
+    assert names == [("cash",), ("cashback",), ("merchants",)]
+
+
 def test_an_unknown_asset_is_not_found(bank: "Bank") -> None:
+    assert refusal(bank.get("/assets/usd")) == (404, "asset_not_found")
     refused = bank.post("/accounts", owner_name="Alice", asset="usd")
     assert refusal(refused) == (404, "asset_not_found")
 
@@ -1668,13 +1764,14 @@ class AnyStory(stateful.RuleBasedStateMachine):
         self.bank = self.scene.enter_context(opened(database, connected=CONNECTED.get(database)))
         self.balances: dict[str, int] = {}
         self.status: dict[str, str] = {}
+        self.assets: dict[str, str] = {}
         self.limits: Counter[str] = Counter()
         self.promised: Counter[str] = Counter()
         self.holds: dict[str, Promise] = {}
         self.moves: dict[str, dict[str, int]] = {}
         self.sent: list[tuple[Callable[[], httpx.Response], bytes]] = []
 
-    people = st.integers(min_value=0, max_value=3)
+    people = st.integers(min_value=0, max_value=4)
     amounts = st.integers(min_value=1, max_value=150)
     things = st.integers(min_value=0, max_value=99)
 
@@ -1694,8 +1791,14 @@ class AnyStory(stateful.RuleBasedStateMachine):
         """Return what somebody may spend."""
         return self.balances[name] - self.held(name) + self.limits[name]
 
-    def obstacle(self, changes: Mapping[str, int]) -> str:
+    def loop(self, *names: str) -> str:
+        """Return the code that refuses to move what is issued, given and spent."""
+        return "asset_closed_loop" * any(self.assets[name] == "GEM" for name in names)
+
+    def obstacle(self, changes: Mapping[str, int], *, issued: bool = False) -> str:
         """Return the code that refuses to change balances so, or nothing where they may be."""
+        if not issued and (code := self.loop(*changes)):
+            return code
         for name in changes:
             if self.status[name] != "ACTIVE":
                 return f"account_{self.status[name].lower()}"
@@ -1724,15 +1827,29 @@ class AnyStory(stateful.RuleBasedStateMachine):
 
     @stateful.initialize()
     def begin(self) -> None:
+        add_asset(self.bank, "BTC")
+        add_asset(self.bank, "GEM", closed_loop=True)
         for balance in (300, 200):
-            self.open(balance)
+            self.open(balance, "USD")
 
-    @stateful.precondition(lambda self: len(self.balances) < 4)
-    @stateful.rule(balance=st.sampled_from([0, 100]))
-    def open(self, balance: int) -> None:
+    @stateful.precondition(lambda self: len(self.balances) < 5)
+    @stateful.rule(balance=st.sampled_from([0, 100]), asset=st.sampled_from(["USD", "BTC", "GEM"]))
+    def open(self, balance: int, asset: str) -> None:
         name = f"person {len(self.balances)}"
-        self.bank.given({name: balance})
-        self.balances[name], self.status[name] = balance, "ACTIVE"
+        self.bank.given({name: balance if asset != "GEM" else 0}, asset=asset)
+        self.assets[name], self.status[name], self.balances[name] = asset, "ACTIVE", 0
+        if asset == "GEM":
+            self.issue(len(self.balances) - 1, balance or 1, "top-up")
+        else:
+            self.balances[name] = balance
+
+    @stateful.rule(number=people, amount=amounts, how=st.sampled_from(["top-up", "bonus", "spend"]))
+    def issue(self, number: int, amount: int, how: str) -> None:
+        name, by = self.person(number), -amount if how == "spend" else amount
+        code = "" if self.assets[name] == "GEM" else "asset_open_loop"
+        send = partial(self.bank.post, f"/accounts/{self.bank.ids[name]}/{how}")
+        if self.expect(code or self.obstacle({name: by}, issued=True), send, amount=amount):
+            self.balances[name] += by
 
     @stateful.rule(number=people, amount=amounts)
     def deposit(self, number: int, amount: int) -> None:
@@ -1744,7 +1861,7 @@ class AnyStory(stateful.RuleBasedStateMachine):
     def limit(self, number: int, limit: int) -> None:
         name = self.person(number)
         is_used = self.available(name) - self.limits[name] + limit < 0
-        code = "credit_limit_in_use" if is_used else ""
+        code = self.loop(name) or ("credit_limit_in_use" if is_used else "")
         if self.expect(code, partial(change, self.bank), name, credit_limit=limit):
             self.limits[name] = limit
 
@@ -1761,10 +1878,16 @@ class AnyStory(stateful.RuleBasedStateMachine):
             self.balances[name] -= amount
             self.promised[name] += amount * 2 // 100
 
+    def between(self, source: str, dest: str) -> str:
+        """Return the code that refuses to move anything from one to another."""
+        is_same = self.assets[source] == self.assets[dest]
+        return self.loop(source) or "asset_mismatch" * (not is_same)
+
     def transferred(self, source: str, dest: str, amount: int) -> str:
         """Move money from one to another, or return the code that refuses it."""
         changes = {source: -amount, dest: amount}
-        code = "same_account" if source == dest else self.obstacle(changes)
+        code = "same_account" if source == dest else self.between(source, dest)
+        code = code or self.obstacle(changes)
         if not code:
             self.change(changes)
         return code
@@ -1795,7 +1918,9 @@ class AnyStory(stateful.RuleBasedStateMachine):
     def journal(self, numbers: tuple[int, int, int], amount: int) -> None:
         *payers, payee = dict.fromkeys(self.person(number) for number in numbers)
         changes = dict.fromkeys(payers, -amount) | {payee: amount * len(payers)}
-        if payers and (done := self.expect(self.obstacle(changes), self.bank.journal, changes)):
+        is_mixed = len({self.assets[name] for name in changes}) > 1
+        code = self.loop(*changes) or "unbalanced" * is_mixed or self.obstacle(changes)
+        if payers and (done := self.expect(code, self.bank.journal, changes)):
             self.change(changes)
             self.moves[done["id"]] = changes
 
@@ -1813,7 +1938,8 @@ class AnyStory(stateful.RuleBasedStateMachine):
     @stateful.rule(numbers=st.tuples(people, people), amount=amounts, days=st.integers(1, 3))
     def hold(self, numbers: tuple[int, int], amount: int, days: int) -> None:
         source, dest = self.two(numbers)
-        code, lasting = self.obstacle({source: -amount, dest: 0}), {"expires_in": 86_400 * days}
+        code, lasting = self.between(source, dest), {"expires_in": 86_400 * days}
+        code = code or self.obstacle({source: -amount, dest: 0})
         if done := self.expect(code, self.bank.hold, source, dest, amount, **lasting):
             self.holds[done["id"]] = Promise(source, dest, amount, days)
 
@@ -2353,6 +2479,12 @@ MATRIX = {
     ("GET", "/accounts/{account_id}"): (READ, NO_KEY),
     ("POST", "/accounts/{account_id}/deposit"): (WORK, KEY),
     ("POST", "/accounts/{account_id}/withdraw"): (RULE, KEY),
+    ("POST", "/accounts/{account_id}/top-up"): (WORK, KEY),
+    ("POST", "/accounts/{account_id}/bonus"): (WORK, KEY),
+    ("POST", "/accounts/{account_id}/spend"): (WORK, KEY),
+    ("POST", "/assets"): (RULE, NO_KEY),
+    ("GET", "/assets"): (READ, NO_KEY),
+    ("GET", "/assets/{code}"): (READ, NO_KEY),
     ("PATCH", "/accounts/{account_id}"): (WORK, NO_KEY),
     ("POST", "/transfers"): (WORK, KEY),
     ("POST", "/transfers/bulk"): (WORK, KEY),
@@ -2985,6 +3117,36 @@ def test_what_does_not_exist_is_not_found(untouched: "Bank") -> None:
         (f"/holds/{NOBODY}", "hold_not_found"),
     ):
         assert refusal(untouched.get(path)) == (404, code)
+
+
+def test_assets_are_listed_by_their_codes(bank: "Bank") -> None:
+    for code in ("Z.Z", "A_1-B"):
+        add_asset(bank, code)
+    codes = [asset["code"] for page in bank.pages("/assets", limit=2) for asset in page]
+    assert codes == sorted([*ledger.ASSETS, "Z.Z", "A_1-B"])
+    [gold] = [a for a in bank.get("/assets").json()["items"] if a["code"] == "GOLD"]
+    assert gold == {"code": "GOLD", "name": "Gold Coins", "exponent": 4, "closed_loop": True}
+    told = bank.get("/events").json()["items"][0]
+    added = {"code": "Z.Z", "name": "Z.Z", "exponent": 8, "closed_loop": False}
+    assert (told["type"], told["data"]) == ("asset.added", added)
+
+
+@pytest.mark.parametrize(
+    ("columns", "pointer"),
+    [
+        *[({"code": code}, "/code") for code in ("", "btc", "1A", "A" * 17, "A B", "A@", "A\n", 5)],
+        *[({"exponent": exponent}, "/exponent") for exponent in (-1, 13, 2.0, "2", None)],
+        *[({"name": name}, "/name") for name in ("", " ", "a" * 201, "a\0")],
+        ({"closed_loop": 1}, "/closed_loop"),
+        ({"symbol": "B"}, "/symbol"),
+    ],
+    ids=short,
+)
+def test_an_asset_that_does_not_fit_is_pointed_at(
+    untouched: "Bank", columns: dict[str, Any], pointer: str
+) -> None:
+    asset = {"code": "BTC", "name": "Bitcoin", "exponent": 8, **columns}
+    assert pointers(untouched.post("/assets", **asset)) == [pointer]
 
 
 def test_a_hold_has_the_shape_of_the_contract(bank: "Bank") -> None:
@@ -4425,6 +4587,13 @@ def test_a_program_keeps_books_without_a_server(books: ledger.Books) -> None:
     posted = books.post(entries=entries, key=new_key())
     assert books.reverse(posted.id, key=new_key()).reverses == posted.id
     assert {item.total for item in books.balances().items} == {0}
+    assert books.add_asset(code="MILES", name="Miles", exponent=0, closed_loop=True).closed_loop
+    miles = books.open_account(owner_name="alice", asset="MILES")
+    books.top_up(miles.id, amount=5, key=new_key())
+    books.give_bonus(miles.id, amount=2, key=new_key())
+    assert books.spend(miles.id, amount=1, key=new_key()).balance == 6
+    assert books.asset("MILES") in books.assets().items
+    assert books.update_account(alice.id, credit_limit=5).credit_limit == 5
     assert books.events(limit=1).items[0].type == "account.opened"
     assert {event.caller for event in books.audit().items} == {"local"}
 
@@ -5132,6 +5301,9 @@ def test_no_other_operation_moves_credits(demo: "Bank") -> None:
         demo.transfer("user_bob", "user_alice", 1),
     ):
         assert refusal(answer) == (409, "asset_closed_loop")
+    # The canonical routes that issue, give and spend are for these three, too.
+    topped_up = demo.post(top_up_of(demo, "user_bob"), amount=5, key=new_key())
+    assert topped_up.json()["balance"] == 80_0005
 
 
 # ----- The dialects together
@@ -5923,7 +6095,7 @@ def test_what_a_later_version_adds_comes_after_the_newest_event(
     bank.pass_time(2 * HOUR)
     bank.given(alice=5)
     bank.pass_time(-2 * HOUR)
-    later = ledger.Asset(code="NEW", name="New", exponent=2, closed_loop=0)
+    later = ledger.AssetPublic(code="NEW", name="New", exponent=2, closed_loop=0)
     monkeypatch.setitem(ledger.ASSETS, "NEW", later)
     monkeypatch.setattr(ledger, "SYSTEM_ACCOUNTS", ledger.SYSTEM_ACCOUNTS | {("cash", "NEW")})
     make_ledger(bank.database)
@@ -6203,6 +6375,13 @@ def test_the_check_finds_what_was_tampered_with(
         ("UPDATE entry SET id = (SELECT min(id) FROM entry)", "stands twice"),
         ("INSERT INTO schema_version SELECT 0, description FROM schema_version", "a second row"),
         ("UPDATE event SET kind = 'GIFT' WHERE kind = 'DEPOSIT'", "is a GIFT"),
+        ("UPDATE asset SET exponent = 2 WHERE code = 'BTC'", "asset or system account ('BTC', "),
+        ("UPDATE event SET kind = 'freeze' WHERE kind = 'add_asset'", "account ('BTC', "),
+        (
+            "INSERT INTO asset (code, name, exponent, closed_loop) VALUES ('NEW', 'New', 2, 0)",
+            "asset or system account ('NEW', ",
+        ),
+        ("DELETE FROM account WHERE asset = 'BTC' AND name = 'cash'", "account ('cash', 'BTC')"),
         ("UPDATE event SET id = 'ZZ' WHERE kind = 'open_account'", "event ZZ has no UUID"),
         (f"UPDATE account SET id = 'ZZ' WHERE id = {ALICES}", "account ZZ has no UUID"),
         ("UPDATE entry SET id = 'ZZ' WHERE type = 'CREDIT'", "entry ZZ has no UUID"),
@@ -6212,7 +6391,8 @@ def test_the_check_finds_what_was_tampered_with(
     ],
 )
 def test_the_check_finds_what_no_constraint_can(bank: "Bank", statement: str, finding: str) -> None:
-    bank.given(alice=100).pay("alice", 50)
+    add_asset(bank.given(alice=100), "BTC")
+    bank.pay("alice", 50)
     new_api_key(bank.database, "till", "admin")
     bank.tamper_freely(statement)
     assert any(finding in found for found in bank.wrong())
@@ -6382,6 +6562,12 @@ def tell_everything(bank: "BankInside") -> list[Any]:
     ends = {"source_account_id": alice, "dest_account_id": bob}
     promise = {"account_id": alice, "dest_account_id": bob}
     ask("/accounts", owner_name="Eve", external_id="eve-1", metadata={"team": "red", "é": "ü"})
+    for code, is_closed in (("BTC", False), ("MILES", True)):
+        ask("/assets", code=code, name=code.title(), exponent=8, closed_loop=is_closed)
+        own = ask("/accounts", owner_name="Own", asset=code)
+        ask(f"/accounts/{own['id']}/{'top-up' if is_closed else 'deposit'}", amount=5)
+    owing = ask("/accounts", owner_name="Otto", credit_limit=50)
+    ask(f"/accounts/{owing['id']}/withdraw", amount=40)
     ask("/transfers", **ends, amount=300, memo="rent", external_id="t-1", metadata={"order": "7"})
     ask("/transfers", **ends, amount=10**12)
     ask(f"/accounts/{alice}/withdraw", amount=5)
@@ -8207,6 +8393,32 @@ def test_demonstration_money_is_said_and_can_be_declined(
         assert "  opened    77\n" in log.read_text()
 
 
+def test_an_asset_is_added_by_the_command_line(
+    bank: "Bank", capsys: pytest.CaptureFixture[str]
+) -> None:
+    adding = ("asset", "add", "MILES", "--name", "Air Miles", "--exponent", "0", "--closed-loop")
+    assert "MILES is in" in printed(bank.database, *adding)
+    shown = {"code": "MILES", "name": "Air Miles", "exponent": 0, "closed_loop": True}
+    assert bank.get("/assets/MILES").json() == shown
+    assert bank.callers() == ["cli"]
+    for arguments, why in (
+        (adding, "ledger: There is an asset MILES already"),
+        (
+            ("asset", "add", "miles", "--name", "x", "--exponent", "0"),
+            "ledger: code: String should",
+        ),
+        (("asset", "add", "X", "--name", " ", "--exponent", "0"), "ledger: name: Text should"),
+        (
+            ("asset", "add", "X", "--name", "x", "--exponent", "13"),
+            "ledger: exponent: Input should",
+        ),
+    ):
+        assert ledger.main([*arguments, "--database-url", bank.database]) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(why)
+    assert bank.wrong() == []
+
+
 def test_seed_makes_the_demo_accounts_once(
     bank: "Bank", capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -8736,6 +8948,10 @@ def test_the_page_shows_where_the_money_is(screen: "Screen") -> None:
     screen.bank.send("PATCH", f"/accounts/{screen.bank.ids['yuki']}", json={"owner_name": "Yuki"})
     happened = [row[0].partition(" 20")[0] for row in screen.open().table("Latest")]
     assert happened[:2] == ["Account updated Yuki", "Account frozen bob"]
+    add_asset(screen.bank, "BTC")
+    screen.bank.given(ben=5, asset="BTC")
+    assert screen.open().table("BTC")[0] == ["Customers", "0.00000005"]
+    assert "Asset added" in [row[0].partition(" 20")[0] for row in screen.table("Latest")]
 
 
 @on_sqlite
