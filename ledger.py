@@ -635,11 +635,9 @@ class Book:
         missing = [reference for reference in references if reference not in self.accounts]
         if not missing and not queries:
             return []
-        accounts, newest, *found = self.connection.all_rows(
-            lock_accounts(missing), NEWEST, *queries
-        )
+        rows, newest, *found = self.connection.all_rows(lock_accounts(missing), NEWEST, *queries)
         self.follow(newest)
-        loaded = [row for row in accounts if row["id"] not in self.accounts]
+        loaded = [row for row in rows if row["id"] not in self.accounts]
         for row in loaded:
             self.remember(Account.of(row))
         self.release_expired([row["id"] for row in loaded if row["held"]])
@@ -692,7 +690,6 @@ class Book:
             self._undo.append(partial(self.accounts.pop, reference))
 
     def insert(self, table: str, row: Row) -> None:
-        """Add a row to those that the batch will write."""
         rows = self.inserts[table]
         rows.append(row)
         self._undo.append(rows.pop)
@@ -905,9 +902,8 @@ class Ledger:
             [rows] = book.lock(references, (stored, {"keys": keys}))
             known = {row["name"]: row for row in rows}
             is_tidy = book.is_tidy
-            answers = (
-                [execute_command(command, book, known) for command in commands] if is_tidy else []
-            )
+            begun = commands if is_tidy else ()
+            answers = [execute_command(command, book, known) for command in begun]
             connection.save(book.inserts, book.updates)
         # The end of "with" has committed; only now is anybody answered.
         if not is_tidy:
@@ -1673,7 +1669,6 @@ def tells_of_proxy(names: Sequence[bytes]) -> bool:
 
 @lru_cache(maxsize=1_000)
 def is_address(host: str) -> bool:
-    """Tell whether a host is an address, and no name."""
     with suppress(ValueError):
         return bool(ipaddress.ip_address(host))
     return False
@@ -1844,7 +1839,6 @@ def note_key(key: str | None, info: pydantic.ValidationInfo[Asked]) -> str | Non
 
 
 def note_time(milliseconds: int, info: pydantic.ValidationInfo[Asked]) -> int:
-    """Take the caller's own time."""
     info.context.effective_at = milliseconds * 1_000
     return milliseconds
 
@@ -1857,7 +1851,6 @@ def require_admin(given: T, info: pydantic.ValidationInfo[Asked]) -> T:
 
 
 def refuse_text(pattern: str, what: str, given: Any) -> Any:
-    """Refuse text in which a pattern is found."""
     if isinstance(given, str) and re.search(pattern, given):
         raise PydanticCustomError("text", what)
     return given
@@ -1913,24 +1906,20 @@ AccountId = Annotated[Uuid, names_account("{}"), pydantic.Field(examples=[ALICE]
 HoldOrTransactionId = Annotated[Uuid, names_account(ACCOUNTS_OF + "{}")]
 OtherAccountId = Annotated[AccountId, pydantic.Field(examples=[BOB])]
 PlainInt = Annotated[int, PLAIN_DIGITS]
-Limit = Annotated[
-    int, Query(ge=1, le=PAGE_SIZE_MAX, description="How many a page has at most"), PLAIN_DIGITS
-]
+Limit = Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX, description="At most so many"), PLAIN_DIGITS]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
 Search = Annotated[Printable | None, Query(description="How a text begins, whatever the case")]
-MetadataName = Annotated[PrintableText, pydantic.StringConstraints(min_length=1, max_length=40)]
-MetadataText = Annotated[PrintableText, pydantic.StringConstraints(max_length=500)]
+NoteName = Annotated[PrintableText, pydantic.StringConstraints(min_length=1, max_length=40)]
+NoteText = Annotated[PrintableText, pydantic.StringConstraints(max_length=500)]
 # As it is stored, and in one order: two objects that differ in it alone mean the same.
 Metadata = Annotated[
-    dict[MetadataName, MetadataText],
+    dict[NoteName, NoteText],
     pydantic.Field(max_length=50),
     AfterValidator(partial(json.dumps, sort_keys=True)),
     AS_OBJECT,
 ]
 # The parameters `metadata[NAME]=VALUE`, which all must hold.
-MetadataFilter = Annotated[
-    tuple[tuple[MetadataName, MetadataText], ...], pydantic.Field(max_length=50)
-]
+MetadataFilter = Annotated[tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50)]
 Moment = Annotated[int, BeforeValidator(parse_time), TIME_SCHEMA]
 
 
@@ -2045,8 +2034,9 @@ class LedgerRoute(APIRoute):
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         signature = inspect.signature(endpoint)
         first, *others = signature.parameters.values()
+        name = endpoint.__name__
         if endpoint not in POLICIES:
-            raise TypeError(f"@allow must say who may call {endpoint.__name__}")
+            raise TypeError(f"@allow must say who may call {name}")
         self.function, self.policy = endpoint, POLICIES[endpoint]
         self.writes = first.annotation is Book
         self.reworded = {**self.errors, **(self.policy.errors or {})}
@@ -2054,27 +2044,23 @@ class LedgerRoute(APIRoute):
             p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in others
         }
         config = pydantic.ConfigDict(extra="ignore" if self.lenient else "forbid")
-        self.arguments: type[BaseModel] = pydantic.create_model(
-            endpoint.__name__, __config__=config, **fields
-        )
+        self.arguments: type[BaseModel] = pydantic.create_model(name, __config__=config, **fields)
         shown_as = signature.return_annotation
         self.result: TypeAdapter[Any] = TypeAdapter(Any if shown_as is Response else shown_as)
         # What FastAPI documents: all but what is not the caller's to give, or has no name.
         documented: Any = partial(endpoint, None)
         shown = [p for p in others if p.annotation is not MetadataFilter]
         documented.__signature__ = signature.replace(parameters=shown)
-        parameters: list[Row] = []
-        if self.writes:
-            parameters.append(KEY_HEADER | {"required": self.policy.key == "required"})
+        key = KEY_HEADER | {"required": self.policy.key == "required"}
+        extra: Row = {"parameters": [key] if self.writes else []}
         if len(shown) < len(others):
-            parameters.append(METADATA_PARAMETER)
-        extra: Row = {"parameters": parameters} if parameters else {}
+            extra["parameters"].append(METADATA_PARAMETER)
         if self.policy.roles:
-            extra["security"] = [{name: []} for name in SECURITY]
+            extra["security"] = [{scheme: []} for scheme in SECURITY]
         self.documented = {self.reword(kind()) for kind in self.refusals(path)}
         roles = ", ".join(self.policy.roles) or "anyone"
         options["summary"] = (endpoint.__doc__ or "").partition(".\n")[0].rstrip(".")
-        options["name"] = options["operation_id"] = options["operation_id"] or endpoint.__name__
+        options["name"] = options["operation_id"] = options["operation_id"] or name
         options["description"] = f"Roles: {roles}."
         options["responses"] = described_problems(self.documented)
         options["openapi_extra"] = extra
@@ -2085,7 +2071,6 @@ class LedgerRoute(APIRoute):
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
 
     def refusals(self, path: str) -> set[type[LedgerError]]:
-        """Return the kinds of errors that the route can answer with."""
         kinds = {*self.policy.raises, *OF_ALL, *(OF_CALLERS if self.policy.roles else ())}
         # What a parameter of the path names may not be there.
         missing = [f"{name}_not_found" for name in re.findall("{([a-z]+)_id}", path)]
@@ -2099,7 +2084,6 @@ class LedgerRoute(APIRoute):
         return kinds
 
     def get_route_handler(self) -> Callable[[Request], Any]:
-        """Return what answers a request of this route."""
         if self.dependencies or hasattr(self, "app"):
             # It would not run them, and has a ledger in an application of create_app alone.
             raise TypeError(
@@ -2149,7 +2133,6 @@ class LedgerRoute(APIRoute):
             raise IdempotencyKeyMissing("An Idempotency-Key is required here")
 
     def command(self, caller: str, asked: Asked, arguments: BaseModel) -> Command:
-        """Return what is to be executed."""
         return Command(
             caller=caller,
             arguments=arguments.model_dump_json(by_alias=True, exclude_none=True),
@@ -2160,7 +2143,6 @@ class LedgerRoute(APIRoute):
         )
 
     async def read(self, database: "Database", arguments: BaseModel) -> Answer | Response:
-        """Run a read."""
         if inspect.iscoroutinefunction(self.function):
             result = await self.function(database, **vars(arguments))
             return result if isinstance(result, Response) else self.show(result)
@@ -2175,7 +2157,7 @@ class LedgerRoute(APIRoute):
         asked.caller, asked.role = caller
         if caller.role not in roles:
             raise Forbidden(
-                f"The role {caller.role} may not do this: it takes {' or '.join(roles)}"
+                f"The role {caller.role} may not do it: that takes {' or '.join(roles)}"
             )
         return caller
 
@@ -2192,7 +2174,6 @@ class LedgerRoute(APIRoute):
         return None
 
     def parse(self, scope: Scope, asked: Asked, document: Any) -> BaseModel:
-        """Return the function's arguments, each of its declared type."""
         given: Row = {}
         if scope["query_string"]:
             notes = set()
@@ -2208,7 +2189,6 @@ class LedgerRoute(APIRoute):
         return self.validate(given, asked)
 
     def validate(self, given: Row, asked: Asked) -> BaseModel:
-        """Return arguments of the declared types, or raise InvalidRequest."""
         try:
             return self.arguments.model_validate(given, context=asked)
         except ValidationError as error:
@@ -2232,7 +2212,6 @@ class LedgerRoute(APIRoute):
         return self.show(result)
 
     def show(self, result: Any) -> Answer:
-        """Return the answer that shows a result."""
         body = self.result.dump_json(result, by_alias=True).decode()
         location = self.policy.location.format(result) if self.policy.location else None
         return Answer(self.status_code or 200, body, location)
@@ -2269,11 +2248,8 @@ class AnswerResponse(Response):
     def __init__(self, answer: Answer, scope: Scope) -> None:
         self.status_code, self.body = answer.status, answer.body.encode()
         self.background = None
-        media_type = b"application/json" if answer.status < 400 else b"application/problem+json"
-        self.raw_headers = [
-            (b"content-type", media_type),
-            (b"content-length", b"%d" % len(self.body)),
-        ]
+        kind = b"application/json" if answer.status < 400 else b"application/problem+json"
+        self.raw_headers = [(b"content-type", kind), (b"content-length", b"%d" % len(self.body))]
         if answer.location:
             location = scope.get("root_path", "") + answer.location
             self.raw_headers.append((b"location", location.encode()))
@@ -2847,7 +2823,7 @@ class EntryCreate(RequestBody):
     amount: Amount
 
 
-EXAMPLE_ENTRIES = [
+RENT_PAID = [
     {"account_id": ALICE, "type": "DEBIT", "amount": 300},
     {"account_id": BOB, "type": "CREDIT", "amount": 300},
 ]
@@ -2856,9 +2832,7 @@ EXAMPLE_ENTRIES = [
 class TransactionCreate(EventCreate):
     """Entries whose debits equal their credits, for each asset."""
 
-    entries: list[EntryCreate] = pydantic.Field(
-        min_length=2, max_length=100, examples=[EXAMPLE_ENTRIES]
-    )
+    entries: list[EntryCreate] = pydantic.Field(min_length=2, max_length=100, examples=[RENT_PAID])
 
 
 @api.post("/transactions", status_code=201, tags=["transactions"])
@@ -2986,9 +2960,8 @@ def list_holds(
     if account_id is not None:
         # In two parts, each in the order of an index; no hold has one account on both sides.
         part = f"SELECT * FROM ({query} AND %s = :account ORDER BY id DESC LIMIT :limit) AS %s"  # noqa: S608
-        query = (
-            f"{part % ('account_id', 'held')} UNION ALL {part % ('dest_account_id', 'promised')}"
-        )
+        sides = (("account_id", "held"), ("dest_account_id", "promised"))
+        query = " UNION ALL ".join(part % side for side in sides)
     among: Row = {"account": account_id, "status": status}
     query += " ORDER BY id DESC"
     return Page[HoldPublic].read(connection, "holds", query, (limit, cursor), **among)
@@ -3207,7 +3180,6 @@ class Call(Generic[T]):
         return Call(self.function, books)
 
     def __call__(self, *ids: str, key: str | None = None, **others: Any) -> T:
-        """Return the result, or raise the refusal."""
         route, ledger, asked = self.route, self.books.ledger, Asked(())
         route.take_key(asked, None if key is None else key.encode())
         arguments = route.validate(self.given(ids, others), asked)
@@ -3316,12 +3288,9 @@ BANK_OPERATIONS |= {"PAYMENT": "payment{}", "REVERSAL": "reversed"}
 # All other kinds move money between two customers.
 BANK_TRANSFERS = {"DEBIT": "transferred out", "CREDIT": "transferred in"}
 
-BankTime = Annotated[
-    int, pydantic.Field(strict=True, ge=0, le=2**53, examples=[1]), AfterValidator(note_time)
-]
-BankTimeInQuery = Annotated[
-    int, pydantic.Field(ge=0, le=2**53), PLAIN_DIGITS, AfterValidator(note_time)
-]
+NOTED = AfterValidator(note_time)
+BankTime = Annotated[int, pydantic.Field(strict=True, ge=0, le=2**53, examples=[1]), NOTED]
+BankTimeInQuery = Annotated[int, pydantic.Field(ge=0, le=2**53), PLAIN_DIGITS, NOTED]
 BankName = Annotated[Name, names_account(BANK_ACCOUNT)]
 
 
@@ -3557,7 +3526,6 @@ PRELOAD = TypeAdapter(dict[Number, Balance])
 
 
 def open_atm_account(book: Book, *, number: str, amount: int) -> None:
-    """Open an account with what it holds."""
     open_account(book, owner_name=number, asset="USD", name=f"atm:{number}")
     if amount:
         deposit(book, ATM_ACCOUNT.format(number), amount=amount)
@@ -3896,7 +3864,6 @@ class SqliteConnection:
         self.driver.interrupt()
 
     def rows(self, statement: str, **values: Any) -> list[Row]:
-        """Return the rows of a query."""
         return self.all_rows((statement, values))[0]
 
     def all_rows(self, *queries: tuple[str, Row]) -> list[list[Row]]:
@@ -4016,7 +3983,6 @@ class Database:
         self._key_reader = ThreadPoolExecutor(1, "key-reader")
 
     def measure(self) -> None:
-        """Begin to count what is told as metrics."""
         self.metrics = prometheus.CollectorRegistry()
         new: Any = {"registry": self.metrics}
         self.batches = prometheus.Summary("ledger_batch_commands", "Commands a batch", **new)
@@ -4199,10 +4165,8 @@ def translate_error(error: Any) -> LedgerError:
     if isinstance(error, sqlite3.Error):
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
         return KNOWN_ERRORS.get(code, DatabaseUnavailable)()
-    is_constraint = (error.sqlstate or "").startswith("23")
-    known = KNOWN_ERRORS.get(
-        error.sqlstate, InternalError if is_constraint else DatabaseUnavailable
-    )
+    is_rule = (error.sqlstate or "").startswith("23")
+    known = KNOWN_ERRORS.get(error.sqlstate, InternalError if is_rule else DatabaseUnavailable)
     if error.sqlstate is None:
         is_lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
     else:
@@ -5064,7 +5028,6 @@ class Observed:
         self.times = lru_cache(times.labels)  # To look for one takes longer than to count.
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -5099,9 +5062,8 @@ class Observed:
             # What has a route but not the method is at no route.
             route = None if status == 405 else getattr(scope.get("route"), "path_format", None)
             self.log.add(asked, scope["method"], route, status, seconds)
-            self.times(f"{scope['method']} {route}" if route else "unknown", status).observe(
-                seconds
-            )
+            counted = f"{scope['method']} {route}" if route else "unknown"
+            self.times(counted, status).observe(seconds)
 
 
 def with_headers(asked: Asked, given: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -5162,9 +5124,8 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.abort()
             return
         # A later deadline is never set to less than this.
-        self.timer = self.loop.call_later(
-            min(self.deadline - now, REQUEST_SECONDS_MAX), self.look_at_time
-        )
+        seconds = min(self.deadline - now, REQUEST_SECONDS_MAX)
+        self.timer = self.loop.call_later(seconds, self.look_at_time)
 
     def is_idle(self) -> bool:
         """Tell whether nothing is asked for, or only a part of it has come."""
