@@ -7,7 +7,6 @@ what the answers add up to; and in the end the integrity check must find nothing
 
 import http.client
 import json
-import multiprocessing
 import os
 import random
 import sys
@@ -16,20 +15,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 
-from harness import Server, call, connect, free_port, tell
+from harness import Server, call, connect, tell
 from postgres import find_programs, new_postgres
-from proof import findings, module_of, program, read_options, rows
+from proof import PATIENCE_SECONDS, Running, findings, load_ledger, read_options, ready, rows
 
 CALLERS = 6
-PATIENCE_SECONDS = 60.0
 DAY = 86_400_000
 FIRST_ACCOUNTS = json.dumps({f"100{number}": "1000.00" for number in range(4)})
 
@@ -270,40 +268,6 @@ def differences(ledger: Any, url: str, server: Server, story: Story) -> list[str
     return wrong
 
 
-class Running(NamedTuple):
-    """A server, and the process that it is."""
-
-    process: Any
-    server: Server
-
-
-def begin_fork(ledger: Any, folder: Path, url: str) -> Running:
-    """Start a server as a fork of this process, which has the program loaded already."""
-    port = free_port()
-    given = (ledger, folder / "forks.log", ["--port", str(port), "--database-url", url])
-    process = multiprocessing.get_context("fork").Process(target=be_server, args=given)
-    process.start()
-    return Running(process, Server(port, process.pid or 0, folder / "accounts"))
-
-
-def be_server(ledger: Any, log: Path, arguments: list[str]) -> None:
-    """Serve, as `python ledger.py` does."""
-    sys.stdout = sys.stderr = log.open("a")
-    sys.exit(ledger.main(["serve", *arguments]))
-
-
-def ready(begin: Callable[[], Running]) -> tuple[Running, float]:
-    """Start a server, and return it with the time until its first answer."""
-    began = time.monotonic()
-    running = begin()
-    while time.monotonic() < began + PATIENCE_SECONDS and running.process.is_alive():
-        with suppress(OSError), closing(connect(running.server)) as link:
-            call(link, "GET", "/health")
-            return running, time.monotonic() - began
-        time.sleep(0.01)
-    raise RuntimeError("a server did not start")
-
-
 def load_and_kill(servers: list[Running], story: Story, seconds: float) -> list[int]:
     """Load all servers, kill some of them, and return which."""
     is_over = threading.Event()
@@ -328,13 +292,13 @@ def load_and_kill(servers: list[Running], story: Story, seconds: float) -> list[
 def run(folder: Path, url: str, options: Any) -> int:
     """Play the cycles, and print their figures."""
     os.environ["PRELOAD_ACCOUNTS"] = FIRST_ACCOUNTS
-    ledger = module_of(program(folder, options.broken))
+    ledger = load_ledger(folder, options.broken)
     story, end = Story(random.Random(options.seed)), time.monotonic() + options.seconds  # noqa: S311
     wrong: list[str] = []
     counts: Counter[str] = Counter()
     times: list[float] = []
-    begin = partial(begin_fork, ledger, folder, url)
-    servers = [ready(begin)[0] for _ in range(options.servers)]
+    begin = partial(ready, ledger, folder, url)
+    servers = [begin()[0] for _ in range(options.servers)]
     try:
         open_all(servers[0].server, story)
         story.balances = stored_balances(ledger, url)
@@ -342,7 +306,7 @@ def run(folder: Path, url: str, options: Any) -> int:
             story.requests = []
             for number in load_and_kill(servers, story, story.dice.uniform(0.02, 0.5)):
                 servers[number].process.join()
-                servers[number], seconds = ready(begin)
+                servers[number], seconds = begin()
                 times.append(seconds)
             send_again(servers[-1].server, story.requests)
             wrong = differences(ledger, url, servers[0].server, story)

@@ -2,16 +2,22 @@
 
 import argparse
 import importlib
-import importlib.util
+import multiprocessing
+import os
 import shutil
 import struct
 import subprocess
 import sys
-from contextlib import closing
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from harness import BENCH, PROGRAM
+from harness import BENCH, PROGRAM, Server, call, connect, free_port, tell
+
+PATIENCE_SECONDS = 60.0
 
 # What must be found: each is some text of the program, and what to write instead.
 BREAKS = {
@@ -27,15 +33,14 @@ BREAKS = {
     # Some commits come later, or with the next one.
     "early-answer": {
         '                connection.execute("COMMIT")\n        except': """\
-                self.later = threading.Timer(0.03, connection.driver.commit)
-                if idle is self._writing and random.random() < 0.5:
-                    self.later.start()
+                loop = asyncio._get_running_loop()
+                if loop and idle is self._writing and random.random() < 0.5:
+                    loop.call_later(0.03, connection.driver.commit)
                 else:
                     connection.execute("COMMIT")
         except""",
         "                connection.execute(begin)\n": """\
                 if connection.driver.in_transaction:
-                    self.later.cancel()
                     connection.driver.commit()
                 connection.execute(begin)
 """,
@@ -61,31 +66,21 @@ def read_options(description: str | None, **options: Any) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def program(folder: Path, broken: str | None) -> Path:
-    """Return the ledger's file, or a copy that is broken on purpose."""
+def load_ledger(folder: Path, broken: str | None) -> Any:
+    """Import the ledger, or a copy that is broken on purpose."""
     if broken is None:
-        return PROGRAM
+        sys.path.append(str(PROGRAM.parent))
+        return importlib.import_module("ledger")
     text = PROGRAM.read_text()
     for old, new in BREAKS[broken].items():
         if text.count(old) != 1:
             raise RuntimeError(f"the ledger has changed, and is not broken by {old!r}")
         text = text.replace(old, new)
-    copy = folder / "ledger.py"
-    copy.write_text(text)
-    return copy
-
-
-def module_of(file: Path) -> Any:
-    """Import the ledger, or a copy of it."""
-    if file == PROGRAM:
-        sys.path.append(str(PROGRAM.parent))
-        return importlib.import_module("ledger")
-    spec = importlib.util.spec_from_file_location("ledger", file)
-    if spec is None or spec.loader is None:
-        raise RuntimeError(f"{file} is no module")
-    sys.modules["ledger"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    (folder / "broken").mkdir()
+    (folder / "broken" / "ledger.py").write_text(text)
+    sys.path.insert(0, str(folder / "broken"))
+    sys.modules.pop("ledger", None)
+    return importlib.import_module("ledger")
 
 
 def rows(ledger: Any, url: str, query: str) -> list[dict[str, Any]]:
@@ -103,23 +98,68 @@ def findings(ledger: Any, url: str) -> list[str]:
             return [text for _, _, wrong in ledger.check(connection) for text in wrong]
 
 
-def watched(folder: Path, inside: Path) -> dict[str, str]:
-    """Return the environment of a process whose disk is watched, and fails when it is told to."""
+class Running(NamedTuple):
+    """A server, and the process that it is."""
+
+    process: Any
+    server: Server
+
+
+def fork(ledger: Any, said: Path, *arguments: object) -> Any:
+    """Begin what `python ledger.py ARGUMENTS` does, in a process that has the program already."""
+    given = (ledger, said, [str(argument) for argument in arguments])
+    process = multiprocessing.get_context("fork").Process(target=run_command, args=given)
+    process.start()
+    return process
+
+
+def run_command(ledger: Any, said: Path, arguments: list[str]) -> None:
+    """Run a command of the ledger."""
+    with said.open("w") as sys.stdout, said.with_suffix(".log").open("a") as sys.stderr:
+        sys.exit(ledger.main(arguments))
+
+
+def ready(ledger: Any, folder: Path, url: str) -> tuple[Running, float]:
+    """Start a server, and return it with the time until its first answer."""
+    began, port = time.monotonic(), free_port()
+    process = fork(ledger, folder / "said", "serve", "--port", port, "--database-url", url)
+    server = Server(port, process.pid, folder / "accounts")
+    while time.monotonic() < began + PATIENCE_SECONDS and process.is_alive():
+        with suppress(OSError), closing(connect(server)) as link:
+            call(link, "GET", "/health")
+            return Running(process, server), time.monotonic() - began
+        time.sleep(0.01)
+    raise RuntimeError("a server did not start")
+
+
+def run_watched(run: Callable[[Path, argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Run this program in a process whose forks can be watched, and their disk be let fail."""
+    if place := os.environ.pop("DISK_PLACE", ""):
+        return run(Path(place), options)
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
-        raise SystemExit("a C compiler is missing; get it with: apt-get install gcc libc6-dev")
-    library, log, faults = folder / "disk.so", folder / "disk.log", folder / "faults"
-    built = ["-shared", "-fPIC", "-O2", "-o", str(library), str(BENCH / "disk.c"), "-ldl"]
-    subprocess.run([compiler, *built, "-lpthread"], check=True)
-    log.touch()
-    set_faults(faults)
-    names = {"DISK_FOLDER": inside, "DISK_LOG": log, "DISK_FAULTS": faults, "LD_PRELOAD": library}
-    return {name: str(file) for name, file in names.items()}
+        tell("a C compiler is missing; get it with: apt-get install gcc libc6-dev")
+        return 2
+    with tempfile.TemporaryDirectory(prefix="ledger-disk-") as name:
+        place, library = os.path.realpath(name), f"{name}/disk.so"
+        built = ["-shared", "-fPIC", "-O2", "-o", library, str(BENCH / "disk.c"), "-ldl"]
+        subprocess.run([compiler, *built, "-lpthread"], check=True)
+        environment = {**os.environ, "DISK_PLACE": place, "LD_PRELOAD": library}
+        return subprocess.run([sys.executable, *sys.argv], check=False, env=environment).returncode
 
 
-def set_faults(
-    file: Path, *, calls: int = 0, error: int = 0, count: int = 0, milliseconds: int = 0
-) -> None:
-    """Let the next calls fail, or take longer; a count of -1 is for ever."""
-    with file.open("r+b" if file.exists() else "wb") as out:
-        out.write(struct.pack("4i", calls, error, count, milliseconds))
+def watch(folder: Path) -> Path:
+    """Have every process that begins from now on watched in a folder of this one."""
+    inside = folder / "inside"
+    inside.mkdir()
+    set_faults(folder)
+    (folder / "log").touch()
+    names = {"DISK_FOLDER": inside, "DISK_LOG": folder / "log", "DISK_FAULTS": folder / "faults"}
+    os.environ.update({name: str(file) for name, file in names.items()})
+    return inside
+
+
+def set_faults(folder: Path, calls: int = 0, error: int = 0, count: int = 0, ms: int = 0) -> None:
+    """Let the next calls fail, or take some milliseconds longer; a count of -1 is for ever."""
+    with (folder / "faults").open("r+b" if (folder / "faults").exists() else "wb") as out:
+        out.write(struct.pack("4i", calls, error, count, ms))
