@@ -108,6 +108,7 @@ import random
 import re
 import secrets
 import shutil
+import signal
 import socket
 import sqlite3
 import threading
@@ -5734,6 +5735,7 @@ KEY_MODE = "keys: every caller needs an API key or a token"
 
 def serve(settings: Settings, options: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what was accepted."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # As uvicorn, when it has finished, asks.
     listener = listen(options.host, options.port)
     if not re.fullmatch("(/[!-.0-~]+)*", options.root_path):
         raise StartupError(f"the root path must be like /money, not {options.root_path!r}")
@@ -5746,7 +5748,7 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     print(f"ledger.py {__version__} serves on {address}")
     print(f"  docs      {address}/docs")
     database = app.state.ledger.database
-    print(f"  database  {database.name}")
+    print(f"  database  {database.name}{layer_warning(database)}")
     if app.state.opened:
         print(f"  opened    {app.state.opened}")
     if database.news:
@@ -5768,6 +5770,15 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     )
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def layer_warning(database: Database) -> str:
+    """Return what to say of a ledger that is kept in its container's own files, if it is."""
+    if isinstance(database, SqliteDatabase) and os.environ.get("LEDGER_CONTAINER"):
+        folder = database.path.parent
+        if folder.stat().st_dev == Path("/").stat().st_dev:
+            return f" (GONE WITH THIS CONTAINER: mount a volume at {folder}, or set DATABASE_URL)"
+    return ""
 
 
 @contextmanager

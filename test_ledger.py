@@ -6981,6 +6981,11 @@ def test_the_program_names_its_packages_as_the_requirements_do() -> None:
     lines = [line.partition("#")[0].strip() for line in runtime.splitlines()]
     assert named["dependencies"] == [line for line in lines if line]
     assert named["requires-python"] == ">=3.11"
+    # What is installed to serve is the same, and all that it stands on.
+    pinned = PROGRAM.with_name("deploy").joinpath("requirements.txt").read_text()
+    for line in named["dependencies"]:
+        package = re.sub(r"\[.*\]", "", line.partition(";")[0]).replace("_", "-")
+        assert re.search(rf"(?m)^{re.escape(package)}( |$)", pinned), package
 
 
 def test_importing_the_module_has_no_effect() -> None:
@@ -8134,6 +8139,17 @@ def test_the_server_says_where_it_is(server: "Server") -> None:
     ]
 
 
+def test_a_container_says_so_where_it_keeps_the_ledger_in_its_own_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inside, mounted = (ledger.database_at(f"sqlite:///{at}x.db") for at in ("/", "/dev/"))
+    elsewhere = ledger.database_at("postgresql://ledger@db/ledger")
+    assert ledger.layer_warning(inside) == "", "this is no container"
+    monkeypatch.setenv("LEDGER_CONTAINER", "1")
+    assert "GONE WITH THIS CONTAINER: mount a volume at /, or" in ledger.layer_warning(inside)
+    assert (ledger.layer_warning(mounted), ledger.layer_warning(elsewhere)) == ("", "")
+
+
 def test_sigterm_finishes_what_was_accepted(database: str) -> None:
     answers: list[int] = []
     with serving(database) as server:
@@ -8147,6 +8163,7 @@ def test_sigterm_finishes_what_was_accepted(database: str) -> None:
             wait_until(lambda: len(answers) > 40)
             server.process.terminate()
             server.process.join(60)
+            assert server.process.exitcode == 0
     assert set(answers) == {200}
     with opened(database) as bank:
         [kept] = bank.balances().values()
