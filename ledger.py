@@ -2272,13 +2272,29 @@ async def refuse_path(request: Request, error: Any) -> Response:
     if isinstance(error, HTTPException) or error.status_code not in (404, 405):
         return await http_exception_handler(request, error)
     if error.status_code == 404:
-        return await refuse(request, NotFound("There is nothing at this address"))
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+        beside = ", ".join(paths_beside(request.app.routes, path))
+        there = f": there is {beside}" if beside else ""
+        return await refuse(request, NotFound(f"There is nothing at this address{there}"))
     method = request.method
     response = await refuse(request, MethodNotAllowed(f"{method} is not possible here"))
     routes = [r for r in request.app.routes if r.matches(request.scope)[0] is not Match.NONE]
     allowed = {method for route in routes for method in getattr(route, "methods", None) or ()}
     response.headers["allow"] = ", ".join(sorted(allowed))
     return response
+
+
+def paths_beside(routes: Iterable[Any], path: str) -> list[str]:
+    """Return the ledger's paths that differ from a wrong one in nothing but their last part."""
+    *before, _ = path.split("/")
+    found = []
+    for route in routes:
+        *parts, _ = route.path.split("/")
+        pairs = zip(parts, before, strict=False)
+        fits = all(part == given or part.startswith("{") for part, given in pairs)
+        if fits and len(parts) == len(before) and isinstance(route, LedgerRoute):
+            found.append(route.path_format)
+    return list(dict.fromkeys(found))
 
 
 P = TypeVar("P", bound=Public)

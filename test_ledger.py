@@ -3019,6 +3019,20 @@ def test_a_caller_who_goes_away_leaves_the_server_well(server: "Server") -> None
     assert bank.balances()["eve"] == 1
 
 
+def test_an_answer_to_a_wrong_path_says_what_there_is(shared: "Bank") -> None:
+    shown = {
+        f"/accounts/{shared.ids['alice']}/balances": "/accounts/{account_id}/balance, ",
+        "/transfers/": "there is /transfers/bulk",
+        "/acounts": "there is /transfers, ",
+        "/accounts/a/b/c": "There is nothing at this address",
+    }
+    for path, there in shown.items():
+        answer = shared.get(path)
+        assert refusal(answer) == (404, "not_found")
+        assert there in answer.json()["detail"]
+    assert answer.json()["detail"] == "There is nothing at this address"
+
+
 # ----- The API
 # What the canonical routes show, list and describe.
 

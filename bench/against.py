@@ -5,11 +5,17 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from harness import PROGRAM, Server, fund, run_load, serving, tell
+from harness import PROGRAM, Server, fill_page, fund, run_load, serving, tell
 from report import Rounds, markdown, with_unit
 
 HEADER = ("measured", "connections", "present", "commit", "present / commit", "CPU", "CPU ratio")
-LOADS = (("spread", 32), ("hot", 32), ("spread", 1))
+LOADS = {
+    ("spread", 32): "transfers, spread",
+    ("hot", 32): "transfers, hot",
+    ("spread", 1): "transfers, spread",
+    ("account", 32): "reading an account",
+    ("statement", 32): "reading a statement",
+}
 
 
 def check_out(commit: str, folder: Path) -> Path:
@@ -45,9 +51,10 @@ def table_against(commit: str, folder: Path, rounds: int, seconds: int) -> str:
         servers = [stack.enter_context(one) for one in (serving("ledger", folder, "present"), old)]
         for server in servers:
             fund(server)
-        for mode, connections in LOADS:
+            fill_page(server)
+        for (mode, connections), what in LOADS.items():
             both = compare(mode, connections, servers, rounds, seconds)
-            rows.append((f"transfers, {mode}", str(connections), *figures(both)))
+            rows.append((what, str(connections), *figures(both)))
     return markdown(rows)
 
 

@@ -40,6 +40,7 @@ from report import CEILING, Case, Report, Rounds
 
 SPREAD = "transfers, spread"
 HOT = "transfers, hot account"
+ROUTE_CLASS = "the route class"
 KEYED = "transfers, with an API key"
 ORM = "transfers, one ORM session each"
 READ_ACCOUNT = "reading an account"
@@ -79,6 +80,7 @@ class Bench:
     plan: Plan
     folder: Path
     ceiling: Server
+    route_class: Server
     report: Report
 
     def load(self, server: Server, mode: str, connections: int) -> Case:
@@ -128,7 +130,10 @@ def transfer_cases(bench: Bench, ledger: Server, orm: Server, connections: int) 
 
 def measure_together(bench: Bench, ledger: Server, keyed: Server, orm: Server) -> None:
     """Measure 32 callers, some of whom have a key."""
-    cases = transfer_cases(bench, ledger, orm, 32) | {KEYED: bench.load(keyed, "spread", 32)}
+    floor = {ROUTE_CLASS: bench.load(bench.route_class, "spread", 32)}
+    cases = (
+        floor | transfer_cases(bench, ledger, orm, 32) | {KEYED: bench.load(keyed, "spread", 32)}
+    )
     rounds, report = bench.measure("transfers", 32, cases), bench.report
     report.at_least("transfers, 32, of the ceiling", rounds.ratio(SPREAD, CEILING), 0.65, 0.8)
     report.at_least("hot account, 32, of spread", rounds.ratio(HOT, SPREAD), 1.0, 1.1)
@@ -298,9 +303,13 @@ def measure_statements(bench: Bench) -> None:
 
 def measure_all(plan: Plan, folder: Path) -> str:
     """Measure everything beside one ceiling, and return the tables."""
-    with serving("ceiling", folder, "ceiling") as ceiling:
-        invent_accounts(ceiling)
-        bench = Bench(plan, folder, ceiling, Report())
+    with (
+        serving("ceiling", folder, "ceiling") as ceiling,
+        serving("route_class", folder, "route_class") as route_class,
+    ):
+        for server in (ceiling, route_class):
+            invent_accounts(server)
+        bench = Bench(plan, folder, ceiling, route_class, Report())
         measure_rates(bench)
         measure_postgres(bench)
         measure_growth(bench)

@@ -1,10 +1,16 @@
-"""Serve the fastest answer that the framework can give to a transfer, without any database."""
+"""Serve the fastest answer that the framework can give to a transfer, without any database.
 
+`app` has a route as most people write it, `route_class` one that answers from FastAPI's extension
+point, a bare `get_route_handler`, as the ledger's routes do: the framework's real floor.
+"""
+
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID, uuid4
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 Amount = Annotated[int, Field(strict=True, ge=1, le=10**15)]
@@ -75,3 +81,19 @@ app = FastAPI()
 async def transfer(body: TransferIn) -> TransferOut:
     """Validate the body and answer with constant data."""
     return ANSWER
+
+
+class BareRoute(APIRoute):
+    """Validate the body and answer with constant data, without the rest of FastAPI's handler."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def handle(request: Request) -> Response:
+            TransferIn.model_validate_json(await request.body())
+            return Response(ANSWER.model_dump_json(), media_type="application/json")
+
+        return handle
+
+
+route_class = FastAPI()
+route_class.router.route_class = BareRoute
+route_class.post("/transfers")(transfer)

@@ -64,7 +64,8 @@ def command_for(kind: str, port: int, url: str, program: Path) -> list[str]:
     if kind in ("ledger", "keyed"):
         return [sys.executable, str(program), "serve", "--port", str(port), "--database-url", url]
     options = ["--loop", "uvloop", "--http", "httptools", "--no-access-log"]
-    app = [f"{kind}:app", "--app-dir", str(BENCH), "--port", str(port)]
+    where = "ceiling:route_class" if kind == "route_class" else f"{kind}:app"
+    app = [where, "--app-dir", str(BENCH), "--port", str(port)]
     return [sys.executable, "-m", "uvicorn", *app, *options]
 
 
