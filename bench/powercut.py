@@ -6,22 +6,25 @@ names in a folder that was not synced are there up to any of them. Then the ledg
 checked, and must know every answer that was sent before. A backup that has its name must be whole.
 """
 
+import json
 import os
 import random
 import re
+import secrets
 import shutil
+import sqlite3
 import struct
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import Server, call, connect
+from harness import BENCH, Server, call, connect
 from proof import fork, load_ledger, read_options, ready, run_watched, watch
 
 SECTOR = 512
@@ -154,6 +157,8 @@ class Told:
 
     streams: defaultdict[str, bytes] = field(default_factory=lambda: defaultdict(bytes))
     answers: set[str] = field(default_factory=set)
+    before: tuple[int, Set[str]] = field(default=(0, frozenset()))
+    """The version of a ledger that is upgraded, and the answers that it knew."""
     commands: dict[str, set[str]] = field(default_factory=dict)
     """What was answered when a command began, as "begun backup", and when it was done."""
 
@@ -196,31 +201,29 @@ def load(server: Server, ids: list[str], seconds: float) -> None:
             done.result()
 
 
-def record(ledger: Any, folder: Path, inside: Path, seconds: float) -> list[Record]:
+def record(ledger: Any, folder: Path, seconds: float) -> list[Record]:
     """Run a server from its first start to its second end, with commands beside it."""
-    url, log = f"sqlite:///{inside}/ledger.db", folder / "log"
+    inside, log = folder / "inside", folder / "log"
+    url, ids = f"sqlite:///{inside}/ledger.db", []
     (process, server), _ = ready(ledger, folder, url)
-    ids = []
+    server = replace(server, api_key=os.environ["LEDGER_ADMIN_KEY"])
     with closing(connect(server)) as link:
         for number in range(8):
-            account = call(link, "POST", "/accounts", {"owner_name": f"owner {number}"})
-            ids.append(account["id"])
-            call(link, "POST", f"/accounts/{ids[-1]}/deposit", {"amount": 1_000_000})
-    load(server, ids, seconds)
-    at = ("--database-url", url)
+            owner = {"owner_name": f"owner {number}"}
+            ids.append(call(link, "POST", "/accounts", owner, server.api_key)["id"])
+            path = f"/accounts/{ids[-1]}/deposit"
+            call(link, "POST", path, {"amount": 1_000_000}, server.api_key)
     for name, arguments in {
-        "backup": ["backup", f"{inside}/backup.db", *at],
+        "backup": ["backup", f"{inside}/backup.db", "--database-url", url],
         "copy": ["copy", "--from", url, "--to", f"sqlite:///{inside}/copy.db"],
-        "key": ["key", "add", "--name", "late", "--role", "admin", *at],
+        "key": ["key", "add", "--name", "late", "--role", "admin", "--database-url", url],
     }.items():
+        load(server, ids, seconds)
         mark(log, "begun", name)
         command = fork(ledger, folder / name, *arguments)
-        if name != "key":  # After which it is no more in open mode.
-            load(server, ids, seconds)
+        load(server, ids, seconds)
         command.join()
         mark(log, "done", name)
-    server = replace(server, api_key=(folder / "key").read_text().strip())
-    load(server, ids, seconds)
     process.terminate()
     process.join()
     (process, later), _ = ready(ledger, folder, url)
@@ -246,9 +249,13 @@ def look(ledger: Any, file: Path, *, make: bool) -> tuple[list[str], set[str], s
 
 def losses(ledger: Any, folder: Path, told: Told) -> list[str]:
     """Open what a power cut has left, and return what is wrong or lost."""
+    kept = [look_before(file) for file in folder.glob("ledger.db*version-1")]
+    wrong = ["the copy before an upgrade is not whole" for one in kept if one != told.before]
+    if told.before[1] and not kept and look_before(folder / "ledger.db")[0] != told.before[0]:
+        wrong.append("it was upgraded without a copy")
     try:
-        wrong, answers, keys = look(ledger, folder / "ledger.db", make=True)
-        wrong += [f"lost: {answer[:80]}" for answer in told.answers - answers]
+        found, answers, keys = look(ledger, folder / "ledger.db", make=True)
+        wrong += [*found, *(f"lost: {answer[:80]}" for answer in told.answers - answers)]
         if "done key" in told.commands and "late" not in keys:
             wrong.append("lost: a key that was added")
         for name in ("backup", "copy"):
@@ -259,8 +266,15 @@ def losses(ledger: Any, folder: Path, told: Told) -> list[str]:
             elif f"done {name}" in told.commands:
                 wrong.append(f"lost: the {name}")
     except (ledger.StartupError, ledger.LedgerError) as error:
-        return [f"it does not open: {error}"]
+        wrong.append(f"it does not open: {error}")
     return wrong
+
+
+def look_before(file: Path) -> tuple[int, Set[str]]:
+    """Return the version of a ledger that nothing has upgraded, and the answers that it knows."""
+    with closing(sqlite3.connect(file)) as connection:
+        [version] = connection.execute("SELECT max(version) FROM schema_version").fetchone()
+        return version, {body for (body,) in connection.execute("SELECT body FROM idempotency_key")}
 
 
 def places(records: list[Record], count: int, dice: random.Random) -> list[int]:
@@ -273,17 +287,21 @@ def places(records: list[Record], count: int, dice: random.Random) -> list[int]:
     return sorted(chosen | set(dice.sample(others, max(0, count - len(chosen)))))
 
 
-def run(folder: Path, options: Any) -> int:
-    """Record, cut at all places, and print the figures."""
-    end, dice = time.monotonic() + options.seconds, random.Random(options.seed)  # noqa: S311
-    ledger, disk, told, done = load_ledger(folder, options.broken), Disk(), Told(), 0
-    inside = watch(folder)
-    records = record(ledger, folder, inside, options.load)
+def play(ledger: Any, folder: Path, options: Any, cuts: int, old: str = "") -> Counter[str]:
+    """Record what happens to a new ledger, or to an old one; cut the power at many places."""
+    dice, disk, told, done = random.Random(options.seed), Disk(), Told(), 0  # noqa: S311
+    inside, counts = watch(folder), Counter[str]()
+    if old:
+        with closing(sqlite3.connect(file := inside / "ledger.db")) as connection:
+            connection.executescript(old)
+        told.before = look_before(file)
+        told.answers |= told.before[1]
+        disk.seen[str(file)] = disk.synced[str(file)] = File(bytearray(file.read_bytes()))
+    records = record(ledger, folder, options.load)
+    counts.update(record.kind for record in records)
     del os.environ["DISK_FOLDER"]
-    kinds = Counter(record.kind for record in records)
-    losing, cuts = 0, 0
-    for place in places(records, options.cuts, dice):
-        if time.monotonic() > end:
+    for place in places(records, cuts, dice):
+        if time.monotonic() > options.end:
             break
         for each in records[done:place]:
             disk.do(each)
@@ -292,15 +310,26 @@ def run(folder: Path, options: Any) -> int:
         disk.cut(str(inside), target, dice)
         wrong = losses(ledger, target, told)
         shutil.rmtree(target)
-        for line in wrong[:3] if losing < 3 else []:
+        for line in wrong[:3] if counts["losing"] < 3 else []:
             print(f"place {place}: {line}")
-        losing, cuts = losing + bool(wrong), cuts + 1
+        counts.update(cuts=1, losing=bool(wrong))
+    return counts
+
+
+def run(folder: Path, options: Any) -> int:
+    """Play with a new ledger and with one that is upgraded, and print the figures."""
+    options.end = time.monotonic() + options.seconds
+    os.environ["LEDGER_ADMIN_KEY"] = secrets.token_hex(20)
+    ledger = load_ledger(folder, options.broken)
+    old = json.loads((BENCH.parent / ".ledgers" / "version-1.json").read_text())["sqlite"]
+    counts = play(ledger, folder / "new", options, options.cuts - options.cuts // 3)
+    counts += play(ledger, folder / "old", options, options.cuts // 3, "\n".join(old))
     print(
-        f"powercut: {cuts} cuts among {kinds['W']:,} writes, {kinds['S']:,} syncs and "
-        f"{kinds['A']:,} answers; {losing} lost something"
+        f"powercut: {counts['cuts']} cuts among {counts['W']:,} writes, {counts['S']:,} syncs and "
+        f"{counts['A']:,} answers; {counts['losing']} lost something"
     )
-    return int(losing > 0)
+    return int(counts["losing"] > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(run_watched(run, read_options(__doc__, cuts=100, load=0.5)))
+    sys.exit(run_watched(run, read_options(__doc__, cuts=100, load=0.3)))

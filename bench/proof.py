@@ -151,7 +151,7 @@ def run_watched(run: Callable[[Path, argparse.Namespace], int], options: argpars
 def watch(folder: Path) -> Path:
     """Have every process that begins from now on watched in a folder of this one."""
     inside = folder / "inside"
-    inside.mkdir()
+    inside.mkdir(parents=True)
     set_faults(folder)
     (folder / "log").touch()
     names = {"DISK_FOLDER": inside, "DISK_LOG": folder / "log", "DISK_FAULTS": folder / "faults"}
