@@ -3021,7 +3021,7 @@ def test_a_caller_who_goes_away_leaves_the_server_well(server: "Server") -> None
 
 def test_an_answer_to_a_wrong_path_says_what_there_is(shared: "Bank") -> None:
     shown = {
-        f"/accounts/{shared.ids['alice']}/balances": "/accounts/{account_id}/balance, ",
+        f"/accounts/{shared.ids['alice']}/balances": "/accounts/{account_id}/balance",
         "/transfers/": "there is /transfers/bulk",
         "/acounts": "there is /transfers, ",
         "/accounts/a/b/c": "There is nothing at this address",
