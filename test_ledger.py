@@ -7149,6 +7149,32 @@ def test_batches_are_measured_and_what_waits_for_one(bank: "BankInside") -> None
     assert measured(bank, "ledger_waiting_commands") == {(): 0}
 
 
+def test_the_metrics_tell_the_program_its_process_and_its_log(bank: "BankInside") -> None:
+    bank.given(alice=5)
+    info = measured(bank, "ledger_info")
+    assert info == {(str(ledger.SCHEMA_VERSION), ledger.__version__): 1}
+    for name in ("process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"):
+        assert measured(bank, name)[()] > 0 or sys.platform != "linux"
+    for name in ("commit", "http"):
+        bounds = {
+            bound for labels in measured(bank, f"ledger_{name}_seconds_bucket") for bound in labels
+        }
+        assert {"0.0005", "0.001", "10.0"} < bounds
+    if bank.database.startswith("sqlite"):
+        size = Path(f"{file_of(bank.database)}-wal").stat().st_size
+        assert measured(bank, "ledger_log_bytes") == {(): size}
+
+
+def test_the_metrics_tell_how_old_the_oldest_receipt_is_that_waits(bank: "BankInside") -> None:
+    subscribe(bank, "http://127.0.0.1:1")
+    bank.given(alice=5)
+    bank.pass_time(HOUR)
+    deliver(bank)
+    assert 3_600 <= measured(bank, "ledger_undelivered_seconds")[()] < 3_700
+    listed = printed(bank.database, "webhook", "list").splitlines()
+    assert listed[-1].split() == ["last", "error:", "ConnectError"]
+
+
 def test_each_application_measures_for_itself(bank: "BankInside") -> None:
     bank.given(alice=5)
     with opened(bank.database) as other:
