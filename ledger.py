@@ -6214,59 +6214,78 @@ async def get_page() -> Response:
 PAGE = r"""<!doctype html><html lang="en">
 <title>Ledger</title><meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-:root { color-scheme: light dark }
-body {
-  max-width: 52rem; margin: auto; padding: 1rem 1rem 4rem;
-  background: light-dark(#fcfbf8, #17181a); color: light-dark(#1f1e1b, #e8e6e1);
-  font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums;
-}
-header, #search { display: flex; flex-wrap: wrap; gap: .5rem; justify-content: space-between }
+:root { color-scheme: light dark; --paper: light-dark(#fcfbf8, #17181a);
+  --faint: light-dark(#e4e0d6, #34353a) }
+body { max-width: 52rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums;
+  background: var(--paper); color: light-dark(#1f1e1b, #e8e6e1) }
+header, nav, form { display: flex; flex-wrap: wrap; align-items: baseline; gap: .5rem 1rem }
+header { justify-content: space-between }
+[hidden], .chart:not(:hover, :focus-within) .at { display: none }
 input, select, button { padding: .2rem .4rem; font: inherit }
 a { color: light-dark(#0b5c73, #86c5d8); text-underline-offset: .2em }
 h1 { margin: 1.5rem 0 .5rem; font-size: 1.6rem; outline: 0; overflow-wrap: anywhere }
 h2 { margin: 2rem 0 .5rem; font-size: 1.1rem }
-small, time, thead { color: light-dark(#68655d, #a19d94); font-size: .85rem }
+small, time, thead, text { color: light-dark(#68655d, #a19d94); font-size: .85rem }
 section { margin: 0 -3px; padding: 0 3px; overflow-x: auto; overflow-wrap: anywhere }
+details form, main > form { padding: .5rem 0 }
+output { flex-basis: 100%; overflow-x: auto }
 .assets { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 0 3rem }
 table { width: 100%; border-collapse: collapse }
-tbody tr, svg { border-top: 1px solid light-dark(#e4e0d6, #34353a) }
+tbody tr { border-top: 1px solid var(--faint) }
 tr:has(th time) ~ tr:not(:has(th time)) { border: 0 }
 th, td { padding: .4rem 0; font-weight: inherit; text-align: left; vertical-align: top }
-tr > * + * { padding-left: .5rem; overflow-wrap: normal; text-align: right }
+tr > * + * { padding-left: .75rem; overflow-wrap: normal; text-align: right }
 tbody th { min-width: 6rem; overflow-y: clip }
 td bdi { overflow-wrap: anywhere }
 time { white-space: nowrap }
-svg { width: 100%; height: 9rem; border-bottom: 1px dotted; overflow: visible }
+.chart { position: relative; margin: 1rem 0 1.5rem }
+.chart:focus-within { outline: 1px solid }
+.chart input { position: absolute; inset: 0; width: 100%; height: 100%; padding: 0; opacity: 0 }
+svg { display: block; width: 100%; height: 10rem; overflow: visible }
+text { fill: currentcolor; stroke: var(--paper); stroke-width: 4; paint-order: stroke }
 path { fill: none; stroke: currentcolor; stroke-width: 2; vector-effect: non-scaling-stroke }
+.mark { stroke: var(--faint); stroke-width: 1 }
 </style>
 <header>
-  <a href="#/">Ledger</a>
-  <form id="search" role="search">
-    <select name="by" aria-label="Find by"><option value="accounts?owner_name=">Owner
-      <option value="accounts?external_id=">External id <option value="account/">Id</select>
-    <input type="search" name="text" size="14" maxlength="200" required aria-label="What to find">
-    <button>Find</button>
-  </form>
+  <nav aria-label="Lists"><a href="#/">Ledger</a> <a href="#/accounts">Accounts</a>
+    <a href="#/transactions">Transactions</a> <a href="#/holds">Holds</a> <a href="docs">API</a>
+  </nav>
+  <form role="search"><input type="search" name="text" size="16" maxlength="200" required
+    placeholder="Name, memo or id" aria-label="Find what begins with"> <button>Find</button></form>
 </header>
-<main></main>
-<form id="enter" hidden>
-  <label>Key <input type="password" name="key" autocomplete="off" pattern="[!-~]+" required></label>
-  <button>Enter</button>
-</form>
+<main>
+  <h1 tabindex="-1"></h1>
+  <div id="acts"></div>
+  <form hidden aria-label="Dates"><label>From <input type="date" name="from"></label>
+    <label>To <input type="date" name="to"></label> <button>Show</button></form>
+  <div id="view"></div>
+</main>
+<form hidden aria-label="Key"><label>Key <input type="password" name="key" autocomplete="off"
+  pattern="[!-~]+" required></label> <button>Enter</button></form>
+<footer hidden><button>Forget the key</button></footer>
+<datalist id="seen"></datalist>
 <script type="module">
 const EXPONENTS = {};  // Of the assets that there are, by code.
-const [search, main, enter] = document.querySelectorAll("form, main");
+const [search, dates, enter] = document.forms;
+const [h1, acts, view, footer, seen] = document.querySelectorAll("h1, [id], footer");
+const key = sessionStorage.getItem("key");
 const known = new Map();  // The accounts that were seen, by id.
+const ID = /([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/;
+const MONEY = /^(amount|captured_amount|balance|held|available|credit_limit)$/;
 // Numbers stay the text that was sent: an amount may be too large for a number of JavaScript's.
 const exact = (name, value, { source }) => (typeof value === "number" ? source : value);
 
-async function get(path, query = {}, ...expected) {
-  const key = sessionStorage.getItem("key");
-  const headers = key ? { Authorization: `Bearer ${key}` } : {};
-  const response = await fetch(`.${path}?${new URLSearchParams(query)}`, { headers });
+async function ask(path, { headers, ...options } = {}) {
+  const own = key && { Authorization: `Bearer ${key}` };
+  const response = await fetch(`.${path}`, { ...options, headers: { ...own, ...headers } });
   const found = JSON.parse(await response.text(), exact);
-  if (![200, ...expected].includes(response.status)) throw found;
   for (const each of [found, ...(found.items ?? [])]) if (each.owner_name) known.set(each.id, each);
+  return [response.status, found];
+}
+async function get(path, query = {}, ...expected) {
+  const [status, found] = await ask(`${path}?${new URLSearchParams(query)}`);
+  if (![200, ...expected].includes(status)) throw found;
   return found;
 }
 async function count(cursor) {
@@ -6275,13 +6294,13 @@ async function count(cursor) {
   if (page.next_cursor) await count(page.next_cursor);
 }
 async function meet(rows) {
-  const ids = rows.flatMap((row) => [row.account_id, row.dest_account_id ?? row.account_id]);
+  const ids = rows.flatMap((row) => [row.account_id, row.dest_account_id]).filter(Boolean);
   await Promise.all([...new Set(ids)].map((id) => known.has(id) || get(`/accounts/${id}`)));
 }
 
 // Names and memos are hostile: all that is shown is made here, and what was read is text in it.
 function el(name, attributes, ...children) {
-  const space = ["svg", "path"].includes(name) ? "2000/svg" : "1999/xhtml";
+  const space = ["svg", "path", "text"].includes(name) ? "2000/svg" : "1999/xhtml";
   const element = document.createElementNS(`http://www.w3.org/${space}`, name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   element.append(...children.flat().filter(Boolean));
@@ -6290,42 +6309,96 @@ function el(name, attributes, ...children) {
 const bdi = (value) => value && el("bdi", {}, value);
 const small = (value) => value && el("small", { dir: "auto" }, value);
 const link = (place, value) => value && el("a", { href: `#/${place}` }, bdi(value));
+const posted = (id, name = id) => id && link(`transaction/${id}`, name);
 const words = (code) => code[0].toUpperCase() + code.slice(1).toLowerCase().replace(/[._]/g, " ");
-const person = (id) => link(`account/${id}`, known.get(id).owner_name);
-const posted = (id, name) => link(`transaction/${id}`, name);
-const heading = (title) => el("h1", { tabindex: -1 }, bdi(title));
+// A customer's account has no name, or one that begins with its dialect and a colon.
+const isSystem = ({ name }) => name && !name.includes(":");
+const called = (account) => (isSystem(account) ? words(account.name) : account.owner_name);
+const person = (id) => link(`account/${id}`, called(known.get(id)));
 const section = (title, ...children) => el("section", {}, el("h2", {}, title), ...children);
-// Swedish writes times as ISO 8601 does; here they are in the reader's own zone.
-const time = (ts) => el("time", { datetime: ts, title: ts }, new Date(ts).toLocaleString("sv"));
+const local = (ts) => new Date(ts).toLocaleString("sv");  // As ISO 8601, in the reader's zone.
+const time = (ts) => el("time", { datetime: ts, title: ts }, local(ts));
 
-function decimal(amount, asset, signDisplay = "auto") {
-  const form = { minimumFractionDigits: EXPONENTS[asset], signDisplay };
+function decimal(amount, asset, options = {}) {
+  const form = { minimumFractionDigits: EXPONENTS[asset], ...options };
   const format = new Intl.NumberFormat("en", form);
   return format.format(`${amount}e-${EXPONENTS[asset]}`).replace("-", "\u2212");
 }
-const sums = ({ type, amount, balance }, asset) =>
-  [decimal(type === "DEBIT" ? `-${amount}` : amount, asset, "always"), decimal(balance, asset)];
+const priced = (amount, asset) => [small(asset), "\u00a0", decimal(amount, asset)];
+const signed = ({ type, amount }) => (type === "DEBIT" ? `-${amount}` : amount);
+const sums = (entry, asset) =>
+  [decimal(signed(entry), asset, { signDisplay: "always" }), decimal(entry.balance, asset)];
 
 // A row is a list of what its first cell shows, and then what each of the others does.
-function table(title, columns, rows, next) {
+function table(title, columns, rows, ...below) {
   const heads = columns.map((name) => el("th", { scope: "col" }, name));
+  const spaced = (parts) => parts.flat().filter(Boolean).flatMap((part) => [part, " "]);
   const body = rows.map(([first, ...others]) => el("tr", {},
-    el("th", { scope: "row", colspan: columns.length - others.length },
-      first.filter(Boolean).flatMap((part) => [part, " "])),
+    el("th", { scope: "row", colspan: columns.length - others.length }, spaced(first)),
     ...others.map((cell) => el("td", {}, cell))));
-  return rows.length && section(title, el("table", {}, el("thead", {}, el("tr", {}, heads)),
-    el("tbody", {}, body)), next && el("p", {}, link(next, "More")));
+  const rowsOf = el("table", { "aria-label": title },
+    el("thead", {}, el("tr", {}, heads)), el("tbody", {}, body));
+  return rows.length && section(title, rowsOf, el("p", {}, spaced(below)));
 }
-const entryRows = (entries) => entries.map((entry) => {
-  const { name, asset } = known.get(entry.account_id);
-  return [[person(entry.account_id), small(name), small(asset)], ...sums(entry, asset)];
-});
-function facts({ metadata, entries, ...found }, shown) {
-  const told = Object.entries({ ...found, ...shown }).filter(([, value]) => value);
+// What a list shows, to take along: amounts as decimals, and no text that is like a formula.
+function csv(title, rows) {
+  const shown = rows.map(({ metadata, ...row }) => row);
+  const lines = shown.map((row) => Object.entries(row).map(([name, value]) => (MONEY.test(name)
+    ? decimal(value, row.asset, { useGrouping: false }).replace("\u2212", "-")
+    : (value ?? "").replace(/^(?=[\s=+@-])/, "'"))));
+  const text = [Object.keys(shown[0] ?? {}), ...lines].map((line) =>
+    line.map((cell) => `"${cell.replaceAll('"', '""')}"`)).join("\r\n");
+  const href = `data:text/csv;charset=utf-8,${encodeURIComponent(text)}`;
+  return el("a", { href, download: `${title}.csv` }, "CSV");
+}
+function facts({ metadata, entries, ...found }) {
+  const show = (name, value) => (/_at$|^ts$/.test(name) ? time(value)
+    : MONEY.test(name) ? decimal(value, found.asset) : /^revers/.test(name) ? posted(value)
+      : /account_id$/.test(name) ? person(value) : bdi(value));
+  const told = Object.entries(found).filter(([, value]) => value);
   return table("Facts", ["Name", "Value"], [
-    ...told.map(([name, value]) => [[words(name)], bdi(value)]),
+    ...told.map(([name, value]) => [[words(name)], show(name, value)]),
     ...Object.entries(metadata).map(([name, value]) => [[bdi(`metadata: ${name}`)], bdi(value)])]);
 }
+// Days are the reader's own, and the last one is meant as a whole.
+const days = ({ from, to, ...query }) => ({ ...query,
+  ...(from && { from: new Date(`${from}T00:00`).toJSON() }),
+  ...(to && { to: new Date(`${to}T24:00`).toJSON() }) });
+const more = (place, query, cursor) =>
+  cursor && link(`${place}?${new URLSearchParams({ ...query, cursor })}`, "More");
+async function list(title, columns, query, show, record = (item) => item) {
+  const place = title.toLowerCase();
+  const { items, detail, next_cursor: cursor } = await get(`/${place}`, days(query), 503);
+  if (!items) return section(title, detail);
+  await meet(items.flatMap((item) => item.entries ?? item));
+  return table(title, columns, items.flatMap(show), more(place, query, cursor),
+    csv(place, items.flatMap(record)));
+}
+const accounts = (query) => list("Accounts", ["Owner", "Balance"], query,
+  ({ id, name, external_id, status, balance, asset }) => [[[person(id), small(name),
+    small(external_id), small(words(status))], priced(balance, asset)]]);
+const holds = (query) => list("Holds", ["Hold", "Amount"], query, (hold) => [[
+  [link(`hold/${hold.id}`, words(hold.status)), person(hold.account_id), "\u2192",
+    person(hold.dest_account_id), bdi(hold.memo), time(hold.expires_at)],
+  priced(hold.amount, hold.asset)]]);
+// The accounts on the other side of an entry; and what a CSV has of one.
+const others = ({ entries }, { type }) =>
+  entries.filter((each) => each.type !== type).map((each) => each.account_id);
+const record = (transaction, entry) => ({ ...entry, external_id: transaction.external_id,
+  amount: signed(entry), asset: known.get(entry.account_id).asset,
+  owner: called(known.get(entry.account_id)),
+  other: others(transaction, entry).map((id) => called(known.get(id))).join("; ") });
+const entryRows = (entries) => entries.map((entry) => {
+  const { name, asset } = known.get(entry.account_id);
+  return [[person(entry.account_id), !isSystem({ name }) && small(name), small(asset)],
+    ...sums(entry, asset)];
+});
+// The memo of a cashback is the id of its payment.
+const noted = (kind, memo) => (kind === "CASHBACK" ? posted(memo, "of a payment") : bdi(memo));
+const moves = ({ id, kind, memo, ts, entries }) =>
+  [[[posted(id, words(kind)), noted(kind, memo), time(ts)]], ...entryRows(entries)];
+const transactions = (query) => list("Transactions", ["What", "Amount", "Balance"], query, moves,
+  (found) => found.entries.map((entry) => record(found, entry)));
 
 async function balances() {
   const { items } = await get("/balances");
@@ -6335,117 +6408,249 @@ async function balances() {
       ([place, sum]) => [[words(place)], decimal(sum, asset)]));
   }));
 }
-async function accounts(query) {
-  const { items, next_cursor: cursor } = await get("/accounts", query);
-  const rows = items.map(({ id, name, external_id, status, balance, asset }) => [
-    [person(id), small(name), small(external_id), status !== "ACTIVE" && small(words(status))],
-    [small(asset), "\u00a0", decimal(balance, asset)]]);
-  const next = cursor && `accounts?${new URLSearchParams({ ...query, cursor })}`;
-  const curl = `curl ${new URL("accounts", location)} \\\n  -H "X-API-Key: $KEY" \\\n`
-    + `  -H Content-Type:application/json \\\n  -d '{"owner_name": "Alice"}'`;
-  return table("Accounts", ["Owner", "Balance"], rows, next)
-    || section("Accounts", "There is none. This opens one:", el("pre", {}, curl));
-}
-
 // What happened last, newest first; who may not read events sees transactions alone.
 async function latest() {
   const before = (await get("/audit", { limit: 11 }, 403)).items?.[10];
   const { items } = await get("/events", before ? { after: before.id } : {}, 403, 404);
   const events = items?.reverse() ?? (await get("/transactions", { limit: 10 })).items.map(
-    (data) => ({ ts: data.ts, data }));
+    (data) => ({ data }));
   await meet(events.flatMap(({ type, data }) =>
     data.entries ?? (/^account/.test(type) ? { account_id: data.id } : [])));
-  return table("Latest", ["What", "Amount", "Balance"], events.flatMap(({ ts, type, data }) => [
-    [[data.entries ? posted(data.id, words(data.kind)) : words(type), bdi(data.memo),
-      link(`account/${data.id}`, known.get(data.id)?.owner_name), time(ts)]],
-    ...entryRows(data.entries ?? [])]));
+  return table("Latest", ["What", "Amount", "Balance"], events.flatMap(({ ts, type, data }) =>
+    (data.entries ? moves(data) : [[[words(type), bdi(data.memo),
+      known.has(data.id) && person(data.id), time(ts)]]])));
 }
-const overview = async () => [heading("Overview"), ...await Promise.all(
-  [balances(), accounts({ limit: 20 }), latest()])];
 
-// The balance as a line through entries, newest first.
+// The round places between two: multiples of the smallest step of which there are but a few.
+function marks(low, high, steps) {
+  const step = steps.find((each) => (high - low) / each < 6n), found = [];
+  for (let at = low - (low % step); at <= high; at += step) if (at >= low) found.push(at);
+  return found;
+}
+const SUMS = Array.from({ length: 19 }, (_, n) => [1n, 2n, 5n].map((m) => m * 10n ** BigInt(n)));
+const DAY = 86_400_000n;
+const TIMES = [1n, 5n, 20n, 60n, 300n, 1200n, 3600n, 10_800n, 43_200n].map((n) => n * 1000n).concat(
+  [1n, 2n, 7n, 14n, 28n, 91n, 365n, 3650n].map((n) => n * DAY));
+// The balance as a line through entries, newest first; its range is its own.
 function chart(entries, asset) {
-  const steps = entries.map(({ ts, balance }) => [Date.parse(ts), BigInt(balance)]).reverse();
-  const heights = [0n, ...steps.map(([, balance]) => balance)].sort((a, b) => (a < b ? -1 : 1));
+  const steps = entries.map(({ ts, balance }) => {
+    const at = new Date(ts);
+    return [BigInt(at - at.getTimezoneOffset() * 60_000), BigInt(balance)];
+  }).reverse();
+  const heights = steps.map(([, sum]) => sum).sort((a, b) => (a < b ? -1 : 1));
   const [low, high, start, end] = [heights[0], heights.at(-1), steps[0][0], steps.at(-1)[0]];
-  const x = (moment) => Math.round((980 * (moment - start)) / (end - start || 1));
-  const y = (balance) => 1000n - (1000n * (balance - low)) / (high - low || 1n);
-  const d = steps.map(([moment, balance]) => `H${x(moment)}V${y(balance)}`).join("");
-  const [now, least, most] = [steps.at(-1)[1], low, high].map((sum) => decimal(`${sum}`, asset));
-  return section(`Balance ${now} ${asset}`,
-    el("svg", { viewBox: "0 0 1000 1000", preserveAspectRatio: "none", "aria-hidden": true },
-      el("path", { d: `M0 ${y(steps[0][1])}${d}H1000` })),
-    small(`Between ${least} and ${most} since`), " ", time(entries.at(-1).ts));
+  const x = (moment) => Number((980n * (moment - start)) / (end - start || 1n));
+  const y = (sum) => (high === low ? 500 : Number((1000n * (high - sum)) / (high - low)));
+  const iso = (moment) => new Date(Number(moment)).toISOString().replace("T", " ").slice(0, 19);
+  const lines = marks(low, high, SUMS.flat()).map((sum) => [`M0 ${y(sum)}H1000`,
+    el("text", { y: `${y(sum) / 10}%`, dy: -4 }, decimal(`${sum}`, asset))]);
+  for (const moment of marks(start, end, TIMES).filter((each) => x(each) < 900)) lines.push([
+    `M${x(moment)} 0V1000`, el("text", { x: `${x(moment) / 10}%`, y: "100%", dy: 18 },
+      end - start < 2n * DAY ? iso(moment).slice(11) : iso(moment).slice(0, 10))]);
+  const at = el("input", { type: "range", id: "at", max: steps.length - 1, "aria-label": "Entry" });
+  const told = small(" "), pointed = el("path", { class: "at" });
+  at.oninput = () => {
+    const [moment, sum] = steps[at.value];
+    told.textContent = `${iso(moment)}: ${decimal(`${sum}`, asset)} ${asset}`;
+    at.setAttribute("aria-valuetext", told.textContent);
+    pointed.setAttribute("d", `M${x(moment)} 0V1000`);
+  };
+  at.onclick = at.onpointermove = ({ offsetX }) => {
+    at.value = steps.findLastIndex(([moment]) => x(moment) <= (1000 * offsetX) / at.clientWidth);
+    at.oninput();
+  };
+  at.value = at.max;
+  at.oninput();
+  const d = steps.map(([moment, sum]) => `H${x(moment)}V${y(sum)}`).join("");
+  return section(`Balance ${decimal(`${steps.at(-1)[1]}`, asset)} ${asset}`,
+    el("div", { class: "chart" }, el("svg", { "aria-hidden": true },
+      el("svg", { viewBox: "0 0 1000 1000", preserveAspectRatio: "none" },
+        lines.map(([mark]) => el("path", { d: mark, class: "mark" })), pointed,
+        el("path", { d: `M0 ${y(steps[0][1])}${d}H1000` })),
+      lines.map(([, label]) => label)), at), told);
 }
 async function account(id, query) {
-  const [found, { items, next_cursor: cursor }, holds] = await Promise.all([get(`/accounts/${id}`),
-    get(`/accounts/${id}/statement`, query), get("/holds", { account_id: id })]);
-  const { asset } = found;
-  const ids = items.filter(({ kind }) => kind === "PAYMENT").map((entry) => entry.transaction_id);
-  const payments = await Promise.all(ids.map((id) => get(`/payments/${id}`, {}, 404)));
-  await meet(holds.items);
+  const [found, { items, next_cursor: cursor }, held] = await Promise.all([get(`/accounts/${id}`),
+    get("/transactions", { account_id: id, ...days(query) }), holds({ account_id: id })]);
+  await meet(items.flatMap(({ entries }) => entries));
+  const lines = items.map(({ entries }) => entries.find((entry) => entry.account_id === id));
+  const rows = lines.map((entry, place) => {
+    const from = others(items[place], entry), side = entry.type === "CREDIT" ? "from" : "to";
+    return [[posted(entry.transaction_id, words(entry.kind)), side, from.slice(0, 3).map(person),
+      from.length > 3 && `and ${from.length - 3} more`, noted(entry.kind, entry.ref),
+      time(entry.ts)], ...sums(entry, found.asset)];
+  });
+  const paid = lines.filter(({ kind }) => kind === "PAYMENT").map((entry) => entry.transaction_id);
+  const payments = await Promise.all(paid.map((each) => get(`/payments/${each}`, {}, 404)));
   return [
-    heading([found.owner_name, found.name].join(" ")),
-    items.length ? chart(items, asset) : section("Balance", "No money has moved here yet."),
-    table("Statement", ["Entry", "Amount", "Balance"], items.map((entry) => [
-      [posted(entry.transaction_id, words(entry.kind)), bdi(entry.ref), time(entry.ts)],
-      ...sums(entry, asset),
-    ]), cursor && `account/${id}?${new URLSearchParams({ ...query, cursor })}`),
+    [called(found), !isSystem(found) && found.name].filter(Boolean).join(" "),
+    rows.length ? chart(lines, found.asset) : section("Balance", "No money has moved here."),
+    table("Statement", ["Entry", "Amount", "Balance"], rows, more(`account/${id}`, query, cursor),
+      csv("statement", lines.map((entry, place) => record(items[place], entry)))),
     table("Cashbacks", ["Of", "Amount"], payments.filter(({ cashback }) => cashback).map(
       ({ payment_id, cashback }) => [[posted(payment_id, "Payment"), words(cashback.status),
-        time(cashback.due_at)], decimal(cashback.amount, asset)])),
-    table("Holds", ["Hold", "Amount"], holds.items.map((hold) => [
-      [words(hold.status), person(hold.account_id), "→", person(hold.dest_account_id),
-        bdi(hold.memo), time(hold.expires_at)], decimal(hold.amount, asset)])),
-    facts(found, { balance: decimal(found.balance, asset), held: decimal(found.held, asset),
-      available: decimal(found.available, asset), created_at: time(found.created_at) }),
+        time(cashback.due_at)], decimal(cashback.amount, found.asset)])),
+    held, facts(found),
   ];
 }
-
 async function transaction(id) {
   const found = await get(`/transactions/${id}`);
   await meet(found.entries);
-  const rows = entryRows(found.entries);
-  return [heading(words(found.kind)), table("Entries", ["Account", "Amount", "Balance"], rows),
-    facts(found, { ts: null, time: time(found.ts), reverses: posted(found.reverses, found.reverses),
-      reversed_by: posted(found.reversed_by, found.reversed_by) })];
+  const columns = ["Account", "Amount", "Balance"];
+  return [words(found.kind), table("Entries", columns, entryRows(found.entries)), facts(found)];
 }
-const list = async (_, query) => [heading("Accounts"), await accounts(query)];
-const VIEWS = { __proto__: null, account, accounts: list, transaction };
+async function hold(id) {
+  const found = await get(`/holds/${id}`);
+  await meet([found]);
+  return ["Hold", facts(found)];
+}
+async function find(_, { text }) {
+  if (ID.test(text)) for (const [name, show] of Object.entries({ account, transaction, hold })) {
+    if ((await get(`/${name}s/${text}`, {}, 404)).id) return show(text, {});
+  }
+  const found = await Promise.all([accounts({ search: text }), transactions({ search: text })]);
+  return [`${found.some(Boolean) ? "What" : "Nothing"} begins with “${text}”`, ...found];
+}
+const all = (title, show) => async (_, query) =>
+  [title, await show(query) || el("p", {}, "There are none.")];
+const VIEWS = { __proto__: null, account, transaction, hold, find,
+  accounts: all("Accounts", accounts), transactions: all("Transactions", transactions),
+  holds: all("Holds", holds),
+  "": async () => ["Overview", ...await Promise.all([balances(), accounts({ limit: 20 }).then(
+    (found) => found || section("Accounts", "There are none yet.")), latest()])] };
+
+// Forms take what is filled in.
+const on = (form, act) => form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  act(Object.fromEntries([...new FormData(form)].filter(([, value]) => value)));
+});
+// An intent keeps its key until it is answered: a double click and a lost answer act once.
+async function send(path, given) {
+  const body = JSON.stringify(given), intent = path + body;
+  const name = (sessionStorage[intent] ??= crypto.getRandomValues(new Uint32Array(4)).join("-"));
+  const headers = { "Content-Type": "application/json", "Idempotency-Key": name };
+  const [status, answer] = await ask(path, { method: "POST", headers, body });
+  if (status < 500) sessionStorage.removeItem(intent);
+  if (status >= 300) throw answer;
+  const told = [...Object.entries(headers).map((pair) => `-H '${pair.join(": ")}'`),
+    ...(key ? ['-H "X-API-Key: $KEY"'] : []), `-d '${body.replaceAll("'", "'\\''")}'`];
+  return [answer, `curl '${new URL(`.${path}`, location)}' \\\n  ${told.join(" \\\n  ")}`];
+}
+async function payee(text, own) {
+  if (ID.test(text)) return text;
+  const { items } = await get("/accounts", { owner_name: text });
+  const found = items.filter(({ id, asset }) => asset === own.asset && id !== own.id);
+  if (found.length === 1) return found[0].id;
+  const count = found.length ? "More than one account" : "No other account";
+  throw { detail: `${count} in ${own.asset} is of ${text}: give the id of one` };
+}
+// A refusal, with names and decimals where the ledger has ids and minor units.
+function reason({ detail, available, errors = [] }, asset) {
+  const found = [detail ?? "No answer came: send it again, and it is done once",
+    ...errors.map((each) => `${each.pointer} ${each.detail}`)].join(". ").split(ID);
+  return found.map((part, place) => (place % 2 ? known.get(part)?.owner_name ?? part
+    : available ? part.replace(/\d+/g, (amount) => decimal(amount, asset)) : part)).join("");
+}
+function form(title, path, fields, asset, complete = (given) => given) {
+  const output = el("output", {}), each = el("form", {}, Object.entries(fields).map(
+    ([name, [label, more]]) => el("label", {}, `${label} `, el("input", { name, maxlength: 200,
+      ...(label !== "Memo" && { required: "" }), ...more }))), el("button", {}, title), output);
+  on(each, async (given) => {
+    if (each.ariaBusy) return;
+    each.ariaBusy = true;
+    try {
+      const [answer, curl] = await send(path, await complete(given));
+      each.reset();
+      output.replaceChildren("Done: ", answer.owner_name
+        ? link(`account/${answer.id}`, `${answer.owner_name} has ${
+          decimal(answer.balance, answer.asset)} ${answer.asset}`)
+        : posted(answer.transfer_id ?? answer.id, "the transaction"), el("pre", {}, curl));
+      draw();
+    } catch (refusal) {
+      output.replaceChildren(reason(refusal, asset));
+    }
+    each.ariaBusy = null;
+  });
+  return el("details", {}, el("summary", {}, title), each);
+}
+// Whether the caller may work, and reverse: what is asked for here is refused either way.
+const may = Promise.all(["/accounts", "/transactions/none/reverse"].map(async (path) => {
+  const headers = { "Content-Type": "application/json" };
+  return [400, 422].includes((await ask(path, { method: "POST", headers, body: "{}" }))[0]);
+})).catch(() => []);
+async function forms(name, id) {
+  const [work, reverse] = await may, { asset, ...own } = known.get(id) ?? {};
+  if (name === "" && work) return [form("Open an account", "/accounts",
+    { owner_name: ["Owner"], asset: ["Asset", { value: "USD", size: 6 }] })];
+  if (name === "transaction" && reverse)
+    return [form("Reverse", `/transactions/${id}/reverse`, { memo: ["Why"] })];
+  if (name !== "account" || !work || !asset || isSystem(own)) return [];
+  const places = EXPONENTS[asset], memo = ["Memo"], amount = ["Amount", { size: 10,
+    pattern: `\\d+(\\.\\d{0,${places}})?`, title: `digits, at most ${places} after a point` }];
+  const complete = async ({ amount: text, dest_account_id: to, ...given }) => {
+    const [whole, part = ""] = text.split(".");
+    const both = to && { source_account_id: id, dest_account_id: await payee(to, { id, asset }) };
+    return { ...both, amount: Number(whole + part.padEnd(places, "0")), ...given };
+  };
+  return [form("Deposit", `/accounts/${id}/deposit`, { amount, memo }, asset, complete),
+    form("Transfer", "/transfers", { dest_account_id: ["To", { list: "seen" }], amount, memo },
+      asset, complete)];
+}
 
 function refused({ status, detail = "The ledger does not answer. This page tries again." }) {
-  if (status !== "401") return [heading(detail)];
-  enter.hidden = false;
-  return [heading(sessionStorage.getItem("key") ? detail : "This ledger asks for a key or token")];
+  enter.hidden = status !== "401";
+  return [enter.hidden || key ? detail : "This ledger asks for a key or token"];
 }
-// Draw the view that the address names, again and again.
-let timer;
-async function draw(moved) {
+// Draw the view that the address names, again and again, while somebody may see it.
+let timer, drawn, acting, place;
+async function draw() {
+  if (document.hidden) return;
   const { hash } = location, began = Date.now();
-  const [path, query] = hash.slice(2).split("?");
-  const [view, id] = path.split("/");
-  const show = () => (VIEWS[view] ?? overview)(id, Object.fromEntries(new URLSearchParams(query)));
-  const next = el("main", {}, ...await count().then(show).catch(refused));
+  const [path, asked] = hash.slice(2).split("?");
+  const [name, id] = path.split("/"), query = Object.fromEntries(new URLSearchParams(asked));
+  const show = VIEWS[name] ?? (() => ["There is nothing at this address"]);
+  const [title, ...parts] = await count().then(() => show(id, query)).catch(refused);
   if (hash !== location.hash) return;
-  const focused = document.activeElement.getAttribute("href");
-  if (!next.isEqualNode(main)) main.replaceChildren(...next.children);
-  if (focused) main.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus();
-  if (moved) main.firstChild.focus();
-  document.title = `${main.firstChild.textContent} | Ledger`;
+  const next = el("div", {}, ...parts), focused = document.activeElement;
+  if (!next.isEqualNode(drawn)) {
+    drawn = next.cloneNode(true);  // What is shown changes where somebody points.
+    view.replaceChildren(...next.childNodes);
+    const href = CSS.escape(focused.getAttribute("href"));
+    const same = view.querySelector(`[id="${focused.id}"], [href="${href}"]`);
+    if (!focused.isConnected) same?.focus();
+  }
+  if (h1.textContent !== title) h1.replaceChildren(bdi(title));
+  document.title = `${title} | Ledger`;
+  if (place !== hash) {
+    dates.hidden = !["account", "transactions"].includes(name);
+    for (const end of [dates.from, dates.to]) end.value = query[end.name] ?? "";
+    if (name === "find") search.text.value = query.text;
+    if (place !== undefined) h1.focus();
+    place = hash;
+  }
+  if (acting !== (parts.length && hash)) {
+    acting = parts.length && hash;
+    acts.replaceChildren(...acting ? await forms(name, id) : []);
+  }
   clearTimeout(timer);  // The page takes at most a tenth of the server's time.
   timer = setTimeout(draw, Math.max(2000, 10 * (Date.now() - began)));
 }
 
-search.onsubmit = () => {
-  location.hash = `#/${search.by.value}${encodeURIComponent(search.text.value)}`;
-  return false;
-};
-enter.onsubmit = () => {
-  sessionStorage.setItem("key", enter.key.value);
+on(search, ({ text }) => { location.hash = `#/find?${new URLSearchParams({ text })}`; });
+on(dates, (given) => {
+  location.hash = `${location.hash.split("?")[0]}?${new URLSearchParams(given)}`;
+});
+on(enter, (given) => {
+  sessionStorage.setItem("key", given.key);
   location.reload();
-  return false;
+});
+footer.hidden = !key;
+footer.firstChild.onclick = () => {
+  sessionStorage.clear();
+  location.reload();
 };
-addEventListener("hashchange", () => draw(true));
+addEventListener("hashchange", draw);
+addEventListener("visibilitychange", draw);
 draw();
 </script>
 """
