@@ -284,12 +284,14 @@ class StorageFull(LedgerError, status=507, detail="The disk is full, and nothing
 # Ids are text; times are integer microseconds since 1970 in UTC.
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+TIME_MAX = 253_402_300_800_000_000 - 1  # The end of the year 9999.
 
 
 @lru_cache(maxsize=10_000)
 def utc_text(microseconds: int) -> str:
     """Return a stored time as RFC 3339: 0 is "1970-01-01T00:00:00.000000Z"."""
-    moment = EPOCH + timedelta(microseconds=microseconds)
+    # What the clock of a caller says may lie beyond what can be written.
+    moment = EPOCH + timedelta(microseconds=min(microseconds, TIME_MAX))
     return moment.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
@@ -434,6 +436,7 @@ class Event(TransactionBase, table=True):
         partial_index("event_other", "account_id", "id", where=NO_ENTRIES),
         partial_index("event_external_id", "external_id", where=HAS_EXTERNAL_ID, unique=True),
         partial_index("event_reverses", "reverses", where="reverses IS NOT NULL", unique=True),
+        partial_index("event_effective", "effective_at", where="effective_at IS NOT NULL"),
         sa.CheckConstraint("(kind = 'REVERSAL') = (reverses IS NOT NULL)"),
         NO_ROWID,
     )
@@ -1454,7 +1457,7 @@ def place_hold(
     return hold
 
 
-def capture(book: Book, hold_id: str, *, amount: int | None) -> Row:
+def capture(book: Book, hold_id: str, *, amount: int | None, **event: Any) -> Row:
     """Move what was promised, or a part of it; the rest is available again at once."""
     hold = pending_hold(book, hold_id)
     moved = amount or hold["amount"]
@@ -1463,7 +1466,7 @@ def capture(book: Book, hold_id: str, *, amount: int | None) -> Row:
     book.release(hold, status="CAPTURED", captured_amount=moved)
     source, dest = book.accounts[hold["account_id"]], book.accounts[hold["dest_account_id"]]
     legs = [Leg(source, -moved), Leg(dest, +moved)]
-    transaction_id = book.post("CAPTURE", legs, memo=hold["memo"])
+    transaction_id = book.post("CAPTURE", legs, memo=hold["memo"], **event)
     book.change("hold", hold, transaction_id=transaction_id)
     return hold
 
@@ -1686,6 +1689,7 @@ RECEIVING_BYTES_MAX = SENDING_BYTES_MAX = 33_554_432  # For all callers together
 PAGE_SIZE, PAGE_SIZE_MAX = 50, 200
 NEWEST_FIRST, OLDEST_FIRST = f"{10**18 - 1}_g", "0_"  # Where the pages of a list start.
 ERRORS_LISTED_MAX = 20
+AHEAD_MAX = 366 * 86_400 * 1_000_000  # Microseconds.
 ALICE, BOB, RENT = (f"01a1fefb-c2f0-7ab1-8d0e-391f6d6292{end}" for end in ("a4", "b5", "c6"))
 # What the description shows of fields, by their names.
 EXAMPLES = {
@@ -1864,16 +1868,31 @@ def parse_decimal(given: Any, *, exponent: int, or_number: bool = False) -> int:
 
 
 def parse_time(given: Any) -> int:
-    """Return a time of any offset (RFC 3339) as it is stored, or one that is stored already."""
+    """Return a time of any offset (RFC 3339) as it is stored, or one that is stored already.
+
+    A date is its midnight in UTC, and a leap second the second after it.
+    """
     if isinstance(given, int):
         return given
     # In a query, the plus of an offset means a blank.
     text = re.sub(" (?=[0-9:]{5}$)", "+", str(given).upper())
+    text = re.sub(r"(?a)^(\d{4}-\d\d-\d\d)\Z", r"\1T00:00Z", text)
     with suppress(ValueError, OverflowError):
-        moment = datetime.fromisoformat(text)
+        before = re.sub(r"(?a)(T\d\d:\d\d):60", r"\1:59", text)
+        moment = datetime.fromisoformat(before)
         if moment.tzinfo and "T" in text:
-            return (moment.astimezone(UTC) - EPOCH) // timedelta(microseconds=1)
+            moment = moment.astimezone(UTC) + timedelta(seconds=before != text)
+            if before == text or moment.hour == moment.minute == 0:
+                return (moment - EPOCH) // timedelta(microseconds=1)
     raise PydanticCustomError("time", "Input should be a time such as 2026-11-21T12:00:00Z")
+
+
+def parse_effective(given: Any) -> int:
+    """Return the time of effect that a caller tells as it is stored."""
+    moment = parse_time(given if isinstance(given, str) else "")
+    if not 0 <= moment <= utc_now() + AHEAD_MAX:
+        raise PydanticCustomError("time", "A time of effect is from 1970 to a year ahead")
+    return moment
 
 
 # Bidirectional controls, too, which let a name look like another one.
@@ -1915,6 +1934,12 @@ Metadata = Annotated[
 # The parameters `metadata[NAME]=VALUE`, which all must hold.
 MetadataFilter = Annotated[tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50)]
 Moment = Annotated[int, BeforeValidator(parse_time), TIME_SCHEMA]
+EffectiveTime = Annotated[
+    int,
+    BeforeValidator(parse_effective),
+    pydantic.PlainSerializer(utc_text, return_type=str),
+    TIME_SCHEMA,
+]
 
 
 class RequestBody(BaseModel):
@@ -2384,7 +2409,16 @@ class AmountCreate(EventCreate):
     amount: Amount
 
 
-class TransferCreate(AmountCreate):
+class Effective(RequestBody):
+    """When something happened outside; that changes no order and no balance."""
+
+    effective_at: EffectiveTime | None = None
+
+
+class MovementCreate(AmountCreate, Effective): ...
+
+
+class TransferCreate(MovementCreate):
     """A transfer between two accounts of one asset."""
 
     source_account_id: AccountId
@@ -2399,6 +2433,7 @@ class TransferPublic(BaseModel):
     asset: str
     memo: str | None
     ts: Timestamp
+    effective_at: Timestamp
     source: AccountPublic
     dest: AccountPublic
 
@@ -2410,26 +2445,27 @@ def create_transfer(book: Book, body: TransferCreate) -> TransferPublic:
     transfer_id = transfer(book, **vars(body))
     source, dest = book.account(body.source_account_id), book.account(body.dest_account_id)
     shown: Row = {"transfer_id": transfer_id, "asset": source.asset, "ts": book.now}
+    shown["effective_at"] = book.now if body.effective_at is None else body.effective_at
     return TransferPublic(**shown, amount=body.amount, memo=body.memo, source=source, dest=dest)
 
 
 @api.post("/accounts/{account_id}/deposit", tags=["accounts"])
 @allow(SERVICES, key="required")
-def create_deposit(book: Book, account_id: AccountId, body: AmountCreate) -> AccountPublic:
+def create_deposit(book: Book, account_id: AccountId, body: MovementCreate) -> AccountPublic:
     """Take money in for an account."""
     return deposit(book, account_id, **vars(body))
 
 
 @api.post("/accounts/{account_id}/withdraw", tags=["accounts"])
 @allow(ADMINS, key="required")
-def create_withdrawal(book: Book, account_id: AccountId, body: AmountCreate) -> AccountPublic:
+def create_withdrawal(book: Book, account_id: AccountId, body: MovementCreate) -> AccountPublic:
     """Pay money out of an account."""
     return withdraw(book, account_id, **vars(body))
 
 
 @api.post("/accounts/{account_id}/top-up", tags=["accounts"])
 @allow(SERVICES, key="required", raises=(AssetOpenLoop,))
-def top_up_account(book: Book, account_id: AccountId, body: AmountCreate) -> AccountPublic:
+def top_up_account(book: Book, account_id: AccountId, body: MovementCreate) -> AccountPublic:
     """Issue credits of a closed-loop asset that were bought."""
     move_credits(book, account_id, kind="TOP_UP", **vars(body))
     return book.account(account_id)
@@ -2437,7 +2473,7 @@ def top_up_account(book: Book, account_id: AccountId, body: AmountCreate) -> Acc
 
 @api.post("/accounts/{account_id}/bonus", tags=["accounts"])
 @allow(SERVICES, key="required", raises=(AssetOpenLoop,))
-def give_bonus(book: Book, account_id: AccountId, body: AmountCreate) -> AccountPublic:
+def give_bonus(book: Book, account_id: AccountId, body: MovementCreate) -> AccountPublic:
     """Issue credits of a closed-loop asset that are a present."""
     move_credits(book, account_id, kind="BONUS", **vars(body))
     return book.account(account_id)
@@ -2445,7 +2481,7 @@ def give_bonus(book: Book, account_id: AccountId, body: AmountCreate) -> Account
 
 @api.post("/accounts/{account_id}/spend", tags=["accounts"])
 @allow(SERVICES, key="required", raises=(AssetOpenLoop,))
-def spend_credits(book: Book, account_id: AccountId, body: AmountCreate) -> AccountPublic:
+def spend_credits(book: Book, account_id: AccountId, body: MovementCreate) -> AccountPublic:
     """Take credits of a closed-loop asset back for a service."""
     move_credits(book, account_id, kind="SPEND", **vars(body) | {"amount": -body.amount})
     return book.account(account_id)
@@ -2637,6 +2673,7 @@ class EntryPublic(EntryBase):
     """An entry: a positive amount, its type, and the balance after it; `ref` is the memo."""
 
     ts: Timestamp
+    effective_at: Timestamp
     ref: str | None
     kind: str
 
@@ -2644,7 +2681,9 @@ class EntryPublic(EntryBase):
 ENTRY_BYTES = 400
 ENTRY_COUNT = "(SELECT count(*) FROM entry WHERE transaction_id = event.id) AS entry_count"
 # Entries, each with what its transaction says.
-ENTRIES = "SELECT entry.*, ts, memo AS ref, kind FROM entry JOIN event ON event.id = transaction_id"
+EFFECTIVE_AT = "COALESCE(effective_at, ts)"
+ENTRIES = f"""SELECT entry.*, ts, {EFFECTIVE_AT} AS effective_at, memo AS ref, kind FROM entry
+    JOIN event ON event.id = transaction_id"""  # noqa: S608
 ENTRIES_OF_ACCOUNT = f"{ENTRIES} WHERE entry.account_id = :account"
 
 
@@ -2746,6 +2785,7 @@ def get_trial_balance(connection: Connection) -> TrialBalance:
 class TransactionPosted(TransactionBase):
     """A transaction as it was posted; a CAPTURE is of a hold. Its entries sum to zero."""
 
+    effective_at: Timestamp
     hold_id: str | None
     entries: list[EntryPublic]
 
@@ -2781,6 +2821,8 @@ def with_entries(rows: Callable[..., list[Row]], events: list[Row]) -> list[Row]
     for event in events:
         asked = parse_details(event["arguments"]) if event["kind"] == "CAPTURE" else {}
         event |= {"hold_id": asked.get("hold_id"), "entries": entries[event["id"]]}
+        if event["effective_at"] is None:
+            event["effective_at"] = event["ts"]
     return events
 
 
@@ -2790,6 +2832,18 @@ FROM = " AND ts >= :from AND event.id >= :from_id"
 TO = """ AND ts < :to AND event.id < (SELECT min(id) FROM (SELECT :id AS id UNION ALL
     SELECT * FROM (SELECT id FROM event WHERE id >= :to_id AND ts >= :to + 100000
     ORDER BY id LIMIT 1) AS later) AS ends)"""
+
+
+def from_and_to(values: Row, prefix: str, start: int | None, to: int | None) -> str:
+    """Return what holds for events from a time on and before another, which join the values."""
+    condition = ""
+    for name, moment, holds in (("from", start, FROM), ("to", to, TO)):
+        if moment is not None:
+            milliseconds = max(0, moment // 1_000)
+            values[f"{prefix}{name}_id"] = f"{milliseconds >> 16:08x}-{milliseconds & 0xFFFF:04x}"
+            values[f"{prefix}{name}"] = moment
+            condition += holds.replace(f":{name}", f":{prefix}{name}")
+    return condition
 
 
 @api.get("/transactions", tags=["transactions"])
@@ -2803,6 +2857,8 @@ def list_transactions(
     kind: TransactionKind | None = None,
     start: Annotated[Moment | None, Query(alias="from")] = None,
     to: Moment | None = None,
+    effective_from: Moment | None = None,
+    effective_to: Moment | None = None,
     search: Search = None,
     metadata: MetadataFilter = (),
 ) -> Page[TransactionPublic]:
@@ -2813,13 +2869,20 @@ def list_transactions(
     if account_id is not None:
         source, seq, order = "entry JOIN event ON event.id = transaction_id", "entry.seq", "seq"
         where, values["account"] = f"{where} AND entry.account_id = :account", account_id
-    for name, moment, condition in (("from", start, FROM), ("to", to, TO)):
-        if moment is not None:
-            milliseconds = max(0, moment // 1_000)
-            values[f"{name}_id"] = f"{milliseconds >> 16:08x}-{milliseconds & 0xFFFF:04x}"
-            where, values[name] = where + condition, moment
+    where += from_and_to(values, "", start, to)
     query = f"SELECT event.*, {seq} AS seq, {REVERSED_BY}, {ENTRY_COUNT} FROM {source}{joins} "  # noqa: S608
-    query += f"WHERE {IS_TRANSACTION}{where} AND {row_id} < :id ORDER BY {order} DESC"
+    query += f"WHERE {IS_TRANSACTION}{where} AND {row_id} < :id"
+    if (effective_from, effective_to) == (None, None):
+        query += f" ORDER BY {order} DESC"
+    else:
+        # In two parts, each with an index: what has no time of effect goes by its own.
+        of_ts = from_and_to(values, "effective_", effective_from, effective_to)
+        values |= {"first": effective_from or 0}
+        values["last"] = BALANCE_MAX if effective_to is None else effective_to - 1
+        query = f"""SELECT * FROM ({query} AND effective_at BETWEEN :first AND :last
+            ORDER BY event.id || '' DESC LIMIT :limit) AS labelled UNION ALL SELECT * FROM ({query}
+            AND effective_at IS NULL{of_ts} ORDER BY {order} DESC LIMIT :limit) AS others
+            ORDER BY id DESC"""  # noqa: S608
     part = (limit, cursor)
     page = Page[TransactionPublic].read(connection, "transactions", query, part, **values)
     with_entries(connection.rows, [vars(transaction) for transaction in page.items])
@@ -2840,7 +2903,7 @@ RENT_PAID = [
 ]
 
 
-class TransactionCreate(EventCreate):
+class TransactionCreate(EventCreate, Effective):
     """Entries whose debits equal their credits, for each asset."""
 
     entries: list[EntryCreate] = pydantic.Field(min_length=2, max_length=100, examples=[RENT_PAID])
@@ -2857,6 +2920,9 @@ def create_transaction(book: Book, body: TransactionCreate) -> TransactionPublic
     return find_transaction(book.ask, journal(book, **vars(body) | {"entries": entries}))
 
 
+class ReversalCreate(EventCreate, Effective): ...
+
+
 @api.post("/transactions/{transaction_id}/reverse", status_code=201, tags=["transactions"])
 @allow(
     ADMINS,
@@ -2865,7 +2931,7 @@ def create_transaction(book: Book, body: TransactionCreate) -> TransactionPublic
     raises=(*MOVING, AlreadyReversed, NotReversible, CashbackCredited),
 )
 def reverse_transaction(
-    book: Book, transaction_id: HoldOrTransactionId, body: EventCreate
+    book: Book, transaction_id: HoldOrTransactionId, body: ReversalCreate
 ) -> TransactionPublic:
     """Take a transaction back as a whole, once."""
     return find_transaction(book.ask, reverse(book, transaction_id, **vars(body)))
@@ -2921,7 +2987,7 @@ def create_hold(book: Book, body: HoldCreate) -> HoldPublic:
     return place_hold(book, **vars(body))
 
 
-class CaptureCreate(RequestBody):
+class CaptureCreate(Effective):
     """How much of a hold is moved; all of it, if nothing is said."""
 
     amount: Amount | None = None
@@ -2931,7 +2997,7 @@ class CaptureCreate(RequestBody):
 @allow(SERVICES, key="required", raises=(*HOLD_ENDS.values(), AmountExceedsHold))
 def capture_hold(book: Book, hold_id: HoldOrTransactionId, body: CaptureCreate) -> HoldPublic:
     """Move what a hold promised, once."""
-    return HoldPublic(**capture(book, hold_id, amount=body.amount))
+    return HoldPublic(**capture(book, hold_id, **vars(body)))
 
 
 @api.post("/holds/{hold_id}/void", tags=["holds"])
@@ -5915,11 +5981,12 @@ def chosen_events(connection: Connection, options: argparse.Namespace) -> Iterat
 
 def exported(connection: Connection, events: Iterable[list[Row]]) -> Iterator[Row]:
     """Return the entries of events, one transaction after the other."""
-    query = """SELECT transaction_id, ts, event.kind, memo, event.external_id, owner_name AS owner,
-        account.name AS account_name, entry.account_id, asset, exponent, type, amount, entry.balance
+    query = f"""SELECT transaction_id, {EFFECTIVE_AT} AS ts, event.kind, memo, event.external_id,
+        owner_name AS owner, account.name AS account_name, entry.account_id, asset, exponent, type,
+        amount, entry.balance
         FROM event JOIN entry ON transaction_id = event.id
         JOIN account ON account.id = entry.account_id JOIN asset ON code = asset
-        WHERE event.id = ANY(:ids) ORDER BY event.id, entry.id"""
+        WHERE event.id = ANY(:ids) ORDER BY event.id, entry.id"""  # noqa: S608
     for portion in events:
         yield from connection.rows(query, ids=[event["id"] for event in portion])
 
@@ -6093,9 +6160,8 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line's options; without a command, it serves."""
 
     def moment(given: str) -> int:
-        """Return a time, or the midnight of a date in UTC, as it is stored."""
-        is_date = re.fullmatch(r"\d{4}-\d\d-\d\d", given, re.ASCII)
-        return parse_time(f"{given}T00:00Z" if is_date else given)
+        """Return a time as it is stored; a mistake is told by this name."""
+        return parse_time(given)
 
     parser = argparse.ArgumentParser(prog="ledger.py", description="A double-entry ledger.")
     commands = parser.add_subparsers(title="commands")

@@ -3044,11 +3044,12 @@ def test_the_shapes_are_those_of_the_contract(bank: "Bank") -> None:
     account = {"id", "name", "owner_name", "asset", "status", "balance", "held", "available"}
     account |= {"credit_limit", "external_id", "metadata", "created_at"}
     entry = {"id", "ts", "account_id", "transaction_id", "amount", "type", "balance", "ref", "kind"}
-    entry |= {"seq"}
+    entry |= {"seq", "effective_at"}
     shown = bank.get(f"/transactions/{sent['transfer_id']}").json()
-    assert set(sent) == {"transfer_id", "amount", "asset", "memo", "ts", "source", "dest"}
+    moved = {"transfer_id", "amount", "asset", "memo", "ts", "effective_at", "source", "dest"}
+    assert set(sent) == moved
     assert set(sent["source"]) == set(bank.deposit("bob", 1).json()) == account
-    names = {"external_id", "metadata", "reverses", "reversed_by", "hold_id"}
+    names = {"external_id", "metadata", "reverses", "reversed_by", "hold_id", "effective_at"}
     assert set(shown) == {"id", "kind", "memo", "ts", "entries"} | names
     assert set(shown["entries"][0]) == set(bank.statement("bob")[0]) == entry
     assert shown["ts"] == sent["ts"]
@@ -4255,7 +4256,9 @@ def test_a_time_may_have_any_offset(bank: "BankInside", form: str) -> None:
 @at_the_edge
 @pytest.mark.parametrize(
     "time",
-    ["", "now", "0", "1763726400", "2026-11-21", "2026-11-21T12:00:00", "2026-11-21 12:00:00Z",
+    ["", "now", "0", "1763726400", "20261121", "2026-11-21T12:00:00", "2026-11-21 12:00:00Z",
+     "2026-02-30", "2026-W47-6", "2026-11-21Z", "2026-11-21\n", "2026-12-31T23:59:61Z",
+     "2026-12-31T23:59:60+01:00", "9999-12-31T23:59:60Z",
      "2026-13-21T12:00:00Z", "2026-02-30T12:00:00Z", "2026-11-21T25:00:00Z",
      "2026-11-21T12:00:60Z", "2026-11-21T12:00:00+25:00", "0000-01-01T00:00:00Z", "\x00",
      "2026-11-21T12:00:00Z\n", "10000-01-01T00:00:00Z", "\u0662026-11-21T12:00:00Z",
@@ -4276,6 +4279,140 @@ def test_the_first_and_the_last_times_are_times(untouched: "Bank") -> None:
     assert (last.status_code, last.json()["balance"]) == (200, 100)
     first = untouched.get(f"{account}/balance", at="0001-01-01T00:00:00Z")
     assert refusal(first) == (404, "account_not_found")
+
+
+@pytest.mark.parametrize(
+    ("given", "moment"),
+    [
+        ("2026-11-21", "2026-11-21T00:00:00.000000Z"),
+        ("2016-12-31T23:59:60Z", "2017-01-01T00:00:00.000000Z"),
+        ("2016-12-31T23:59:60.25Z", "2017-01-01T00:00:00.250000Z"),
+        ("2016-12-31t15:59:60-08:00", "2017-01-01T00:00:00.000000Z"),
+        ("2017-01-01 05:29:60+05:30", None),
+    ],
+)
+def test_a_date_is_its_midnight_and_a_leap_second_the_second_after_it(
+    given: str, moment: str | None
+) -> None:
+    if moment:
+        assert ledger.utc_text(ledger.parse_time(given)) == moment
+    else:
+        with pytest.raises(ValueError, match="should be a time"):
+            ledger.parse_time(given)
+
+
+@pytest.mark.parametrize("form", ["2026-01-15T12:00:00+02:00", "2026-01-15t10:00:00Z"])
+def test_what_moves_money_tells_when_it_happened_outside(
+    bank: "Bank", tmp_path: Path, form: str
+) -> None:
+    bank.given(alice=100, bob=0)
+    at = "2026-01-15T10:00:00.000000Z"
+    sent = bank.transfer("alice", "bob", 1, effective_at=form).json()
+    assert (sent["effective_at"], sent["ts"] > at) == (at, True)
+    listed = [item(bank, "alice", "bob", 1) | {"effective_at": form}, item(bank, "alice", "bob", 1)]
+    many = bulk(bank, *listed).json()["results"]
+    posted = bank.journal({"alice": -1, "bob": 1}, effective_at=form).json()
+    taken = bank.reverse(posted["id"], effective_at=form).json()
+    hold = bank.promised("alice", "bob", 1)
+    captured = bank.capture(hold, effective_at=form).json()["transaction_id"]
+    for moved in (bank.deposit, bank.withdraw):
+        assert moved("alice", 1, effective_at=form).status_code == 200
+    told = [sent["transfer_id"], many[0]["transfer_id"], posted["id"], taken["id"], captured]
+    told += [line["transaction_id"] for line in bank.statement("alice")[:2]]
+    for transaction in told:
+        shown = bank.get(f"/transactions/{transaction}").json()
+        assert {shown["effective_at"], *[e["effective_at"] for e in shown["entries"]]} == {at}
+    other = bank.get(f"/transactions/{many[1]['transfer_id']}").json()
+    assert {other["effective_at"], other["entries"][0]["effective_at"]} == {other["ts"]}
+    # It is a label: the order is that of the commits.
+    lines = bank.statement("alice")
+    assert [line["seq"] for line in lines] == list(range(len(lines), 0, -1))
+    assert {lines[0]["effective_at"], lines[-1]["effective_at"]} == {at, lines[-1]["ts"]}
+    assert bank.get("/events", limit=200).json()["items"][-1]["data"]["effective_at"] == at
+    [details] = [e["details"] for e in bank.get("/audit", limit=1).json()["items"]]
+    assert details["body"]["effective_at"] == at
+    table = exported_rows(bank, tmp_path)
+    dates = {line["date"] for line in table if line["transaction_id"] in told}
+    assert dates == {"2026-01-15"}
+    assert bank.wrong() == []
+
+
+def test_a_time_of_effect_is_from_1970_to_a_year_ahead(bank: "BankInside") -> None:
+    bank.given(alice=100, bob=0)
+    now = ledger.utc_now()
+    for form in ("1970-01-01", ledger.utc_text(now + 365 * DAY)):
+        assert bank.deposit("alice", 1, effective_at=form).status_code == 200
+    far, before = ledger.utc_text(now + 367 * DAY), "1969-12-31T23:59:59Z"
+    wrongs: tuple[Any, ...] = (before, far, now, 0, True, "yesterday", "", [], {})
+    for wrong in wrongs:
+        assert pointers(bank.deposit("alice", 1, effective_at=wrong)) == ["/effective_at"]
+    for refused in (
+        bank.pay("alice", 1, effective_at="2026-01-15"),
+        bank.hold("alice", "bob", 1, effective_at="2026-01-15"),
+    ):
+        assert pointers(refused) == ["/effective_at"]
+
+
+def test_a_key_knows_a_time_of_effect_in_any_form(bank: "Bank") -> None:
+    bank.given(alice=100)
+    first, again, other = (
+        bank.deposit("alice", 1, key="k", effective_at=form)
+        for form in ("2026-01-15", "2026-01-15T02:00:00+02:00", "2026-01-16")
+    )
+    assert (again.content, outcome(other)) == (first.content, "idempotency_key_reused")
+
+
+def test_transactions_are_found_by_their_time_of_effect(bank: "BankInside") -> None:
+    bank.given(alice=100, bob=0)
+    bank.pass_time(DAY)
+    since = ledger.utc_text(ledger.utc_now())
+    days = (None, "2026-01-15", "2026-01-16", "2026-01-15T23:59:59.999999Z", None)
+    sent = [bank.transfer("alice", "bob", 1, effective_at=day).json() for day in days]
+    ids = {each["transfer_id"]: number for number, each in enumerate(sent)}
+
+    def found(**filters: str) -> list[int]:
+        pages = bank.pages("/transactions", limit=2, **filters)
+        listed = [t["id"] for page in pages for t in page]
+        assert listed == sorted(listed, reverse=True)
+        return [ids[each] for each in listed if each in ids]
+
+    for more in ({}, {"account_id": bank.ids["alice"]}, {"kind": "TRANSFER"}):
+        january = {"effective_from": "2026-01-15", "effective_to": "2026-01-16", **more}
+        assert found(**january) == [3, 1]
+        assert found(effective_to="2026-01-16", **more) == [3, 1]
+        assert found(effective_from="2026-01-15", **more) == [4, 3, 2, 1, 0]
+        assert found(effective_from=since, **more) == [4, 0]
+        assert found(effective_from="2026-01-16", effective_to=since, **more) == [2]
+        assert found(effective_to="1970-01-01", **more) == []
+        # The other times are those of the commits.
+        assert found(effective_to="2026-01-16", **{"from": since}, **more) == [3, 1]
+
+
+@on_sqlite
+def test_to_find_by_a_time_of_effect_takes_an_index(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = counted_calls(monkeypatch, ledger.SqliteConnection, "all_rows")
+    bank.get("/transactions", effective_from="2026-01-15", effective_to="2026-01-16")
+    [(query, values)] = [each for _, *all_of in asked for each in all_of if "labelled" in each[0]]
+    with bank.ledger.database.read() as connection:
+        plan = str(connection.execute(f"EXPLAIN QUERY PLAN {query}", **values).fetchall())
+    assert "USING INDEX event_effective" in plan
+    assert "SCAN event" not in plan
+
+
+def test_the_clock_of_a_caller_is_a_time_of_effect(demo: "Bank") -> None:
+    kata_accounts(demo, "a1", balance=5)
+    for timestamp in (86_400_000, 2**53):
+        send = partial(demo.post, "/bank/deposits", timestamp=timestamp)
+        assert send(account_id="a1", amount=1).status_code == 200
+    [account] = demo.get("/accounts", name="bank:a1").json()["items"]
+    far, day, *_ = demo.get(f"/accounts/{account['id']}/statement").json()["items"]
+    assert day["effective_at"] == "1970-01-02T00:00:00.000000Z"
+    # What cannot be written is told as the last time that can.
+    assert far["effective_at"] == "9999-12-31T23:59:59.999999Z"
+    found = demo.get("/transactions", effective_to="1970-01-03", effective_from="1970-01-02")
+    assert day["transaction_id"] in [each["id"] for each in found.json()["items"]]
 
 
 def test_a_statement_is_from_a_time_on_and_before_another(bank: "BankInside") -> None:
@@ -6605,6 +6742,7 @@ def tell_everything(bank: "BankInside") -> list[Any]:
     ask(f"/accounts/{owing['id']}/withdraw", amount=40)
     ask("/transfers", **ends, amount=300, memo="rent", external_id="t-1", metadata={"order": "7"})
     ask("/transfers", **ends, amount=10**12)
+    ask("/transfers", **ends, amount=1, effective_at="2026-01-15T12:00:00+01:00")
     ask(f"/accounts/{alice}/withdraw", amount=5)
     many = [{**ends, "amount": 1}, {**ends, "amount": 10**9}]
     ask("/transfers/bulk", atomic=False, transfers=many)
