@@ -5186,7 +5186,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
 
     def wait_for(self, seconds: float) -> None:
-        """Wait for a request, or for the rest of one, or for an answer to be read, for so long."""
+        """Wait for a request, the rest of one, or an answer that is made and read, for so long."""
         self.deadline = self.loop.time() + seconds
 
     def look_at_time(self) -> None:
@@ -5231,21 +5231,12 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self.head_bytes = 0
         super().on_message_complete()
-        if not self.flow.write_paused:
-            self.deadline = math.inf  # It is the server's turn.
+        self.wait_for(2 * REQUEST_SECONDS_MAX)  # For the answer to be made, and to be read.
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         # Not more than the timer of uvicorn, which closes an idle connection, and waits for more.
         self.wait_for(KEEP_ALIVE_SECONDS + 1)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self.wait_for(REQUEST_SECONDS_MAX)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self.wait_for(KEEP_ALIVE_SECONDS + 1 if self.is_idle() else math.inf)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         if not self.is_idle():
