@@ -3147,7 +3147,7 @@ def list_audit_events(
     return page
 
 
-After = Annotated[str | None, Query(description="The `next` of the page before")]
+Next = Annotated[str | None, Query(description="The `next` of the page before")]
 
 
 class EventPublic(BaseModel):
@@ -3174,9 +3174,7 @@ def see_writes(connection: Connection) -> list[list[Row]]:
 
 @api.get("/events", tags=["audit and events"])
 @allow(AUDITORS)
-async def list_events(
-    database: "Database", limit: Limit = PAGE_SIZE, after: After = None
-) -> Events:
+async def list_events(database: "Database", limit: Limit = PAGE_SIZE, after: Next = None) -> Events:
     """List what happened, oldest first, for programs that follow along."""
     newest, *writes = await database.run_read(see_writes)
     deadline = time.monotonic() + BUSY_SECONDS_MAX
@@ -3362,7 +3360,7 @@ BANK_TRANSFERS = {"DEBIT": "transferred out", "CREDIT": "transferred in"}
 
 NOTED = AfterValidator(note_time)
 BankTime = Annotated[int, pydantic.Field(strict=True, ge=0, le=2**53, examples=[1]), NOTED]
-BankTimeInQuery = Annotated[int, pydantic.Field(ge=0, le=2**53), PLAIN_DIGITS, NOTED]
+BankMoment = Annotated[int, pydantic.Field(ge=0, le=2**53), PLAIN_DIGITS, NOTED]
 BankName = Annotated[Name, names_account(BANK_ACCOUNT)]
 
 
@@ -3402,15 +3400,15 @@ class BankAccounts(BaseModel):
 
 @bank.get("/accounts")
 @allow(READERS, long=True)
-def list_bank_accounts(connection: Connection) -> BankAccounts:
+def list_bank_accounts(books: Connection) -> BankAccounts:
     """List the names of all accounts."""
-    return BankAccounts(accounts=list(named_balances(connection, "bank")))
+    return BankAccounts(accounts=list(named_balances(books, "bank")))
 
 
-def named_balances(connection: Connection, prefix: str) -> dict[str, int]:
+def named_balances(books: Connection, prefix: str) -> dict[str, int]:
     """Return the balances of a dialect's accounts by its own names, sorted."""
     query = "SELECT name, balance FROM account WHERE name >= :first AND name < :end ORDER BY name"
-    rows = connection.rows(query, first=f"{prefix}:", end=f"{prefix};")
+    rows = books.rows(query, first=f"{prefix}:", end=f"{prefix};")
     return {row["name"].removeprefix(f"{prefix}:"): row["balance"] for row in rows}
 
 
@@ -3422,10 +3420,10 @@ class BankAccountBalance(BaseModel):
 @bank.get("/accounts/{name:path}/balance")
 @allow(READERS, raises=(AccountNotFound,))
 def get_bank_balance(
-    connection: Connection, name: str, timestamp: BankTimeInQuery | None = None
+    books: Connection, name: str, timestamp: BankMoment | None = None
 ) -> BankAccountBalance:
     """Show a balance, after what is due by then was credited."""
-    account = find_account(connection, BANK_ACCOUNT.format(name))
+    account = find_account(books, BANK_ACCOUNT.format(name))
     return BankAccountBalance(account_id=name, balance=account["balance"])
 
 
@@ -3485,14 +3483,14 @@ class BankPaymentStatus(BankPayment):
 @bank.get("/payments/{payment_id}")
 @allow(READERS)
 def get_bank_payment(
-    connection: Connection, payment_id: str, account_id: Printable, timestamp: BankTimeInQuery
+    books: Connection, payment_id: str, account_id: Printable, timestamp: BankMoment
 ) -> BankPaymentStatus:
     """Show where a payment of an account stands."""
     number = re.fullmatch("payment([1-9][0-9]{0,17})", payment_id)
     query = """SELECT cashback.* FROM scheduled_cashback AS cashback JOIN account
         ON account.id = account_id WHERE number = :number AND name = :name"""
     asked = {"number": int(number[1]) if number else 0, "name": f"bank:{account_id}"}
-    found = connection.rows(query, **asked)
+    found = books.rows(query, **asked)
     if not found:
         raise PaymentNotFound("There is no such payment of this account")
     received = is_received(found[0], at=timestamp * 1_000)
@@ -3508,12 +3506,10 @@ class BankTopSpenders(BaseModel):
 
 @bank.get("/top-spenders")
 @allow(READERS, long=True)
-def get_bank_top_spenders(
-    connection: Connection, timestamp: BankTimeInQuery, n: Limit
-) -> BankTopSpenders:
+def get_bank_top_spenders(books: Connection, timestamp: BankMoment, n: Limit) -> BankTopSpenders:
     """List who has sent and paid the most, and then by name."""
     # The sum may leave 64 bits where no amount does, so it is taken in two parts.
-    rows = connection.rows(
+    rows = books.rows(
         """SELECT name, CAST(SUM(amount / 1000000000) AS bigint) AS billions,
         CAST(SUM(amount % 1000000000) AS bigint) AS rest
         FROM account LEFT JOIN (entry JOIN event ON event.id = transaction_id)
@@ -3546,12 +3542,10 @@ class BankOperations(BaseModel):
 
 @bank.get("/accounts/{name:path}/transactions")
 @allow(READERS, raises=(AccountNotFound,))
-def list_bank_transactions(
-    connection: Connection, name: str, timestamp: BankTimeInQuery
-) -> BankOperations:
+def list_bank_transactions(books: Connection, name: str, timestamp: BankMoment) -> BankOperations:
     """List everything that happened to an account, and the cashbacks that are to come."""
-    account = find_account(connection, BANK_ACCOUNT.format(name))
-    if connection.bound == "short" and account["last_seq"] > SHORT_ROWS_MAX:
+    account = find_account(books, BANK_ACCOUNT.format(name))
+    if books.bound == "short" and account["last_seq"] > SHORT_ROWS_MAX:
         raise LongRead
     query = f"""SELECT 2 * seq AS line, kind, type, entry.amount AS moved,
         COALESCE(effective_at, ts) / 1000 AS at, number, cashback.amount, due_at, status
@@ -3560,7 +3554,7 @@ def list_bank_transactions(
         WHERE entry.account_id = :id AND kind <> 'CASHBACK'
         UNION ALL SELECT 1, kind, '', 0, COALESCE(effective_at, ts) / 1000, NULL, NULL, NULL, NULL
         FROM event WHERE account_id = :id AND {NO_ENTRIES} AND kind = 'open_account'"""  # noqa: S608
-    movements = connection.rows(query, id=account["id"])
+    movements = books.rows(query, id=account["id"])
     lines = [line for row in movements for line in bank_operations(row, timestamp)]
     lines.sort(key=attrgetter("timestamp", "transaction_id"))
     return BankOperations(account_id=name, transactions=lines)
@@ -5372,17 +5366,12 @@ def application(
     app.state.alone = False  # Whether the process does nothing but serve it.
     own: list[Any] = [route for router in (*dialects, pages) for route in router.routes]
     own.sort(key=lambda route: route.path not in BUSIEST)  # They are tried in their order.
-    heads = [head_of(route) for route in own if "GET" in route.methods]
+    heads = [copy.copy(route) for route in own if "GET" in route.methods]
+    for head in heads:  # It is GET whose body the server leaves out.
+        head.methods, head.include_in_schema = {"HEAD"}, False
     app.router.routes[:] = [*own, *app.router.routes, *heads]
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
     return app
-
-
-def head_of(route: Any) -> Any:
-    """Return the route of HEAD, which is GET whose body the server leaves out."""
-    head = copy.copy(route)
-    head.methods, head.include_in_schema = {"HEAD"}, False
-    return head
 
 
 TAGS = {
@@ -5464,7 +5453,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     if not ledger.database.is_open:  # It has served before, and was ended.
         ledger.database.open(make=True)
     if app.state.alone:
-        prepare_process()
+        # What was made until now lives as long as the process; a request leaves few cycles behind.
+        # Without these two lines, the collector costs a fifth of the rate.
+        gc.freeze()
+        gc.set_threshold(20_000, 50, 50)
+        silence_others()
     with app.state.log.written_to(sys.stderr):
         working = asyncio.create_task(work_for_ever(ledger))
         yield
@@ -5477,15 +5470,6 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 def probe_disk(book: Book) -> None:
     """Write what changes nothing, to see whether the disk is well again."""
     book.connection.execute(book.connection.probe)
-
-
-def prepare_process() -> None:
-    """Prepare a process that does nothing but serve."""
-    # What was made until now lives as long as the process; a request leaves few cycles behind.
-    # Without these two lines, the collector costs a fifth of the rate.
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 50)
-    silence_others()
 
 
 def silence_others() -> None:
