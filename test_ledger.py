@@ -862,6 +862,13 @@ def test_a_power_cut_loses_nothing_that_was_answered() -> None:
 
 
 @watching
+def test_a_failing_disk_loses_nothing_that_was_answered() -> None:
+    options = ["--cases", "4", "--each", "0.1", "--slowest", "50"]
+    said = prove("disk.py", *options, "--seed", str(random.randrange(1_000)))
+    assert re.search(r"\b4 of 13 cases, .*; 0 wrong$", said)
+
+
+@watching
 @pytest.mark.skipif(CYCLES <= 3, reason="it takes some tries, and so some time")
 @pytest.mark.parametrize(
     ("program", "options", "broken"),
@@ -871,6 +878,7 @@ def test_a_power_cut_loses_nothing_that_was_answered() -> None:
         ("powercut.py", "--cuts 100", "key-apart"),
         ("powercut.py", "--cuts 40", "early-answer"),
         ("powercut.py", "--cuts 40", "synchronous-normal"),
+        ("disk.py", "--each 1 --slowest 1000", "early-answer"),
     ],
 )
 def test_the_programs_of_proof_see_what_is_broken(program: str, options: str, broken: str) -> None:

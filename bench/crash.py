@@ -14,8 +14,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,9 @@ class Request:
     key: str = field(default_factory=lambda: str(uuid4()))
     status: int = 0
     answer: bytes = b""
-    sent: int = 0
+    refusal: bytes = b""
+    tries: list[tuple[int, float]] = field(default_factory=list)
+    """Each with its status, 0 for none, and how many seconds it took."""
 
     def send(self, link: http.client.HTTPConnection) -> tuple[int, bytes, bool]:
         """Send it; return the status, 0 for none, the answer, and whether it was a replay."""
@@ -58,10 +60,13 @@ class Request:
 
     def ask(self, link: http.client.HTTPConnection) -> bool:
         """Send it, and keep its answer if it is one: that the server cannot now is none."""
-        self.sent += 1
+        began = time.monotonic()
         status, answer, _ = self.send(link)
+        self.tries.append((status, time.monotonic() - began))
         if status not in (0, 503, 507):
             self.status, self.answer = status, answer
+        else:
+            self.refusal = answer
         return self.status != 0
 
 
@@ -208,7 +213,7 @@ def open_all(server: Server, story: Story) -> None:
 
 
 def run_errands(server: Server, story: Story, is_over: threading.Event) -> None:
-    """Run one errand after the other, until the time is over or the server is gone."""
+    """Run one errand after the other, until the time is over."""
     with closing(connect(server)) as link:
         while not is_over.is_set():
             errand, found = story.dice.choice(ERRANDS)(story), None
@@ -218,9 +223,7 @@ def run_errands(server: Server, story: Story, is_over: threading.Event) -> None:
                 except StopIteration:
                     break
                 story.requests.append(request)
-                if not request.ask(link):
-                    return
-                if request.status >= 400:
+                if not request.ask(link) or request.status >= 400:
                     break
                 found = json.loads(request.answer)
 
@@ -268,24 +271,29 @@ def differences(ledger: Any, url: str, server: Server, story: Story) -> list[str
     return wrong
 
 
-def load_and_kill(servers: list[Running], story: Story, seconds: float) -> list[int]:
-    """Load all servers, kill some of them, and return which."""
+@contextmanager
+def load(servers: list[Running], story: Story) -> Iterator[None]:
+    """Have callers run errands on all servers, until the block ends."""
     is_over = threading.Event()
-    callers = [
-        threading.Thread(
-            target=run_errands, args=(servers[n % len(servers)].server, story, is_over)
-        )
-        for n in range(CALLERS)
-    ]
+    given = [(running.server, story, is_over) for running in servers * CALLERS][:CALLERS]
+    callers = [threading.Thread(target=run_errands, args=arguments) for arguments in given]
     for caller in callers:
         caller.start()
-    time.sleep(seconds)
+    try:
+        yield
+    finally:
+        is_over.set()
+        for caller in callers:
+            caller.join()
+
+
+def load_and_kill(servers: list[Running], story: Story, seconds: float) -> list[int]:
+    """Load all servers, kill some of them, and return which."""
     killed = story.dice.sample(range(len(servers)), story.dice.randint(1, len(servers)))
-    for number in killed:
-        servers[number].process.kill()
-    is_over.set()
-    for caller in callers:
-        caller.join()
+    with load(servers, story):
+        time.sleep(seconds)
+        for number in killed:
+            servers[number].process.kill()
     return killed
 
 
@@ -312,7 +320,7 @@ def run(folder: Path, url: str, options: Any) -> int:
             wrong = differences(ledger, url, servers[0].server, story)
             counts["cycles"] += 1
             counts["requests"] += len(story.requests)
-            counts["again"] += sum(request.sent > 1 for request in story.requests)
+            counts["again"] += sum(len(request.tries) > 1 for request in story.requests)
             if counts["cycles"] % 20 == 0:
                 tell(f"{counts['cycles']} cycles, {counts['requests']:,} requests")
     finally:

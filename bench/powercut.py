@@ -43,16 +43,16 @@ class Record(NamedTuple):
     data: bytes
 
 
-def read_log(log: Path) -> list[Record]:
-    """Return what was recorded, in its order."""
-    records, whole, place = [], memoryview(log.read_bytes()), 0
+def read_log(log: Path, place: int = 0) -> tuple[list[Record], int]:
+    """Return what was recorded from some place on, in its order, and where it ends."""
+    records, whole = [], memoryview(log.read_bytes())
     while place < len(whole):
         kind, at, name_size, size = HEAD.unpack_from(whole, place)
         start = place + HEAD.size + name_size
         name = bytes(whole[place + HEAD.size : start]).decode()
         records.append(Record(chr(kind), name, at, bytes(whole[start : start + size])))
         place = start + size
-    return records
+    return records, place
 
 
 def mark(log: Path, what: str, name: str) -> None:
@@ -230,21 +230,24 @@ def record(ledger: Any, folder: Path, seconds: float) -> list[Record]:
     load(replace(later, api_key=server.api_key), ids, seconds)
     process.terminate()
     process.join()
-    return read_log(log)
+    return read_log(log)[0]
 
 
-def look(ledger: Any, file: Path, *, make: bool) -> tuple[list[str], set[str], set[str]]:
-    """Open a ledger; return what its check finds, the answers that it knows, and its keys."""
+def look(ledger: Any, file: Path, *, make: bool) -> tuple[list[str], dict[str, str], set[str]]:
+    """Open a ledger; return what its check finds, the answer to each key, and who may call."""
     with closing(ledger.database_at(f"sqlite:///{file}")) as database:
         database.open(make=make)
         with database.read() as connection:
             wrong = [text for _, _, found in ledger.check(connection) for text in found]
-            answers = {row["body"] for row in connection.rows("SELECT body FROM idempotency_key")}
-            keys = {row["name"] for row in connection.rows("SELECT name FROM api_key")}
-            made = connection.rows("SELECT id FROM event WHERE kind = 'TRANSFER'")
-    told = set(re.findall("[0-9a-f-]{36}", "".join(answers)))
+            stored = connection.rows("SELECT * FROM idempotency_key")
+            callers = {row["name"] for row in connection.rows("SELECT name FROM api_key")}
+            # The answers to those of a caller's own time name none.
+            query = "SELECT id FROM event WHERE kind = 'TRANSFER' AND effective_at IS NULL"
+            made = connection.rows(query)
+    answers = {row["name"].rpartition("|")[2]: row["body"] for row in stored}
+    told = set(re.findall("[0-9a-f-]{36}", "".join(answers.values())))
     wrong += [f"transfer {row['id']} has no key" for row in made if row["id"] not in told]
-    return wrong, answers, keys
+    return wrong, answers, callers
 
 
 def losses(ledger: Any, folder: Path, told: Told) -> list[str]:
@@ -254,14 +257,15 @@ def losses(ledger: Any, folder: Path, told: Told) -> list[str]:
     if told.before[1] and not kept and look_before(folder / "ledger.db")[0] != told.before[0]:
         wrong.append("it was upgraded without a copy")
     try:
-        found, answers, keys = look(ledger, folder / "ledger.db", make=True)
-        wrong += [*found, *(f"lost: {answer[:80]}" for answer in told.answers - answers)]
-        if "done key" in told.commands and "late" not in keys:
+        found, answers, callers = look(ledger, folder / "ledger.db", make=True)
+        lost = told.answers - {*answers.values()}
+        wrong += [*found, *(f"lost: {answer[:80]}" for answer in lost)]
+        if "done key" in told.commands and "late" not in callers:
             wrong.append("lost: a key that was added")
         for name in ("backup", "copy"):
             if (file := folder / f"{name}.db").exists():
                 found, answers, _ = look(ledger, file, make=False)
-                missing = told.commands[f"begun {name}"] - answers
+                missing = told.commands[f"begun {name}"] - {*answers.values()}
                 wrong += [f"{name}: {text}" for text in (*found, *missing)]
             elif f"done {name}" in told.commands:
                 wrong.append(f"lost: the {name}")
