@@ -113,6 +113,7 @@ import socket
 import sqlite3
 import threading
 import time
+import unicodedata
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -171,6 +172,7 @@ T = TypeVar("T")
 # Money is an integer of minor units everywhere; decimal text exists at the edge of a dialect only.
 
 AMOUNT_MAX, BALANCE_MAX = 10**15, 2**63 - 1
+CUSTOMER_MAX = 2**53 - 1  # Which every client reads exactly that takes JSON's numbers for floats.
 
 
 def decimal_text(amount: int, exponent: int) -> str:
@@ -792,15 +794,17 @@ def require_active(account: Account) -> None:
 
 
 def require_funds(leg: Leg) -> None:
-    """Refuse a leg that needs more than is available, or would take a balance out of 64 bits."""
+    """Refuse a leg that needs more than is available, or would take a balance out of bounds."""
     account, amount = leg
     if amount < 0 and account.kind == "CUSTOMER" and available(account) + amount < 0:
         may_spend = available(account)
         why = f"Of account {account.id}, {may_spend} is available, and {-amount} is needed"
         sums = {"balance": account.balance, "available": may_spend, "requested": -amount}
         raise InsufficientFunds(why, account.id, **sums, credit_limit=account.credit_limit)
-    if abs(account.balance + amount) > BALANCE_MAX:
-        why = f"A balance may not leave the range of {BALANCE_MAX} minor units"
+    balance_max = CUSTOMER_MAX if account.kind == "CUSTOMER" else BALANCE_MAX
+    # What an earlier version let grow beyond may come back.
+    if abs(account.balance + amount) > max(balance_max, abs(account.balance)):
+        why = f"A balance may not leave the range of {balance_max} minor units"
         raise BalanceLimit(why, account.id)
 
 
@@ -1901,7 +1905,14 @@ def parse_effective(given: Any) -> int:
 # Bidirectional controls, too, which let a name look like another one.
 CONTROLS = r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 NO_CONTROLS = partial(refuse_text, CONTROLS, "Text should hold no control characters")
-NOT_BLANK = partial(refuse_text, r"^\s*$", "Text should not be blank")
+# What takes up no place, or an empty one, whatever follows.
+UNSEEN = (
+    r"^[\s\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2060-\u206f\u2800\u3164"
+    r"\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    r"\U000e0000-\U000e0fff]*$"
+)
+NOT_BLANK = partial(refuse_text, UNSEEN, "Text should have something that can be seen")
+NFC = AfterValidator(partial(unicodedata.normalize, "NFC"))
 # Python takes more for an integer than anybody writes as one.
 NOT_PLAIN = r"^(?!-?[0-9]{1,40}\Z)"
 PLAIN_DIGITS = BeforeValidator(partial(refuse_text, NOT_PLAIN, "Input should be a valid integer"))
@@ -1916,7 +1927,8 @@ CreditLimit = Annotated[
 ]
 PrintableText = Annotated[str, AfterValidator(NO_CONTROLS)]
 Printable = Annotated[PrintableText, pydantic.StringConstraints(max_length=200)]
-Name = Annotated[Printable, AfterValidator(NOT_BLANK), pydantic.Field(examples=["alice"])]
+ExternalId = Annotated[Printable, AfterValidator(NOT_BLANK)]
+Name = Annotated[ExternalId, NFC, pydantic.Field(examples=["alice"])]
 Uuid = Annotated[str, pydantic.StringConstraints(pattern=UUID_PATTERN)]
 AccountId = Annotated[Uuid, names_account("{}"), pydantic.Field(examples=[ALICE])]
 HoldOrTransactionId = Annotated[Uuid, names_account(ACCOUNTS_OF + "{}")]
@@ -1924,7 +1936,9 @@ OtherAccountId = Annotated[AccountId, pydantic.Field(examples=[BOB])]
 PlainInt = Annotated[int, PLAIN_DIGITS]
 Limit = Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX, description="At most so many"), PLAIN_DIGITS]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
-Search = Annotated[Printable | None, Query(description="How a text begins, whatever the case")]
+Search = Annotated[
+    Annotated[Printable, NFC] | None, Query(description="How a text begins, whatever the case")
+]
 NoteName = Annotated[PrintableText, pydantic.StringConstraints(min_length=1, max_length=40)]
 NoteText = Annotated[PrintableText, pydantic.StringConstraints(max_length=500)]
 # As it is stored, and in one order: two objects that differ in it alone mean the same.
@@ -2206,8 +2220,9 @@ class LedgerRoute(APIRoute):
                 else:
                     given[name] = value
             given = {"metadata": sorted(notes)} | given if notes else given
-        # PostgreSQL cannot even ask for a NUL, and no name has one.
-        given |= {name: text.replace("\0", "\1") for name, text in scope["path_params"].items()}
+        for name, text in scope["path_params"].items():
+            # PostgreSQL cannot even ask for a NUL, and no name has one.
+            given[name] = unicodedata.normalize("NFC", text.replace("\0", "\1"))
         given |= {"body": document} if self.body_field else {}
         return self.validate(given, asked)
 
@@ -2398,7 +2413,7 @@ async def get_health(database: "Database") -> Health:
 class Named(RequestBody):
     """What callers may add: a name of their own, which is unique, and notes."""
 
-    external_id: Name | None = None
+    external_id: ExternalId | None = None
     notes: Annotated[Metadata | None, pydantic.Field(alias="metadata")] = None
 
 
@@ -2549,8 +2564,8 @@ def list_accounts(
     connection: Connection,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
-    owner_name: Printable | None = None,
-    name: Annotated[PrintableText, pydantic.StringConstraints(max_length=220)] | None = None,
+    owner_name: Annotated[Printable, NFC] | None = None,
+    name: Annotated[PrintableText, pydantic.StringConstraints(max_length=220), NFC] | None = None,
     external_id: Printable | None = None,
     search: Search = None,
     metadata: MetadataFilter = (),
@@ -3486,7 +3501,7 @@ class BankPaymentStatus(BankPayment):
 @bank.get("/payments/{payment_id}")
 @allow(READERS)
 def get_bank_payment(
-    books: Connection, payment_id: str, account_id: Printable, timestamp: BankMoment
+    books: Connection, payment_id: str, account_id: Name, timestamp: BankMoment
 ) -> BankPaymentStatus:
     """Show where a payment of an account stands."""
     number = re.fullmatch("payment([1-9][0-9]{0,17})", payment_id)
@@ -3603,7 +3618,7 @@ def open_atm_account(book: Book, *, number: str, amount: int) -> None:
 DollarsIn = Annotated[
     int,
     BeforeValidator(partial(parse_decimal, exponent=ATM_EXPONENT)),
-    pydantic.Field(ge=1, examples=["10.50"]),
+    pydantic.Field(ge=1, le=AMOUNT_MAX, examples=["10.50"]),
     pydantic.WithJsonSchema({"type": "string"}),
 ]
 Dollars = Annotated[int, pydantic.PlainSerializer(lambda cents: decimal_text(cents, 2), str)]
@@ -4584,6 +4599,9 @@ REFUSED = {
         "only an active account moves money": """
             NEW.last_seq <> OLD.last_seq AND 'ACTIVE' NOT IN (OLD.status, NEW.status)""",
         "nobody owes what is issued": NO_CREDIT,
+        "every client can read what a customer has": f"""
+            abs(NEW.balance) > {CUSTOMER_MAX} AND abs(NEW.balance) > abs(OLD.balance)
+            AND NEW.kind = 'CUSTOMER'""",
     },
     ("account", "INSERT"): {
         "an account opens empty": "(NEW.last_seq, NEW.balance) <> (0, 0)",
@@ -4917,8 +4935,25 @@ BROUGHT: dict[int, dict[str, dict[str, str]]] = {
     2: {"idempotency_key": {"name": "id"}, "webhook": {"last_error": "NULL"}},
     3: {"account": {"credit_limit": "0"}, "event": {"credit_limit": "NULL"}},
 }
+
+
+def keep_names_in_nfc(connection: Connection) -> None:
+    """Bring names and owners into Unicode's NFC, but no name into that of another account."""
+    for rows in portions(connection, "account"):
+        for row in rows:
+            was = row["name"], row["owner_name"]
+            name, owner = (text and unicodedata.normalize("NFC", text) for text in was)
+            if (name, owner) != was:
+                update = "UPDATE account SET owner_name = :owner, name = CASE WHEN EXISTS (SELECT 1"
+                update += (
+                    " FROM account AS other WHERE other.name = :name AND other.asset = :asset)"
+                )
+                update += " THEN name ELSE :name END WHERE id = :id"
+                connection.execute(update, **row | {"name": name, "owner": owner})
+
+
 # What else a version does to the rows, after that.
-STEPS: dict[int, Sequence[Callable[[Connection], None]]] = {}
+STEPS: dict[int, Sequence[Callable[[Connection], None]]] = {3: (keep_names_in_nfc,)}
 
 
 def brought_since(version: int) -> dict[str, dict[str, str]]:

@@ -413,13 +413,29 @@ def test_a_post_of_many_legs_numbers_its_entries() -> None:
     assert balances == {"alice": 0, "bob": 60, "carol": 47}
 
 
-def test_a_balance_cannot_leave_64_bits(bank: "BankInside") -> None:
+def test_a_customers_balance_can_be_read_by_every_client(bank: "BankInside") -> None:
     bank.given(alice=0, bob=0)
-    bank.execute(ledger.deposit, bank.ids["alice"], amount=ledger.BALANCE_MAX)
+    bank.execute(ledger.deposit, bank.ids["alice"], amount=2**53 - 1)
     assert refusal(bank.deposit("alice", 1)) == (409, "balance_limit")
-    # Cash is the other side of every deposit, so it is full as well.
-    assert refusal(bank.deposit("bob", 1)) == (409, "balance_limit")
-    assert bank.balances() == {"alice": ledger.BALANCE_MAX, "bob": 0}
+    assert bank.transfer("alice", "bob", 1).status_code == 200
+    assert refusal(bank.deposit("bob", 10**15 + 1)) == (422, "invalid_request")
+    # Cash is the other side, and has room for many of them.
+    bank.execute(ledger.deposit, bank.ids["bob"], amount=2**53 - 2)
+    assert bank.balances() == {"alice": 2**53 - 2, "bob": 2**53 - 1}
+    assert bank.wrong() == []
+
+
+def test_the_balance_of_cash_cannot_leave_64_bits(bank: "BankInside") -> None:
+    def open_with(book: ledger.Book, *, amount: int) -> None:
+        account = ledger.open_account(book, owner_name="rich", asset="USD")
+        ledger.deposit(book, account.id, amount=amount)
+
+    amounts = [2**53 - 1] * 1_025 + [1_024, 1_023]
+    answers = bank.ledger.commit([command_of(open_with, amount=amount) for amount in amounts])
+    # With 1,024 of them cash stands at -2^63 + 1,024.
+    assert [answer.status for answer in answers] == [200] * 1_024 + [409, 409, 200]
+    assert json.loads(answers[-2].body)["code"] == "balance_limit"
+    assert bank.rows("SELECT min(balance) FROM account") == [(-(2**63) + 1,)]
     assert bank.wrong() == []
 
 
@@ -5294,6 +5310,12 @@ def test_the_cash_machine_takes_plain_decimals_alone(untouched: "Bank", amount: 
     assert refusal(refused) == (422, "invalid_request")
 
 
+def test_amounts_of_the_cash_machine_have_the_bound_of_all(demo: "Bank") -> None:
+    path = "/atm/accounts/1003/deposit"
+    assert demo.post(path, amount="10000000000000.00").json()["balance"] == "10000000000000.00"
+    assert pointers(demo.post(path, amount="10000000000000.01")) == ["/amount"]
+
+
 def test_a_key_of_the_cash_machine_means_an_amount_and_not_its_digits(demo: "Bank") -> None:
     path = "/atm/accounts/1003/deposit"
     answers = [demo.post(path, key="k", amount=amount) for amount in ("1.5", "1.50")]
@@ -5576,6 +5598,55 @@ def test_a_name_that_cannot_be_is_not_found(
 ) -> None:
     body = {"json": {"amount": "1"}} if method == "POST" else {}
     assert refusal(untouched.send(method, path, **body))[1] == code
+
+
+@at_the_edge
+@pytest.mark.parametrize(
+    "text",
+    ["\u200b", "\u00ad \u2060", "\u3164", "\u2800", "\ufe0f", "\ufeff", "\U000e0041", "\u00a0"],
+    ids=ascii,
+)  # fmt: skip
+def test_text_of_which_nothing_can_be_seen_is_refused(untouched: "Bank", text: str) -> None:
+    alice = untouched.ids["alice"]
+    for answer in (
+        untouched.post("/accounts", owner_name=text),
+        untouched.post("/accounts", owner_name="a", external_id=text),
+        change(untouched, "alice", owner_name=text),
+        untouched.post("/assets", code="X", name=text, exponent=0),
+        untouched.post(f"/accounts/{alice}/deposit", key=new_key(), amount=1, external_id=text),
+        untouched.post("/bank/accounts", timestamp=1, account_id=text),
+        untouched.post(USERS, external_user_id=text),
+    ):
+        assert refusal(answer) == (422, "invalid_request")
+
+
+COMPOSED, DECOMPOSED = "Zo\u00eb", "Zoe\u0308"
+
+
+def test_names_that_look_alike_are_the_same(demo: "Bank") -> None:
+    opened = demo.post("/accounts", owner_name=DECOMPOSED, external_id=DECOMPOSED).json()
+    assert (opened["owner_name"], opened["external_id"]) == (COMPOSED, DECOMPOSED)
+    for name in (COMPOSED, DECOMPOSED):
+        assert demo.get("/accounts", owner_name=name).json()["items"] == [opened]
+        assert opened in demo.get("/accounts", search=name).json()["items"]
+    demo.ids["zoe"] = opened["id"]
+    changed = change(demo, "zoe", owner_name=f"{DECOMPOSED} B.")
+    assert changed.json()["owner_name"] == f"{COMPOSED} B."
+    # The dialects know their accounts by names, which are unique.
+    for name, status in ((DECOMPOSED, 201), (COMPOSED, 409)):
+        opened = demo.post("/bank/accounts", timestamp=1, account_id=name)
+        assert opened.status_code == status
+    demo.post("/bank/deposits", timestamp=2, account_id=COMPOSED, amount=5)
+    demo.post(USERS, external_user_id=DECOMPOSED)
+    for name in (COMPOSED, DECOMPOSED):
+        shown = demo.get(f"/bank/accounts/{quote(name)}/balance", timestamp=10)
+        assert shown.json()["account_id"] == COMPOSED
+        paid = demo.post("/bank/payments", timestamp=11, account_id=name, amount=1).json()
+        stands = demo.get(f"/bank/payments/{paid['payment_id']}", account_id=name, timestamp=12)
+        assert stands.json()["status"] == "IN_PROGRESS"
+        demo.post(f"{USERS}/{quote(name)}/top-up", amount="1", asset_type_id=1)
+    wallet = demo.get(f"{USERS}/{quote(DECOMPOSED)}/balance", asset_type_id=1)
+    assert wallet.json()["balance"] == "2.0000"
 
 
 @at_the_edge
@@ -6438,6 +6509,22 @@ def test_no_row_ever_goes_or_changes_but_in_what_may_change(
             eventful.tamper(statement)
 
 
+def test_the_database_keeps_what_a_customer_has_readable(bank: "Bank") -> None:
+    bank.given(alice=100)
+    more = 2**53 - 100
+    statements = [
+        entries_like(seq="2", amount=str(more), balance=str(2**53)),
+        f"UPDATE account SET balance = {2**53}, last_seq = 2 WHERE owner_name = 'alice'",
+    ]
+    with pytest.raises(REFUSED, match="every client can read"):
+        bank.tamper(f"{statements[0]} WHERE account_id = {ALICES}", statements[1])
+    # What an earlier version has let grow beyond may go on, and come back.
+    bank.tamper_freely(f"UPDATE account SET balance = {2**53 + 5} WHERE owner_name = 'alice'")
+    bank.tamper_freely(f"UPDATE entry SET balance = {2**53 + 5} WHERE account_id = {ALICES}")
+    assert refusal(bank.deposit("alice", 1)) == (409, "balance_limit")
+    assert bank.withdraw("alice", 1).json()["balance"] == 2**53 + 4
+
+
 def test_the_database_lets_nobody_owe_what_is_issued(bank: "Bank") -> None:
     wallet = new_account("CUSTOMER", balance="0").replace("'USD'", "'GOLD'")
     for statement in (
@@ -6880,6 +6967,23 @@ def test_a_ledger_of_any_version_tells_what_it_told(
                 again = bank.post(path, key=key, **body)
                 assert (again.status_code, again.text) == (status, text)
                 assert again.headers["Idempotent-Replayed"] == "true"
+
+
+def test_an_upgrade_brings_names_into_one_form(new_database: "NewDatabase") -> None:
+    with kept(2, new_database) as (database, _):
+        bank, rename = Bank(lambda: httpx.Response(500), database), "UPDATE account SET name = "
+        bank.tamper_freely(
+            f"{rename}'bank:{DECOMPOSED}', owner_name = '{DECOMPOSED}' WHERE name = 'bank:a'",
+            f"{rename}'wallets:{COMPOSED}' WHERE name = 'wallets:u' AND asset = 'GOLD'",
+            f"{rename}'wallets:{DECOMPOSED}' WHERE name = 'wallets:u' AND asset = 'DMND'",
+            # What the first of these would be called, this one is: both stay as they are.
+            f"{rename}'bank:{COMPOSED}' WHERE name = 'atm:1001'",
+        )
+        printed(database, "upgrade")
+        names = bank.rows("SELECT name, owner_name FROM account WHERE name LIKE '%Zo%' ORDER BY 1")
+        kept_names = [(f"bank:{DECOMPOSED}", COMPOSED), (f"bank:{COMPOSED}", "1001")]
+        assert sorted(names) == sorted([*kept_names, *[(f"wallets:{COMPOSED}", "u")] * 2])
+        assert bank.wrong() == []
 
 
 def shape_of(database: str) -> list[Any]:
