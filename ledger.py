@@ -6293,68 +6293,53 @@ async def get_page() -> Response:
 PAGE = r"""<!doctype html><html lang="en">
 <title>Ledger</title><meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-:root { color-scheme: light dark; --paper: light-dark(#fcfbf8, #17181a);
-  --faint: light-dark(#e4e0d6, #34353a) }
-body { max-width: 52rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
-  font-variant-numeric: tabular-nums;
-  background: var(--paper); color: light-dark(#1f1e1b, #e8e6e1) }
+:root { color-scheme: light dark; --paper: light-dark(#fcfbf8, #17181a); --ink: light-dark(#1f1e1b,
+  #e8e6e1); --pale: light-dark(#68655d, #a19d94); --faint: light-dark(#e4e0d6, #34353a) }
+body { max-width: 52rem; margin: auto; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
 header, nav, form { display: flex; flex-wrap: wrap; align-items: baseline; gap: .5rem 1rem }
-header { justify-content: space-between }
+header { justify-content: space-between } details form, main > form { padding: .5rem 0 }
 [hidden], .chart:not(:hover, :focus-within) .at { display: none }
-input, select, button { padding: .2rem .4rem; font: inherit }
+input, button { padding: .2rem .4rem; font: inherit } output { flex-basis: 100%; overflow: auto }
 a { color: light-dark(#0b5c73, #86c5d8); text-underline-offset: .2em }
 h1 { margin: 1.5rem 0 .5rem; font-size: 1.6rem; outline: 0; overflow-wrap: anywhere }
-h2 { margin: 2rem 0 .5rem; font-size: 1.1rem }
-small, time, thead, text { color: light-dark(#68655d, #a19d94); font-size: .85rem }
+h2 { margin: 2rem 0 .5rem; font-size: 1.1rem } time { white-space: nowrap }
+small, time, thead, text { color: var(--pale); font-size: .85rem }
 section { margin: 0 -3px; padding: 0 3px; overflow-x: auto; overflow-wrap: anywhere }
-details form, main > form { padding: .5rem 0 }
-output { flex-basis: 100%; overflow-x: auto }
 .assets { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 0 3rem }
-table { width: 100%; border-collapse: collapse }
-tbody tr { border-top: 1px solid var(--faint) }
-tr:has(th time) ~ tr:not(:has(th time)) { border: 0 }
+table { width: 100%; border-collapse: collapse } tbody tr { border-top: 1px solid var(--faint) }
+tr:has(th time) ~ tr:not(:has(th time)) { border: 0 } tbody th { min-width: 6rem; overflow-y: clip }
 th, td { padding: .4rem 0; font-weight: inherit; text-align: left; vertical-align: top }
 tr > * + * { padding-left: .75rem; overflow-wrap: normal; text-align: right }
-tbody th { min-width: 6rem; overflow-y: clip }
 td bdi { overflow-wrap: anywhere }
-time { white-space: nowrap }
-.chart { position: relative; margin: 1rem 0 1.5rem }
-.chart:focus-within { outline: 1px solid }
+.chart { position: relative; margin: 1rem 0 1.5rem } .chart:focus-within { outline: 1px solid }
 .chart input { position: absolute; inset: 0; width: 100%; height: 100%; padding: 0; opacity: 0 }
 svg { display: block; width: 100%; height: 10rem; overflow: visible }
 text { fill: currentcolor; stroke: var(--paper); stroke-width: 4; paint-order: stroke }
 path { fill: none; stroke: currentcolor; stroke-width: 2; vector-effect: non-scaling-stroke }
 .mark { stroke: var(--faint); stroke-width: 1 }
 </style>
-<header>
-  <nav aria-label="Lists"><a href="#/">Ledger</a> <a href="#/accounts">Accounts</a>
-    <a href="#/transactions">Transactions</a> <a href="#/holds">Holds</a> <a href="docs">API</a>
-  </nav>
+<header><nav aria-label="Lists"><a href="#/">Ledger</a> <a href="#/accounts">Accounts</a> <a
+  href="#/transactions">Transactions</a> <a href="#/holds">Holds</a> <a href="docs">API</a></nav>
   <form role="search"><input type="search" name="text" size="16" maxlength="200" required
     placeholder="Name, memo or id" aria-label="Find what begins with"> <button>Find</button></form>
-</header>
-<main>
-  <h1 tabindex="-1"></h1>
-  <div id="acts"></div>
+</header><main><h1 tabindex="-1"></h1><div id="acts"></div>
   <form hidden aria-label="Dates"><label>From <input type="date" name="from"></label>
     <label>To <input type="date" name="to"></label> <button>Show</button></form>
-  <div id="view"></div>
-</main>
+  <div id="view"></div></main>
 <form hidden aria-label="Key"><label>Key <input type="password" name="key" autocomplete="off"
   pattern="[!-~]+" required></label> <button>Enter</button></form>
-<footer hidden><button>Forget the key</button></footer>
-<datalist id="seen"></datalist>
+<footer hidden><button>Forget the key</button></footer><datalist id="seen"></datalist>
 <script type="module">
-const EXPONENTS = {};  // Of the assets that there are, by code.
 const [search, dates, enter] = document.forms;
 const [h1, acts, view, footer, seen] = document.querySelectorAll("h1, [id], footer");
-const key = sessionStorage.getItem("key");
+const key = sessionStorage.getItem("key"), JSON_TYPE = { "Content-Type": "application/json" };
+const EXPONENTS = {};  // Of the assets that there are, by code.
 const known = new Map();  // The accounts that were seen, by id.
 const ID = /([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/;
 const MONEY = /^(amount|captured_amount|balance|held|available|credit_limit)$/;
 // Numbers stay the text that was sent: an amount may be too large for a number of JavaScript's.
 const exact = (name, value, { source }) => (typeof value === "number" ? source : value);
-
 async function ask(path, { headers, ...options } = {}) {
   const own = key && { Authorization: `Bearer ${key}` };
   const response = await fetch(`.${path}`, { ...options, headers: { ...own, ...headers } });
@@ -6367,16 +6352,13 @@ async function get(path, query = {}, ...expected) {
   if (![200, ...expected].includes(status)) throw found;
   return found;
 }
-async function count(cursor) {
-  const page = await get("/assets", cursor ? { cursor } : {});
-  for (const { code, exponent } of page.items) EXPONENTS[code] = exponent;
-  if (page.next_cursor) await count(page.next_cursor);
+async function count(query = {}) {
+  const { items, next_cursor: cursor } = await get("/assets", query);
+  for (const { code, exponent } of items) EXPONENTS[code] = exponent;
+  if (cursor) await count({ cursor });
 }
-async function meet(rows) {
-  const ids = rows.flatMap((row) => [row.account_id, row.dest_account_id]).filter(Boolean);
-  await Promise.all([...new Set(ids)].map((id) => known.has(id) || get(`/accounts/${id}`)));
-}
-
+const meet = (rows) => Promise.all([...new Set(rows.flatMap((row) => [row.account_id,
+  row.dest_account_id]))].map((id) => !id || known.has(id) || get(`/accounts/${id}`)));
 // Names and memos are hostile: all that is shown is made here, and what was read is text in it.
 function el(name, attributes, ...children) {
   const space = ["svg", "path", "text"].includes(name) ? "2000/svg" : "1999/xhtml";
@@ -6397,46 +6379,39 @@ const person = (id) => link(`account/${id}`, called(known.get(id)));
 const section = (title, ...children) => el("section", {}, el("h2", {}, title), ...children);
 const local = (ts) => new Date(ts).toLocaleString("sv");  // As ISO 8601, in the reader's zone.
 const time = (ts) => el("time", { datetime: ts, title: ts }, local(ts));
-
-function decimal(amount, asset, options = {}) {
-  const form = { minimumFractionDigits: EXPONENTS[asset], ...options };
-  const format = new Intl.NumberFormat("en", form);
-  return format.format(`${amount}e-${EXPONENTS[asset]}`).replace("-", "\u2212");
-}
+const decimal = (amount, asset, how) => new Intl.NumberFormat("en", { ...how, minimumFractionDigits:
+  EXPONENTS[asset] }).format(`${amount}e-${EXPONENTS[asset]}`).replace("-", "\u2212");
 const priced = (amount, asset) => [small(asset), "\u00a0", decimal(amount, asset)];
 const signed = ({ type, amount }) => (type === "DEBIT" ? `-${amount}` : amount);
 const sums = (entry, asset) =>
   [decimal(signed(entry), asset, { signDisplay: "always" }), decimal(entry.balance, asset)];
-
 // A row is a list of what its first cell shows, and then what each of the others does.
 function table(title, columns, rows, ...below) {
-  const heads = columns.map((name) => el("th", { scope: "col" }, name));
   const spaced = (parts) => parts.flat().filter(Boolean).flatMap((part) => [part, " "]);
-  const body = rows.map(([first, ...others]) => el("tr", {},
-    el("th", { scope: "row", colspan: columns.length - others.length }, spaced(first)),
-    ...others.map((cell) => el("td", {}, cell))));
-  const rowsOf = el("table", { "aria-label": title },
-    el("thead", {}, el("tr", {}, heads)), el("tbody", {}, body));
-  return rows.length && section(title, rowsOf, el("p", {}, spaced(below)));
+  const shown = el("table", { "aria-label": title },
+    el("thead", {}, el("tr", {}, columns.map((name) => el("th", { scope: "col" }, name)))),
+    el("tbody", {}, rows.map(([first, ...others]) => el("tr", {},
+      el("th", { scope: "row", colspan: columns.length - others.length }, spaced(first)),
+      ...others.map((cell) => el("td", {}, cell))))));
+  return rows.length && section(title, shown, el("p", {}, spaced(below)));
 }
 // What a list shows, to take along: amounts as decimals, and no text that is like a formula.
 function csv(title, rows) {
-  const shown = rows.map(({ metadata, ...row }) => row);
-  const lines = shown.map((row) => Object.entries(row).map(([name, value]) => (MONEY.test(name)
-    ? decimal(value, row.asset, { useGrouping: false }).replace("\u2212", "-")
-    : (value ?? "").replace(/^(?=[\s=+@-])/, "'"))));
-  const text = [Object.keys(shown[0] ?? {}), ...lines].map((line) =>
-    line.map((cell) => `"${cell.replaceAll('"', '""')}"`)).join("\r\n");
-  const href = `data:text/csv;charset=utf-8,${encodeURIComponent(text)}`;
+  const cell = ([name, value], asset) => (MONEY.test(name)
+    ? decimal(value, asset, { useGrouping: false }).replace("\u2212", "-")
+    : (value ?? "").replace(/^(?=[\s=+@-])/, "'"));
+  const shown = rows.map(({ metadata, ...row }) => row), lines = [Object.keys(shown[0] ?? {}),
+    ...shown.map((row) => Object.entries(row).map((pair) => cell(pair, row.asset)))];
+  const text = lines.map((line) => line.map((each) => `"${each.replaceAll('"', '""')}"`));
+  const href = `data:text/csv;charset=utf-8,${encodeURIComponent(text.join("\r\n"))}`;
   return el("a", { href, download: `${title}.csv` }, "CSV");
 }
 function facts({ metadata, entries, ...found }) {
-  const show = (name, value) => (/_at$|^ts$/.test(name) ? time(value)
-    : MONEY.test(name) ? decimal(value, found.asset) : /^revers/.test(name) ? posted(value)
-      : /account_id$/.test(name) ? person(value) : bdi(value));
-  const told = Object.entries(found).filter(([, value]) => value);
+  const show = (name, value) => (/_at$|^ts$/.test(name) ? time(value) : /^revers/.test(name)
+    ? posted(value) : MONEY.test(name) ? decimal(value, found.asset) : bdi(value));
   return table("Facts", ["Name", "Value"], [
-    ...told.map(([name, value]) => [[words(name)], show(name, value)]),
+    ...Object.entries(found).filter(([, value]) => value).map(
+      ([name, value]) => [[words(name)], show(name, value)]),
     ...Object.entries(metadata).map(([name, value]) => [[bdi(`metadata: ${name}`)], bdi(value)])]);
 }
 // Days are the reader's own, and the last one is meant as a whole.
@@ -6457,16 +6432,8 @@ const accounts = (query) => list("Accounts", ["Owner", "Balance"], query,
   ({ id, name, external_id, status, balance, asset }) => [[[person(id), small(name),
     small(external_id), small(words(status))], priced(balance, asset)]]);
 const holds = (query) => list("Holds", ["Hold", "Amount"], query, (hold) => [[
-  [link(`hold/${hold.id}`, words(hold.status)), person(hold.account_id), "\u2192",
-    person(hold.dest_account_id), bdi(hold.memo), time(hold.expires_at)],
-  priced(hold.amount, hold.asset)]]);
-// The accounts on the other side of an entry; and what a CSV has of one.
-const others = ({ entries }, { type }) =>
-  entries.filter((each) => each.type !== type).map((each) => each.account_id);
-const record = (transaction, entry) => ({ ...entry, external_id: transaction.external_id,
-  amount: signed(entry), asset: known.get(entry.account_id).asset,
-  owner: called(known.get(entry.account_id)),
-  other: others(transaction, entry).map((id) => called(known.get(id))).join("; ") });
+  [words(hold.status), person(hold.account_id), "\u2192", person(hold.dest_account_id),
+    bdi(hold.memo), time(hold.expires_at)], priced(hold.amount, hold.asset)]]);
 const entryRows = (entries) => entries.map((entry) => {
   const { name, asset } = known.get(entry.account_id);
   return [[person(entry.account_id), !isSystem({ name }) && small(name), small(asset)],
@@ -6476,9 +6443,15 @@ const entryRows = (entries) => entries.map((entry) => {
 const noted = (kind, memo) => (kind === "CASHBACK" ? posted(memo, "of a payment") : bdi(memo));
 const moves = ({ id, kind, memo, ts, entries }) =>
   [[[posted(id, words(kind)), noted(kind, memo), time(ts)]], ...entryRows(entries)];
+// The accounts on the other side of an entry; and what a CSV has of one.
+const others = ({ entries }, { type }) =>
+  entries.filter((each) => each.type !== type).map((each) => each.account_id);
+const record = (transaction, entry) => ({ ...entry, external_id: transaction.external_id,
+  amount: signed(entry), asset: known.get(entry.account_id).asset,
+  owner: called(known.get(entry.account_id)),
+  other: others(transaction, entry).map((id) => called(known.get(id))).join("; ") });
 const transactions = (query) => list("Transactions", ["What", "Amount", "Balance"], query, moves,
   (found) => found.entries.map((entry) => record(found, entry)));
-
 async function balances() {
   const { items } = await get("/balances");
   return el("div", { class: "assets" }, items.map(({ asset, customers, system, total }) => {
@@ -6495,58 +6468,51 @@ async function latest() {
     (data) => ({ data }));
   await meet(events.flatMap(({ type, data }) =>
     data.entries ?? (/^account/.test(type) ? { account_id: data.id } : [])));
-  return table("Latest", ["What", "Amount", "Balance"], events.flatMap(({ ts, type, data }) =>
-    (data.entries ? moves(data) : [[[words(type), bdi(data.memo),
-      known.has(data.id) && person(data.id), time(ts)]]])));
+  const rows = ({ ts, type, data }) => (data.entries ? moves(data) : [[[words(type),
+    bdi(data.memo), known.has(data.id) && person(data.id), time(ts)]]]);
+  return table("Latest", ["What", "Amount", "Balance"], events.flatMap(rows));
 }
-
 // The round places between two: multiples of the smallest step of which there are but a few.
 function marks(low, high, steps) {
-  const step = steps.find((each) => (high - low) / each < 6n), found = [];
-  for (let at = low - (low % step); at <= high; at += step) if (at >= low) found.push(at);
-  return found;
+  const step = steps.find((each) => high - low < 6 * each);
+  const first = Math.ceil(low / step), count = Math.floor(high / step) - first + 1;
+  return Array.from({ length: count }, (_, place) => (first + place) * step);
 }
-const SUMS = Array.from({ length: 19 }, (_, n) => [1n, 2n, 5n].map((m) => m * 10n ** BigInt(n)));
-const DAY = 86_400_000n;
-const TIMES = [1n, 5n, 20n, 60n, 300n, 1200n, 3600n, 10_800n, 43_200n].map((n) => n * 1000n).concat(
-  [1n, 2n, 7n, 14n, 28n, 91n, 365n, 3650n].map((n) => n * DAY));
+const SUMS = Array.from({ length: 57 }, (_, n) => [1, 2, 5][n % 3] * 10 ** Math.floor(n / 3));
+const DAY = 86_400_000, TIMES = [1e3, 5e3, 2e4, 6e4, 3e5, 12e5, 36e5, 108e5, 432e5,
+  ...[1, 2, 7, 14, 28, 91, 365, 3650].map((days) => days * DAY)];
 // The balance as a line through entries, newest first; its range is its own.
 function chart(entries, asset) {
-  const steps = entries.map(({ ts, balance }) => {
-    const at = new Date(ts);
-    return [BigInt(at - at.getTimezoneOffset() * 60_000), BigInt(balance)];
-  }).reverse();
-  const heights = steps.map(([, sum]) => sum).sort((a, b) => (a < b ? -1 : 1));
-  const [low, high, start, end] = [heights[0], heights.at(-1), steps[0][0], steps.at(-1)[0]];
-  const x = (moment) => Number((980n * (moment - start)) / (end - start || 1n));
-  const y = (sum) => (high === low ? 500 : Number((1000n * (high - sum)) / (high - low)));
-  const iso = (moment) => new Date(Number(moment)).toISOString().replace("T", " ").slice(0, 19);
-  const lines = marks(low, high, SUMS.flat()).map((sum) => [`M0 ${y(sum)}H1000`,
-    el("text", { y: `${y(sum) / 10}%`, dy: -4 }, decimal(`${sum}`, asset))]);
-  for (const moment of marks(start, end, TIMES).filter((each) => x(each) < 900)) lines.push([
+  const offset = new Date(entries[0].ts).getTimezoneOffset() * 60_000;
+  const steps = entries.map(({ ts, balance }) => [new Date(ts) - offset, balance]).reverse();
+  const heights = steps.map(([, sum]) => Number(sum)), start = steps[0][0], end = steps.at(-1)[0];
+  const low = Math.min(...heights), high = Math.max(...heights);
+  const x = (moment) => Math.round((980 * (moment - start)) / (end - start || 1));
+  const y = (sum) => (high === low ? 500 : Math.round((1000 * (high - sum)) / (high - low)));
+  const iso = (moment) => new Date(moment).toISOString().replace("T", " ").slice(0, 19);
+  const lines = [...marks(low, high, SUMS).map((sum) => [`M0 ${y(sum)}H1000`,
+    el("text", { y: `${y(sum) / 10}%`, dy: -4 }, decimal(BigInt(sum), asset))]),
+  ...marks(start, end, TIMES).filter((moment) => x(moment) < 900).map((moment) => [
     `M${x(moment)} 0V1000`, el("text", { x: `${x(moment) / 10}%`, y: "100%", dy: 18 },
-      end - start < 2n * DAY ? iso(moment).slice(11) : iso(moment).slice(0, 10))]);
+      iso(moment).slice(...(end - start < 2 * DAY ? [11] : [0, 10])))])];
   const at = el("input", { type: "range", id: "at", max: steps.length - 1, "aria-label": "Entry" });
   const told = small(" "), pointed = el("path", { class: "at" });
   at.oninput = () => {
     const [moment, sum] = steps[at.value];
-    told.textContent = `${iso(moment)}: ${decimal(`${sum}`, asset)} ${asset}`;
+    told.textContent = `${iso(moment)}: ${decimal(sum, asset)} ${asset}`;
     at.setAttribute("aria-valuetext", told.textContent);
     pointed.setAttribute("d", `M${x(moment)} 0V1000`);
   };
-  at.onclick = at.onpointermove = ({ offsetX }) => {
-    at.value = steps.findLastIndex(([moment]) => x(moment) <= (1000 * offsetX) / at.clientWidth);
-    at.oninput();
-  };
-  at.value = at.max;
-  at.oninput();
+  at.onclick = at.onpointermove = ({ offsetX }) => at.oninput(at.value = steps.findLastIndex(
+    ([moment]) => x(moment) <= (1000 * offsetX) / at.clientWidth));
+  at.oninput(at.value = at.max);
   const d = steps.map(([moment, sum]) => `H${x(moment)}V${y(sum)}`).join("");
-  return section(`Balance ${decimal(`${steps.at(-1)[1]}`, asset)} ${asset}`,
+  return section(`Balance ${decimal(entries[0].balance, asset)} ${asset}`,
     el("div", { class: "chart" }, el("svg", { "aria-hidden": true },
       el("svg", { viewBox: "0 0 1000 1000", preserveAspectRatio: "none" },
         lines.map(([mark]) => el("path", { d: mark, class: "mark" })), pointed,
-        el("path", { d: `M0 ${y(steps[0][1])}${d}H1000` })),
-      lines.map(([, label]) => label)), at), told);
+        el("path", { d: `M0 ${y(heights[0])}${d}H1000` })), lines.map(([, text]) => text)), at),
+    told);
 }
 async function account(id, query) {
   const [found, { items, next_cursor: cursor }, held] = await Promise.all([get(`/accounts/${id}`),
@@ -6561,44 +6527,33 @@ async function account(id, query) {
   });
   const paid = lines.filter(({ kind }) => kind === "PAYMENT").map((entry) => entry.transaction_id);
   const payments = await Promise.all(paid.map((each) => get(`/payments/${each}`, {}, 404)));
-  return [
-    [called(found), !isSystem(found) && found.name].filter(Boolean).join(" "),
+  const due = payments.filter(({ cashback }) => cashback).map(({ payment_id, cashback }) => [
+    [posted(payment_id, "Payment"), words(cashback.status), time(cashback.due_at)],
+    decimal(cashback.amount, found.asset)]);
+  return [[called(found), !isSystem(found) && found.name].filter(Boolean).join(" "),
     rows.length ? chart(lines, found.asset) : section("Balance", "No money has moved here."),
     table("Statement", ["Entry", "Amount", "Balance"], rows, more(`account/${id}`, query, cursor),
       csv("statement", lines.map((entry, place) => record(items[place], entry)))),
-    table("Cashbacks", ["Of", "Amount"], payments.filter(({ cashback }) => cashback).map(
-      ({ payment_id, cashback }) => [[posted(payment_id, "Payment"), words(cashback.status),
-        time(cashback.due_at)], decimal(cashback.amount, found.asset)])),
-    held, facts(found),
-  ];
+    table("Cashbacks", ["Of", "Amount"], due), held, facts(found)];
 }
 async function transaction(id) {
-  const found = await get(`/transactions/${id}`);
+  const found = await get(`/transactions/${id}`), columns = ["Account", "Amount", "Balance"];
   await meet(found.entries);
-  const columns = ["Account", "Amount", "Balance"];
   return [words(found.kind), table("Entries", columns, entryRows(found.entries)), facts(found)];
 }
-async function hold(id) {
-  const found = await get(`/holds/${id}`);
-  await meet([found]);
-  return ["Hold", facts(found)];
-}
 async function find(_, { text }) {
-  if (ID.test(text)) for (const [name, show] of Object.entries({ account, transaction, hold })) {
+  if (ID.test(text)) for (const [name, show] of Object.entries({ account, transaction })) {
     if ((await get(`/${name}s/${text}`, {}, 404)).id) return show(text, {});
   }
   const found = await Promise.all([accounts({ search: text }), transactions({ search: text })]);
-  return [`${found.some(Boolean) ? "What" : "Nothing"} begins with “${text}”`, ...found];
+  return [`${found.some(Boolean) ? "What" : "Nothing"} begins with \u201c${text}\u201d`, ...found];
 }
 const all = (title, show) => async (_, query) =>
-  [title, await show(query) || el("p", {}, "There are none.")];
-const VIEWS = { __proto__: null, account, transaction, hold, find,
+  [title, await show(query) || section("", "There are none.")];
+const VIEWS = { __proto__: null, account, transaction, find, holds: all("Holds", holds),
   accounts: all("Accounts", accounts), transactions: all("Transactions", transactions),
-  holds: all("Holds", holds),
   "": async () => ["Overview", ...await Promise.all([balances(), accounts({ limit: 20 }).then(
     (found) => found || section("Accounts", "There are none yet.")), latest()])] };
-
-// Forms take what is filled in.
 const on = (form, act) => form.addEventListener("submit", (event) => {
   event.preventDefault();
   act(Object.fromEntries([...new FormData(form)].filter(([, value]) => value)));
@@ -6607,64 +6562,58 @@ const on = (form, act) => form.addEventListener("submit", (event) => {
 async function send(path, given) {
   const body = JSON.stringify(given), intent = path + body;
   const name = (sessionStorage[intent] ??= crypto.getRandomValues(new Uint32Array(4)).join("-"));
-  const headers = { "Content-Type": "application/json", "Idempotency-Key": name };
+  const headers = { ...JSON_TYPE, "Idempotency-Key": name };
   const [status, answer] = await ask(path, { method: "POST", headers, body });
   if (status < 500) sessionStorage.removeItem(intent);
   if (status >= 300) throw answer;
-  const told = [...Object.entries(headers).map((pair) => `-H '${pair.join(": ")}'`),
-    ...(key ? ['-H "X-API-Key: $KEY"'] : []), `-d '${body.replaceAll("'", "'\\''")}'`];
-  return [answer, `curl '${new URL(`.${path}`, location)}' \\\n  ${told.join(" \\\n  ")}`];
+  const told = [`curl '${new URL(`.${path}`, location)}'`, key && '-H "X-API-Key: $KEY"',
+    ...Object.entries(headers).map((pair) => `-H '${pair.join(": ")}'`),
+    `-d '${body.replaceAll("'", "'\\''")}'`];
+  return [answer, told.filter(Boolean).join(" \\\n  ")];
 }
 async function payee(text, own) {
   if (ID.test(text)) return text;
   const { items } = await get("/accounts", { owner_name: text });
   const found = items.filter(({ id, asset }) => asset === own.asset && id !== own.id);
   if (found.length === 1) return found[0].id;
-  const count = found.length ? "More than one account" : "No other account";
-  throw { detail: `${count} in ${own.asset} is of ${text}: give the id of one` };
+  throw { detail: `${found.length || "No"} accounts of ${text} have ${own.asset}: use an id` };
 }
 // A refusal, with names and decimals where the ledger has ids and minor units.
-function reason({ detail, available, errors = [] }, asset) {
-  const found = [detail ?? "No answer came: send it again, and it is done once",
-    ...errors.map((each) => `${each.pointer} ${each.detail}`)].join(". ").split(ID);
-  return found.map((part, place) => (place % 2 ? known.get(part)?.owner_name ?? part
-    : available ? part.replace(/\d+/g, (amount) => decimal(amount, asset)) : part)).join("");
-}
+const reason = ({ detail, available, errors = [] }, asset) => [
+  detail ?? "No answer came: send it again, and it is done once",
+  ...errors.map((each) => `${each.pointer} ${each.detail}`),
+].join(". ").split(ID).map((part, place) => (place % 2 ? known.get(part)?.owner_name ?? part
+  : available ? part.replace(/\d+/g, (amount) => decimal(amount, asset)) : part)).join("");
 function form(title, path, fields, asset, complete = (given) => given) {
-  const output = el("output", {}), each = el("form", {}, Object.entries(fields).map(
-    ([name, [label, more]]) => el("label", {}, `${label} `, el("input", { name, maxlength: 200,
-      ...(label !== "Memo" && { required: "" }), ...more }))), el("button", {}, title), output);
+  const output = el("output", {}), inputs = Object.entries(fields).map(([name, [label, how]]) =>
+    el("label", {}, `${label} `, el("input", { name, maxlength: 200, ...how })));
+  const each = el("form", {}, inputs, el("button", {}, title), output);
   on(each, async (given) => {
     if (each.ariaBusy) return;
     each.ariaBusy = true;
     try {
-      const [answer, curl] = await send(path, await complete(given));
+      const [now, curl] = await send(path, await complete(given));
       each.reset();
-      output.replaceChildren("Done: ", answer.owner_name
-        ? link(`account/${answer.id}`, `${answer.owner_name} has ${
-          decimal(answer.balance, answer.asset)} ${answer.asset}`)
-        : posted(answer.transfer_id ?? answer.id, "the transaction"), el("pre", {}, curl));
+      output.replaceChildren("Done: ", now.owner_name ? link(`account/${now.id}`,
+        `${now.owner_name} has ${decimal(now.balance, now.asset)} ${now.asset}`)
+        : posted(now.transfer_id ?? now.id, "the transaction"), el("pre", {}, curl));
       draw();
-    } catch (refusal) {
-      output.replaceChildren(reason(refusal, asset));
-    }
+    } catch (refusal) { output.replaceChildren(reason(refusal, asset)); }
     each.ariaBusy = null;
   });
   return el("details", {}, el("summary", {}, title), each);
 }
 // Whether the caller may work, and reverse: what is asked for here is refused either way.
-const may = Promise.all(["/accounts", "/transactions/none/reverse"].map(async (path) => {
-  const headers = { "Content-Type": "application/json" };
-  return [400, 422].includes((await ask(path, { method: "POST", headers, body: "{}" }))[0]);
-})).catch(() => []);
+const may = Promise.all(["/accounts", "/transactions/none/reverse"].map(async (path) => [400, 422]
+  .includes((await ask(path, { method: "POST", headers: JSON_TYPE, body: "{}" }))[0])));
 async function forms(name, id) {
-  const [work, reverse] = await may, { asset, ...own } = known.get(id) ?? {};
-  if (name === "" && work) return [form("Open an account", "/accounts",
-    { owner_name: ["Owner"], asset: ["Asset", { value: "USD", size: 6 }] })];
+  const [work, reverse] = await may, required = "", { asset, ...own } = known.get(id) ?? {};
+  if (name === "" && work) return [form("Open an account", "/accounts", {
+    owner_name: ["Owner", { required }], asset: ["Asset", { required, value: "USD", size: 6 }] })];
   if (name === "transaction" && reverse)
-    return [form("Reverse", `/transactions/${id}/reverse`, { memo: ["Why"] })];
+    return [form("Reverse", `/transactions/${id}/reverse`, { memo: ["Why", { required }] })];
   if (name !== "account" || !work || !asset || isSystem(own)) return [];
-  const places = EXPONENTS[asset], memo = ["Memo"], amount = ["Amount", { size: 10,
+  const places = EXPONENTS[asset], memo = ["Memo"], amount = ["Amount", { required, size: 10,
     pattern: `\\d+(\\.\\d{0,${places}})?`, title: `digits, at most ${places} after a point` }];
   const complete = async ({ amount: text, dest_account_id: to, ...given }) => {
     const [whole, part = ""] = text.split(".");
@@ -6672,10 +6621,9 @@ async function forms(name, id) {
     return { ...both, amount: Number(whole + part.padEnd(places, "0")), ...given };
   };
   return [form("Deposit", `/accounts/${id}/deposit`, { amount, memo }, asset, complete),
-    form("Transfer", "/transfers", { dest_account_id: ["To", { list: "seen" }], amount, memo },
-      asset, complete)];
+    form("Transfer", "/transfers", { dest_account_id: ["To", { required, list: "seen" }], amount,
+      memo }, asset, complete)];
 }
-
 function refused({ status, detail = "The ledger does not answer. This page tries again." }) {
   enter.hidden = status !== "401";
   return [enter.hidden || key ? detail : "This ledger asks for a key or token"];
@@ -6684,8 +6632,7 @@ function refused({ status, detail = "The ledger does not answer. This page tries
 let timer, drawn, acting, place;
 async function draw() {
   if (document.hidden) return;
-  const { hash } = location, began = Date.now();
-  const [path, asked] = hash.slice(2).split("?");
+  const { hash } = location, began = Date.now(), [path, asked] = hash.slice(2).split("?");
   const [name, id] = path.split("/"), query = Object.fromEntries(new URLSearchParams(asked));
   const show = VIEWS[name] ?? (() => ["There is nothing at this address"]);
   const [title, ...parts] = await count().then(() => show(id, query)).catch(refused);
@@ -6694,9 +6641,10 @@ async function draw() {
   if (!next.isEqualNode(drawn)) {
     drawn = next.cloneNode(true);  // What is shown changes where somebody points.
     view.replaceChildren(...next.childNodes);
-    const href = CSS.escape(focused.getAttribute("href"));
-    const same = view.querySelector(`[id="${focused.id}"], [href="${href}"]`);
-    if (!focused.isConnected) same?.focus();
+    const same = (each) => each.id === focused.id && each.href === focused.href;
+    if (!focused.isConnected) [...view.querySelectorAll("a, input")].find(same)?.focus();
+    seen.replaceChildren(...[...known.values()].filter((account) => !isSystem(account)).map(
+      ({ owner_name }) => el("option", {}, owner_name)));
   }
   if (h1.textContent !== title) h1.replaceChildren(bdi(title));
   document.title = `${title} | Ledger`;
@@ -6707,27 +6655,17 @@ async function draw() {
     if (place !== undefined) h1.focus();
     place = hash;
   }
-  if (acting !== (parts.length && hash)) {
-    acting = parts.length && hash;
-    acts.replaceChildren(...acting ? await forms(name, id) : []);
-  }
+  if (acting !== (acting = parts.length && hash))
+    acts.replaceChildren(...acting ? await forms(name, id).catch(() => []) : []);
   clearTimeout(timer);  // The page takes at most a tenth of the server's time.
   timer = setTimeout(draw, Math.max(2000, 10 * (Date.now() - began)));
 }
-
-on(search, ({ text }) => { location.hash = `#/find?${new URLSearchParams({ text })}`; });
-on(dates, (given) => {
-  location.hash = `${location.hash.split("?")[0]}?${new URLSearchParams(given)}`;
-});
-on(enter, (given) => {
-  sessionStorage.setItem("key", given.key);
-  location.reload();
-});
+const go = (path, query) => { location.hash = `${path}?${new URLSearchParams(query)}`; };
+on(search, (given) => go("#/find", given));
+on(dates, (given) => go(location.hash.split("?")[0], given));
+on(enter, (given) => { sessionStorage.setItem("key", given.key); location.reload(); });
 footer.hidden = !key;
-footer.firstChild.onclick = () => {
-  sessionStorage.clear();
-  location.reload();
-};
+footer.firstChild.onclick = () => { sessionStorage.clear(); location.reload(); };
 addEventListener("hashchange", draw);
 addEventListener("visibilitychange", draw);
 draw();
