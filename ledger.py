@@ -492,6 +492,7 @@ CHANGEABLE = {
 
 
 EXPIRED_MAX = 500  # As many are released in one write.
+CONTRA_NAMES = ("cash", "merchants", "cashback", "payments", "treasury")
 PENDING = "status = 'PENDING'"
 IS_OVER = f"{PENDING} AND expires_at <= :now"
 
@@ -619,8 +620,9 @@ class Book:
         return account
 
     def system_account(self, name: str, asset: str) -> Account:
-        """Return the contra account of an operation."""
-        self.lock([f"{name}@{asset}"])
+        """Return the contra account of an operation; its asset's others are locked with it."""
+        if f"{name}@{asset}" not in self.accounts:
+            self.lock([f"{other}@{asset}" for other in CONTRA_NAMES])
         return self.accounts[f"{name}@{asset}"]
 
     def open(self, owner_name: str, asset: str, name: str | None, **columns: Any) -> Account:
@@ -757,14 +759,14 @@ ACCOUNTS_OF_OTHERS = """SELECT account_id FROM hold WHERE id = ANY(:others)
 
 
 def lock_accounts(references: Sequence[str]) -> tuple[str, Row]:
-    """Return the query for accounts, in ascending order so that two batches rarely deadlock."""
+    """Return the query for accounts, in one order, customers first, so that no batches deadlock."""
     names = [reference.rpartition("@")[0] for reference in references if "@" in reference]
     others = [r.removeprefix(ACCOUNTS_OF) for r in references if r.startswith(ACCOUNTS_OF)]
     by_name = "OR name = ANY(:names) AND name || '@' || asset = ANY(:references)" if names else ""
     where = f"id = ANY(:references) {by_name}"
     if others:
         where = f"id IN (SELECT id FROM account WHERE {where} UNION {ACCOUNTS_OF_OTHERS})"  # noqa: S608
-    query = f"SELECT * FROM account WHERE {where} ORDER BY id FOR UPDATE"  # noqa: S608
+    query = f"SELECT * FROM account WHERE {where} ORDER BY kind, id FOR UPDATE"  # noqa: S608
     return query, {"references": list(references), "names": names, "others": others}
 
 

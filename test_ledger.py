@@ -2146,6 +2146,32 @@ def test_of_two_servers_that_reverse_one_transaction_the_later_hears_that_it_was
 
 
 @on_postgresql
+def test_two_servers_that_need_contra_accounts_in_any_order_do_not_meet(database: str) -> None:
+    with opened(database) as one, opened(database) as other:
+        one.given(alice=100, bob=100)
+        met, begun = threading.Barrier(2), []
+
+        def commit(bank: "BankInside", name: str, *operations: Any) -> list[Any]:
+            def run(book: ledger.Book) -> None:
+                begun.append(name)
+                for operation in operations:
+                    operation(book, one.ids[name], amount=10)
+                    with suppress(threading.BrokenBarrierError):
+                        met.wait(0.2)  # In vain, where the other one waits for our locks.
+
+            return bank.ledger.commit_or_split([ledger.Command("test", "{}", run)])
+
+        at_once(
+            [
+                partial(commit, one, "alice", ledger.deposit, ledger.pay),
+                partial(commit, other, "bob", ledger.pay, ledger.deposit),
+            ]
+        )
+        assert sorted(begun) == ["alice", "bob"]  # Neither had to begin again.
+        assert (one.balances(), one.wrong()) == ({"alice": 100, "bob": 100}, [])
+
+
+@on_postgresql
 def test_of_two_servers_that_credit_one_cashback_one_does(database: str) -> None:
     with opened(database) as one, opened(database) as other:
         one.given(alice=100).pay("alice", 100)
