@@ -10,7 +10,7 @@
     python ledger.py             serve on http://127.0.0.1:8000, with the data in ./ledger.db
     python ledger.py check       verify the invariants over all stored rows
     python ledger.py --help      the others: backup, copy, export, upgrade, seed, asset, key ...
-    uvicorn ledger:app           serve the same application
+    uvicorn ledger:app           serve the same application, without this program's bounds on HTTP
 
 Terms, with an example of each:
 
@@ -216,8 +216,8 @@ def time_of_id(given: str) -> int:
 
 
 # ----- Refusals
-# What the ledger refuses; what operations, storage or HTTP alone refuse stands there. A refusal is
-# an answer like any other, stored under its key.
+# What the ledger refuses; what operations, storage or HTTP alone refuse stands there. What a batch
+# refuses is an answer like any other, stored under its key.
 
 
 class LedgerError(Exception):
@@ -814,7 +814,7 @@ def require_funds(leg: Leg) -> None:
 # Group commit. Whatever arrives while the last commit was on its way to the disk is written and
 # committed together, and only then is anybody answered. Idempotency lives here.
 
-COMMITS_MAX, GATHERING_TURNS_MAX, TURNS_AFTER_LARGE, LARGE_ACCOUNTS = 4, 32, 4, 50
+ATTEMPTS_MAX, GATHERING_TURNS_MAX, TURNS_AFTER_LARGE, LARGE_ACCOUNTS = 4, 32, 4, 50
 NEWEST_EVENT = "SELECT id, ts FROM event ORDER BY id DESC LIMIT 1"
 NEWEST: tuple[str, Row] = (
     f"SELECT version, id, ts FROM schema_version LEFT JOIN ({NEWEST_EVENT}) AS newest ON 1 = 1",  # noqa: S608
@@ -854,7 +854,7 @@ class Command(NamedTuple):
     """What one caller wants done, once."""
 
     caller: str
-    arguments: str  # As JSON: two requests that mean the same have the same.
+    arguments: str  # As JSON: two requests that are parsed alike have the same.
     run: Callable[[Book], Answer | None]
     key: str | None = None  # The idempotency key as it is stored; without one, a retry acts again.
     accounts: Sequence[str] = ()  # Those that are named, so that a batch loads them all at once.
@@ -890,7 +890,7 @@ def execute_command(command: Command, book: Book, known: dict[str, Row]) -> Answ
 
 
 class Ledger:
-    """The one function that commits, and the way to it for many callers at once.
+    """The one function that executes commands, and the way to it for many callers at once.
 
     They may be on several event loops: what waits, and who writes or credits it, is by loop.
     """
@@ -902,7 +902,7 @@ class Ledger:
         self._crediting: dict[Loop, asyncio.Task[Answer]] = {}
 
     def commit(self, commands: Sequence[Command]) -> list[Answer]:
-        """Execute commands in one write, or raise: nothing was done then, unless DatabaseLost.
+        """Execute commands in one write, or raise: none was then, unless DatabaseLost.
 
         What the disk failed to sync may be there after all if the process dies: the key will tell.
         """
@@ -924,7 +924,7 @@ class Ledger:
         return answers
 
     def commit_or_split(self, commands: Sequence[Command], attempt: int = 1) -> list[Any]:
-        """Commit a batch, or else each command alone, so that none sinks its neighbours.
+        """Commit a batch, or else each command alone, so that no mistake sinks its neighbours.
 
         One that met another server's is tried again: none of it was committed, it is a function
         of its commands alone, and a key that the other has used is replayed.
@@ -932,7 +932,7 @@ class Ledger:
         try:
             return self.commit(commands)
         except Exception as error:
-            if isinstance(error, DatabaseConflict) and attempt < COMMITS_MAX:
+            if isinstance(error, DatabaseConflict) and attempt < ATTEMPTS_MAX:
                 time.sleep(random.getrandbits(6) * attempt / 1_000)  # Let the other one finish.
                 return self.commit_or_split(commands, attempt + 1)
             of_all = isinstance(error, DatabaseLost) or type(error) is DatabaseBusy
@@ -978,9 +978,10 @@ class Ledger:
             outcomes = await self.database.run_write(self.commit_or_split, commands)
             for (_, answer), outcome in zip(batch, outcomes, strict=True):
                 if answer.done():
-                    continue  # The caller has gone; what was done stays done.
+                    continue  # It was told 503 meanwhile; what was done stays done.
                 if isinstance(outcome, Exception):
-                    answer.set_exception(outcome.with_traceback(None))
+                    is_ours = isinstance(outcome, LedgerError)  # Else the log tells where.
+                    answer.set_exception(outcome.with_traceback(None) if is_ours else outcome)
                 else:
                     answer.set_result(outcome)
         del self._writing[loop]
@@ -2146,9 +2147,9 @@ class LedgerRoute(APIRoute):
     async def answer(self, scope: Scope, receive: Receive, app: Any) -> Answer | Response:
         """Return the answer, or raise a LedgerError that says what is wrong."""
         asked: Asked = scope["ledger"]
-        # First, because it may take its time, and a key may be revoked meanwhile.
         admit, body = partial(self.admit, app.callers, scope, asked), b""
         if self.writes:
+            # Before the caller is known: it may take its time, and a key may be revoked meanwhile.
             body = await asked.body(receive, app.receiving, self.policy.body_bytes_max, admit)
         caller = await admit()
         if self.writes:
@@ -4513,7 +4514,7 @@ class PostgresDatabase(Database):
             # It would be a part of the password, and be printed.
             raise StartupError("an @ in the database URL's password must be written as %40")
 
-    def connect(self, *, write: bool) -> SqliteConnection:
+    def connect(self, *, write: bool) -> PostgresConnection:
         """Open a session, in which BEGIN and COMMIT are ours to send."""
         driver = psycopg.connect(self._conninfo, autocommit=True)
         if driver.info.parameter_status("server_encoding") != "UTF8":
@@ -5120,7 +5121,7 @@ class Settings:
 
 
 class Observed:
-    """The ledger's one middleware: each answer gets its headers and a line, and is counted."""
+    """The ledger's one middleware: what it answers gets headers and a line, and is counted."""
 
     def __init__(self, app: ASGIApp, log: "Log", metrics: prometheus.CollectorRegistry) -> None:
         self.app, self.log = app, log
