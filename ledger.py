@@ -303,12 +303,8 @@ def as_enum(*values: str) -> pydantic.WithJsonSchema:
 
 
 TIME_SCHEMA = pydantic.WithJsonSchema({"type": "string", "format": "date-time"})
-Timestamp = Annotated[
-    int,
-    BeforeValidator(lambda given: parse_time(given)),
-    pydantic.PlainSerializer(utc_text, return_type=str),
-    TIME_SCHEMA,
-]
+AS_TIME = pydantic.PlainSerializer(utc_text, return_type=str)
+Timestamp = Annotated[int, BeforeValidator(lambda given: parse_time(given)), AS_TIME, TIME_SCHEMA]
 SCHEMA_VERSION = 3
 STRICT = {"sqlite_strict": True}
 NO_ROWID = STRICT | {"sqlite_with_rowid": False}
@@ -1920,11 +1916,7 @@ NFC = AfterValidator(partial(unicodedata.normalize, "NFC"))
 NOT_PLAIN = r"^(?!-?[0-9]{1,40}\Z)"
 PLAIN_DIGITS = BeforeValidator(partial(refuse_text, NOT_PLAIN, "Input should be a valid integer"))
 Amount = Annotated[int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units")]
-AssetCode = Annotated[
-    str,
-    pydantic.StringConstraints(pattern="^[A-Z][A-Z0-9._-]{0,15}$"),
-    pydantic.Field(examples=["BTC"]),
-]
+AssetCode = Annotated[str, pydantic.Field(pattern="^[A-Z][A-Z0-9._-]{0,15}$", examples=["BTC"])]
 CreditLimit = Annotated[
     int, pydantic.Field(strict=True, ge=0, le=AMOUNT_MAX), BeforeValidator(require_admin)
 ]
@@ -1954,12 +1946,7 @@ Metadata = Annotated[
 # The parameters `metadata[NAME]=VALUE`, which all must hold.
 MetadataFilter = Annotated[tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50)]
 Moment = Annotated[int, BeforeValidator(parse_time), TIME_SCHEMA]
-EffectiveTime = Annotated[
-    int,
-    BeforeValidator(parse_effective),
-    pydantic.PlainSerializer(utc_text, return_type=str),
-    TIME_SCHEMA,
-]
+EffectiveTime = Annotated[int, BeforeValidator(parse_effective), AS_TIME, TIME_SCHEMA]
 
 
 class RequestBody(BaseModel):
@@ -5125,13 +5112,8 @@ class Observed:
 
     def __init__(self, app: ASGIApp, log: "Log", metrics: prometheus.CollectorRegistry) -> None:
         self.app, self.log = app, log
-        times = prometheus.Histogram(
-            "ledger_http_seconds",
-            "Requests",
-            ["route", "status"],
-            buckets=SECONDS,
-            registry=metrics,
-        )
+        about = ("ledger_http_seconds", "Requests", ["route", "status"])
+        times = prometheus.Histogram(*about, buckets=SECONDS, registry=metrics)
         self.times = lru_cache(times.labels)  # To look for one takes longer than to count.
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -5473,11 +5455,8 @@ def open_first_accounts(
     ledger: Ledger, settings: Settings, dialects: Iterable[APIRouter], caller: str, demo: bool
 ) -> list[str]:
     """Open the accounts that dialects begin with, and name them; those that are there stay."""
-    openings: list[Any] = [
-        opening
-        for router in dialects
-        for opening in router.route_class.first_accounts(settings, demo)  # type: ignore[attr-defined]
-    ]
+    kinds: list[Any] = [router.route_class for router in dialects]
+    openings = [opening for kind in kinds for opening in kind.first_accounts(settings, demo)]
     commands = [Command(caller, json.dumps(each.keywords), each) for each in openings]
     answers = retry_while_busy(lambda: ledger.commit(commands)) if commands else []
     for answer in answers:
