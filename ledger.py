@@ -1943,6 +1943,9 @@ Metadata = Annotated[
     AfterValidator(partial(json.dumps, sort_keys=True)),
     AS_OBJECT,
 ]
+SplitBy = Annotated[
+    PrintableText, pydantic.StringConstraints(pattern=r"^(owner_name|metadata\[.{1,40}\])$")
+]
 # The parameters `metadata[NAME]=VALUE`, which all must hold.
 MetadataFilter = Annotated[tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50)]
 Moment = Annotated[int, BeforeValidator(parse_time), TIME_SCHEMA]
@@ -2790,6 +2793,65 @@ def get_trial_balance(connection: Connection) -> TrialBalance:
     return TrialBalance(items=items)
 
 
+class Total(BaseModel):
+    """What customers' accounts of an asset have together, or those that `by` splits off."""
+
+    asset: str
+    by: str | None
+    accounts: int
+    balance: int
+    held: int
+    credit_limit: int
+
+    @pydantic.computed_field
+    def available(self) -> int:
+        return available(self)
+
+
+class Totals(BaseModel):
+    items: list[Total]
+
+
+TOTALS_MAX = 1_000
+# A sum may leave 64 bits where no amount does, so it is taken in two parts.
+FUNDS = {"balance": "balance", "held": f"CAST({STILL_HELD} AS bigint)"}
+FUNDS["credit_limit"] = "credit_limit"
+SUMS = ", ".join(
+    f"CAST(SUM({value} / 1000000000) AS bigint) AS {name}_billions, "
+    f"CAST(SUM({value} % 1000000000) AS bigint) AS {name}"
+    for name, value in FUNDS.items()
+)
+
+
+@api.get("/totals", tags=["operations"])
+@allow(READERS, long=True)
+def get_totals(
+    books: Connection,
+    owner_name: Annotated[Printable, NFC] | None = None,
+    asset: Printable | None = None,
+    status: Literal["ACTIVE", "FROZEN", "CLOSED"] | None = None,
+    by: SplitBy | None = None,
+    metadata: MetadataFilter = (),
+) -> Totals:
+    """Add up customers' accounts by their assets, and by `owner_name` or `metadata[NAME]`."""
+    columns = {"owner_name": owner_name, "asset": asset, "status": status}
+    joins, where, _, values = filtered(metadata, "account", **columns)
+    part = {None: "CAST(NULL AS text)", "owner_name": "owner_name"}.get(by, "part.value")
+    if by and by != "owner_name":
+        joins += " LEFT JOIN note AS part ON part.owner_id = account.id AND part.name = :part"
+        values["part"] = by.removeprefix("metadata[")[:-1]
+    query = f"""SELECT asset, {part} AS part, count(*) AS accounts, {SUMS} FROM account{joins}
+        WHERE kind = 'CUSTOMER'{where} GROUP BY asset, {part}
+        ORDER BY asset, {part} IS NULL, {part} LIMIT {TOTALS_MAX + 1}"""  # noqa: S608
+    rows = books.rows(query, **values, now=utc_now())
+    if len(rows) > TOTALS_MAX:
+        why = f"There are more than {TOTALS_MAX} parts: ask for less"
+        raise InvalidRequest(errors=[{"pointer": "/by", "detail": why}])
+    for row in rows:
+        row |= {name: row[name] + 10**9 * row[f"{name}_billions"] for name in FUNDS}
+    return Totals(items=[Total(by=row["part"], **row) for row in rows])
+
+
 class TransactionPosted(TransactionBase):
     """A transaction as it was posted; a CAPTURE is of a hold. Its entries sum to zero."""
 
@@ -3312,6 +3374,7 @@ class Books:
     statement = Call[Page[EntryPublic]](get_statement)
     balance = Call[BalancePublic](get_balance)
     balances = Call[TrialBalance](get_trial_balance)
+    totals = Call[Totals](get_totals)
     transfer = Call[TransferPublic](create_transfer)
     transfer_many = Call[BulkPublic](create_transfers)
     transaction = Call[TransactionPublic](get_transaction)

@@ -2562,6 +2562,7 @@ MATRIX = {
     ("GET", "/accounts/{account_id}/statement"): (READ, NO_KEY),
     ("GET", "/accounts/{account_id}/balance"): (READ, NO_KEY),
     ("GET", "/balances"): (READ, NO_KEY),
+    ("GET", "/totals"): (READ, NO_KEY),
     ("POST", "/transactions"): (WORK, KEY),
     ("GET", "/transactions"): (READ, NO_KEY),
     ("GET", "/transactions/{transaction_id}"): (READ, NO_KEY),
@@ -4504,6 +4505,61 @@ def test_the_trial_balance_is_0_for_each_asset(demo: "Bank") -> None:
     assert found["USD"]["system"]["merchants"] == 50
     yen = {"cash": -7, "cashback": 0, "merchants": 0}
     assert found["JPY"] == {"asset": "JPY", "customers": 7, "system": yen, "total": 0}
+
+
+def totals(bank: "Bank", **asked: str) -> list[tuple[Any, ...]]:
+    """Return each total as (asset, by, accounts, balance, held, credit limit)."""
+    items = bank.get("/totals", **asked).json()["items"]
+    names = ("asset", "by", "accounts", "balance", "held", "credit_limit")
+    assert all(set(each) == {*names, "available"} for each in items)
+    assert all(
+        each["available"] == each["balance"] - each["held"] + each["credit_limit"] for each in items
+    )
+    return [tuple(each[name] for name in names) for each in items]
+
+
+def test_accounts_are_added_up_by_asset_and_by_what_splits_them(bank: "BankInside") -> None:
+    bank.given(ann=100, bob=50, cy=0).given(asset="EUR", dan=7)
+    bank.ids["ann2"] = bank.post("/accounts", owner_name="ann", credit_limit=30).json()["id"]
+    bank.withdraw("ann2", 20)
+    bank.promised("ann", "bob", 40)
+    bank.promised("ann", "cy", 5, expires_in=1)
+    for name, team in (("ann", "red"), ("ann2", "red"), ("bob", "blue"), ("dan", "red")):
+        change(bank, name, metadata={"team": team, "all": "x"})
+    bank.step("cy", "freeze")
+    bank.pass_time(2_000_000)
+    assert totals(bank) == [("EUR", None, 1, 7, 0, 0), ("USD", None, 4, 130, 40, 30)]
+    assert totals(bank, by="owner_name") == [
+        ("EUR", "dan", 1, 7, 0, 0),
+        ("USD", "ann", 2, 80, 40, 30),
+        ("USD", "bob", 1, 50, 0, 0),
+        ("USD", "cy", 1, 0, 0, 0),
+    ]
+    assert totals(bank, by="metadata[team]", asset="USD") == [
+        ("USD", "blue", 1, 50, 0, 0),
+        ("USD", "red", 2, 80, 40, 30),
+        ("USD", None, 1, 0, 0, 0),
+    ]
+    red = {"metadata[team]": "red", "metadata[all]": "x"}
+    assert totals(bank, **red) == [("EUR", None, 1, 7, 0, 0), ("USD", None, 2, 80, 40, 30)]
+    assert totals(bank, owner_name="ann", by="metadata[all]") == [("USD", "x", 2, 80, 40, 30)]
+    assert totals(bank, status="FROZEN") == [("USD", None, 1, 0, 0, 0)]
+    assert totals(bank, owner_name="nobody") == []
+    for wrong in ({"by": "team"}, {"by": "metadata[]"}, {"status": "OPEN"}, {"limit": "5"}):
+        assert pointers(bank.get("/totals", **wrong)) == [f"/{next(iter(wrong))}"]
+
+
+def test_a_total_may_leave_64_bits_and_has_at_most_1000_rows(bank: "Bank") -> None:
+    columns = "id, owner_name, asset, status, balance, held, credit_limit, created_at, kind"
+    rich = f"'x' || i, 'o' || owner, 'USD', 'ACTIVE', 0, 0, {10**15}, 0, 'CUSTOMER', 0"
+    numbers = """WITH RECURSIVE numbers (i, owner) AS (SELECT 1, 1 UNION ALL
+        SELECT i + 1, i % 1000 FROM numbers WHERE i < 9300)"""
+    into = f"INSERT INTO account ({columns}, last_seq)"
+    bank.tamper(f"{numbers} {into} SELECT {rich} FROM numbers")
+    assert totals(bank) == [("USD", None, 9_300, 0, 0, 9_300 * 10**15)]
+    assert len(totals(bank, by="owner_name")) == 1_000
+    bank.given(alice=0)
+    assert pointers(bank.get("/totals", by="owner_name")) == ["/by"]
 
 
 def item(bank: "Bank", source: str, dest: str, amount: int, **others: Any) -> dict[str, Any]:
