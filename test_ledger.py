@@ -7559,6 +7559,11 @@ def test_a_mistake_of_the_server_is_logged_and_answered_in_one_line(
     assert f"the server made a mistake in request {refused.headers['X-Request-ID']}" in caplog.text
     assert "ZeroDivisionError" in caplog.text
     assert bank.app.state.log.lines[-1]["status"] == 500
+    # In a write too, where the batch lies between, the log tells in which function it was.
+    monkeypatch.setattr(ledger, "deposit", lambda *arguments, **others: 1 / 0)
+    bank.ids["x"] = NOBODY
+    assert refusal(bank.deposit("x", 1)) == (500, "internal_error")
+    assert "in create_deposit" in caplog.text
 
 
 def test_nothing_of_ours_is_framed(untouched: "Bank") -> None:
