@@ -6025,16 +6025,21 @@ def run_export(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def chosen_events(connection: Connection, options: argparse.Namespace) -> Iterator[list[Row]]:
-    """Return events, some at a time: from a time on, before another, of one account or of all."""
+    """Return events, some at a time: effective from a time on, before another, of an account."""
     touching = """SELECT * FROM event WHERE id = ANY(:ids) AND (account_id = :account OR EXISTS
         (SELECT 1 FROM entry WHERE transaction_id = event.id AND account_id = :account))
         ORDER BY id"""
     for events in portions(connection, "event"):
-        chosen = [event for event in events if options.start <= event["ts"] < options.to]
+        chosen = [event for event in events if options.start <= effective(event) < options.to]
         if options.account:
             ids = [event["id"] for event in chosen]
             chosen = connection.rows(touching, ids=ids, account=options.account)
         yield chosen
+
+
+def effective(event: Row) -> int:
+    """Return the time of an event, which is its caller's if that was told."""
+    return int(event["ts"] if event["effective_at"] is None else event["effective_at"])
 
 
 def exported(connection: Connection, events: Iterable[list[Row]]) -> Iterator[Row]:

@@ -9214,6 +9214,10 @@ def test_an_export_can_be_of_one_account_and_of_some_time(
     assert changes("--from", last["ts"]) == ["alice 0.05", "carol +0.05"]
     assert changes("--to", day) == [] == changes("--to", "2026-01-01T00:00:00+01:00")
     assert len(changes("--from", day)) == 8
+    # What happened outside before is of then.
+    bank.deposit("bob", 9, effective_at="1999-12-31").raise_for_status()
+    assert changes("--to", "2000-01-01") == ["system 0.09", "bob +0.09"]
+    assert exported_rows(bank, tmp_path, "--to", "2000-01-01")[0]["date"] == "1999-12-31"
     command = ["export", "--format", "csv", "--database-url", bank.database]
     assert ledger.main([*command, "--account", NOBODY]) == 1
     assert capsys.readouterr().err == f"ledger: There is no account {NOBODY}\n"
