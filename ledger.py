@@ -3945,6 +3945,8 @@ class SqliteConnection:
     clock = ":now"  # Which is given; a server has its own, for all who call it.
     mark = ""  # What lets others see that a write is under way, and those that they see so.
     writes = "SELECT 1 AS write WHERE 1 = 0"
+    # Waits in a block only for the results that it looks at: each wait is a thread's switch.
+    pipeline: Callable[..., Any] = nullcontext
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -3991,10 +3993,6 @@ class SqliteConnection:
             return time.monotonic() > self.deadline
 
         self.driver.set_progress_handler(is_over, STEP_INSTRUCTIONS)
-
-    def pipeline(self) -> Any:
-        """Wait in a block only for the results that it looks at: each wait is a thread's switch."""
-        return nullcontext()
 
     def interrupt(self) -> None:
         """End what another thread waits for on this connection."""
@@ -4103,6 +4101,7 @@ class Database:
     begin_read: str
     begin_write: str
     connect: Callable[..., SqliteConnection]  # Opens one that reads or, with `write=True`, writes.
+    long_turn: Callable[..., Any] = nullcontext  # Waits for what a long read must wait for.
 
     def __init__(self) -> None:
         self.make_threads()
@@ -4151,11 +4150,6 @@ class Database:
         """Open one consistent view of what is committed; `bound` is how long it may take."""
         with self._transaction(self._reading[bound], self.begin_read, bound) as connection:
             yield connection
-
-    @contextmanager
-    def long_turn(self) -> Iterator[None]:
-        """Wait for what a long read must wait for, in its thread."""
-        yield
 
     @contextmanager
     def write(self) -> Iterator[SqliteConnection]:
