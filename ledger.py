@@ -4135,6 +4135,10 @@ class Database:
         prometheus.Info("ledger", "The program and its tables", **new).info(versions)
         prometheus.ProcessCollector(**new)
 
+    def log_warning(self) -> str:
+        """Return what to say of a log beside the ledger that grows, if it does."""
+        return ""
+
     def require_present(self, *, to_write: bool) -> None:
         """Raise DatabaseLost where a write would go into nothing."""
 
@@ -4462,6 +4466,12 @@ class SqliteDatabase(Database):
             yield
         finally:
             self._long_reads.release()
+
+    def log_warning(self) -> str:
+        if self._log_bytes() <= 2 * LOG_BYTES_MAX:
+            return ""
+        why = "a program reads the ledger for long (see deploy/README.md, A log that grows)"
+        return f"{self._log} has more than {2 * LOG_BYTES_MAX >> 20} MB: {why}"
 
     def _log_bytes(self) -> int:
         with suppress(OSError):
@@ -5556,9 +5566,12 @@ def silence_others() -> None:
         logging.getLogger(other).disabled = True
 
 
+WELL_AGAIN = "this machine's clock is right again", "the log beside the ledger is small again"
+
+
 async def work_for_ever(ledger: Ledger) -> None:
     """Post receipts, and credit what falls due by the server's clock, within a second or so."""
-    database, told = ledger.database, ""
+    database, told = ledger.database, ("", "")
     async with asyncio.TaskGroup() as tasks:
         while True:
             try:
@@ -5567,9 +5580,11 @@ async def work_for_ever(ledger: Ledger) -> None:
                 clocks = await database.run_read(read_clocks)
                 if clocks["version"] != SCHEMA_VERSION:
                     database.fault = LedgerUpgraded()
-                if (warning := clock_warning(database, clocks)) != told:
-                    log.warning(warning or "this machine's clock is right again")
-                    told = warning
+                warnings = clock_warning(database, clocks), database.log_warning()
+                for warning, last, well in zip(warnings, told, WELL_AGAIN, strict=True):
+                    if warning != last:
+                        log.warning(warning or well)
+                told = warnings
                 await start_deliveries(ledger, tasks)
                 await ledger.credit_due("SERVER", clocks["now"])
                 with suppress(IndexError):  # Another thread writes, and does it then.

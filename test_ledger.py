@@ -6111,20 +6111,24 @@ def test_a_log_that_a_long_reader_has_let_grow_is_cut(
 
 @on_sqlite
 def test_a_server_looks_after_its_log_while_nothing_comes(
-    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = Path(f"{file_of(bank.database)}-wal")
     bank.given(alice=100)
-    monkeypatch.setattr(ledger, "LOG_BYTES_MAX", log.stat().st_size // 2)
+    monkeypatch.setattr(ledger, "LOG_BYTES_MAX", log.stat().st_size // 3)
     monkeypatch.setattr(ledger, "POLL_SECONDS", 0.01)
 
     async def work() -> None:
         working = asyncio.create_task(ledger.work_for_ever(bank.ledger))
-        while log.stat().st_size:
+        while len(caplog.messages) < 2:
             await asyncio.sleep(0.01)
         working.cancel()
 
     bank.runner.run(asyncio.wait_for(work(), 60))
+    assert log.stat().st_size == 0
+    grown, small = caplog.messages
+    assert f"{log} has more than 0 MB: a program reads the ledger for long" in grown
+    assert small == "the log beside the ledger is small again"
 
 
 def is_synced(bank: "BankInside") -> str:
