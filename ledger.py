@@ -317,7 +317,7 @@ EVENT_TYPES = {
     "update_account": "account.updated", "unfreeze": "account.unfrozen", "close": "account.closed",
     "hold": "hold.created", "void": "hold.voided", "add_key": "key.added",
     "revoke_key": "key.revoked", "add_webhook": "webhook.added",
-    "remove_webhook": "webhook.removed", "add_asset": "asset.added",
+    "remove_webhook": "webhook.removed", "add_asset": "asset.added", "expire": "hold.expired",
 }  # fmt: skip
 # Capitals, which the kinds of transactions have, come before.
 IS_TRANSACTION, NO_ENTRIES = "kind < 'a'", "kind >= 'a'"
@@ -540,7 +540,8 @@ class Book:
         self.now, self.last_time = utc_now(), 0  # The latter is of the last id, in 2^-12 ms.
         self.random = random_digits()
         self.is_tidy = True  # Whether all holds that have expired were released.
-        self.command: Command  # The one whose turn it is.
+        # What is recorded of the command whose turn it is; before the first it is the system's.
+        self.asked: Row = {"caller": "system", "arguments": "{}", "effective_at": None}
         self.accounts: dict[str, Account] = {}
         self.assets: dict[str, Any] = {}  # Those of one's own that were looked for.
         self.inserts: dict[str, list[Row]] = defaultdict(list)
@@ -581,10 +582,9 @@ class Book:
 
     def record(self, kind: str, account: Account | None, **event: Any) -> str:
         """Add an event of the command whose turn it is, and return its id."""
-        row: Row = {"id": self.new_id(), "kind": kind, "memo": None, "ts": self.now}
-        row |= {"effective_at": self.command.effective_at, "caller": self.command.caller}
-        row |= {"account_id": account and account.id, "arguments": self.command.arguments}
-        row |= {"external_id": None, "notes": None, "reverses": None, "credit_limit": None} | event
+        row: Row = {"id": self.new_id(), "kind": kind, "memo": None, "ts": self.now, **self.asked}
+        row |= {"account_id": account and account.id, "external_id": None, "notes": None}
+        row |= {"reverses": None, "credit_limit": None, **event}
         self.insert("event", row)
         self.index_metadata(row)
         return str(row["id"])
@@ -656,6 +656,9 @@ class Book:
             self.is_tidy = len(expired) <= EXPIRED_MAX
             for hold in expired[:EXPIRED_MAX]:
                 self.release(hold, status="EXPIRED")
+                asked = {"caller": "system", "arguments": json.dumps({"hold_id": hold["id"]})}
+                account = self.accounts[hold["account_id"]]
+                self.record("expire", account, effective_at=None, **asked)
 
     def release(self, hold: Row, **changes: Any) -> None:
         """End a hold, which makes what it held available."""
@@ -869,7 +872,8 @@ def execute_command(command: Command, book: Book, known: dict[str, Row]) -> Answ
         if stored["fingerprint"] == fingerprint:
             return Answer(stored["status"], stored["body"], stored["location"], replayed=True)
         return IdempotencyKeyReused("This key was used for something else").to_answer()
-    book.command = command
+    book.asked = {"caller": command.caller, "arguments": command.arguments}
+    book.asked["effective_at"] = command.effective_at
     try:
         answer = book.attempt(command.run) or DONE
         book.keep()
@@ -1198,7 +1202,7 @@ def pay(book: Book, account_id: str, *, amount: int, payee: str = "merchants", *
     require_open_loop(book, account)
     contra = book.system_account(payee, account.asset)
     payment_id = book.post("PAYMENT", [Leg(account, -amount), Leg(contra, +amount)], **event)
-    effective_at, number = book.command.effective_at, None
+    effective_at, number = book.asked["effective_at"], None
     if effective_at is not None:
         # Without a gap: the payee's account is locked until the commit.
         [last] = book.ask("SELECT max(number) AS number FROM scheduled_cashback")
@@ -1368,7 +1372,7 @@ def change_account(book: Book, reference: str, **changes: Any) -> Account:
         require_open_loop(book, account)
         require_limit(account, limit)
         before = {"before": {"credit_limit": account.credit_limit}}
-        told = json.dumps(json.loads(book.command.arguments) | before)
+        told = json.dumps(json.loads(book.asked["arguments"]) | before)
         event = {"credit_limit": limit, "arguments": told}
     book.record("update_account", account, **event)
     book.change("account", vars(account), **changes)
@@ -1430,12 +1434,13 @@ class HoldPublic(Public):
 
 
 class Hold(HoldPublic, table=True):
-    """Every hold; one that has expired is PENDING here until somebody needs its money."""
+    """Every hold; one that has expired is PENDING here for a moment, while nobody needs it."""
 
     __table_args__ = (
         sa.Index("hold_from", "account_id", "id"),
         sa.Index("hold_to", "dest_account_id", "id"),
         partial_index("hold_pending", "account_id", "expires_at", where=PENDING),
+        partial_index("hold_due", "expires_at", where=PENDING),
         partial_index("hold_external_id", "external_id", where=HAS_EXTERNAL_ID, unique=True),
         sa.CheckConstraint("status IN ('PENDING', 'CAPTURED', 'VOIDED', 'EXPIRED')"),
         sa.CheckConstraint("amount >= 1 AND captured_amount BETWEEN 0 AND amount"),
@@ -1500,6 +1505,15 @@ def pending_hold(book: Book, hold_id: str) -> Row:
     if status != "PENDING":
         raise HOLD_ENDS[status](f"This hold is {status}", hold_id)
     return hold
+
+
+EXPIRED_HOLDS = f"SELECT account_id FROM hold WHERE {IS_OVER} ORDER BY expires_at LIMIT :limit"  # noqa: S608
+
+
+def expire_holds(book: Book) -> None:
+    """End up to 100 holds whose time is over: to load their accounts does it."""
+    due = book.ask(EXPIRED_HOLDS, now=book.now, limit=100)
+    book.lock({row["account_id"] for row in due})
 
 
 # ===== Part two: HTTP
@@ -3293,8 +3307,8 @@ def fact(event: Row, stored: Row) -> Any:
         return {"id": event["account_id"]} | ({"status": status} if status else asked)
     if not stored:
         return asked or told
-    if kind in ("hold", "void"):
-        then = {"status": "VOIDED" if kind == "void" else "PENDING", "transaction_id": None}
+    if status := {"hold": "PENDING", "void": "VOIDED", "expire": "EXPIRED"}.get(kind):
+        then = {"status": status, "transaction_id": None}
         return HoldPublic(**stored | then | {"captured_amount": 0})
     owner = asked.get("owner_name") or (stored["name"] or "").partition(":")[2]
     notes = json.dumps(asked["metadata"]) if "metadata" in asked else None
@@ -3404,14 +3418,16 @@ class Books:
 def open_ledger(database_url: str, *, caller: str = "local") -> Books:
     """Open a ledger for this program, or begin a new one, or raise StartupError.
 
-    What is due by the clock is credited now; later, a server does that, or who opens it next.
+    What is due by the clock is credited now, and holds end; later, a server does that, or who opens
+    it next.
     """
     database = database_at(database_url)
     try:
         database.open(make=True)
         ledger = Ledger(database)
-        due = partial(credit_cashbacks, clock="SERVER", until=utc_now())
-        retry_while_busy(partial(ledger.commit, [Command("system", "{}", due)]))
+        due = (partial(credit_cashbacks, clock="SERVER", until=utc_now()), expire_holds)
+        commands = [Command("system", "{}", run) for run in due]
+        retry_while_busy(partial(ledger.commit, commands))
     except BaseException:
         database.close()
         raise
@@ -4839,6 +4855,11 @@ CHECKS = {
             SELECT id, held, (SELECT COALESCE(SUM(amount), 0) FROM hold
             WHERE account_id = account.id AND {PENDING}) AS pending FROM account
         ) AS stood WHERE held <> pending""",  # noqa: S608
+        """SELECT 'event ' || event.id || ' says that a hold expired' AS wrong FROM event
+        LEFT JOIN hold ON hold.id = substr(arguments, 14, 36)
+        WHERE event.kind = 'expire' AND (status = 'EXPIRED') IS NOT TRUE""",
+        """SELECT arguments || ' expired twice' AS wrong FROM event WHERE kind = 'expire'
+        GROUP BY arguments HAVING count(*) > 1""",
         """SELECT 'hold ' || hold.id || ' was not captured as it says' AS wrong FROM hold
         LEFT JOIN event ON event.id = hold.transaction_id AND kind = 'CAPTURE'
         LEFT JOIN entry ON entry.transaction_id = event.id AND entry.account_id = hold.account_id
@@ -5123,7 +5144,7 @@ def alter(connection: Connection, table: sa.Table, brought: Mapping[str, str]) -
 
 BUSIEST = ("/transfers", "/accounts/{account_id}", "/accounts/{account_id}/statement")
 DIALECTS = (api, wallets, bank, atm)
-POLL_SECONDS = 1.0
+POLL_SECONDS, EXPIRIES_MAX = 1.0, 50
 ALL_HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"x-frame-options": b"DENY",
@@ -5570,7 +5591,7 @@ WELL_AGAIN = "this machine's clock is right again", "the log beside the ledger i
 
 
 async def work_for_ever(ledger: Ledger) -> None:
-    """Post receipts, and credit what falls due by the server's clock, within a second or so."""
+    """Post receipts, credit what falls due by the clock, and end holds, within a second or so."""
     database, told = ledger.database, ("", "")
     async with asyncio.TaskGroup() as tasks:
         while True:
@@ -5587,6 +5608,7 @@ async def work_for_ever(ledger: Ledger) -> None:
                 told = warnings
                 await start_deliveries(ledger, tasks)
                 await ledger.credit_due("SERVER", clocks["now"])
+                await expire_due(ledger, clocks["now"])
                 with suppress(IndexError):  # Another thread writes, and does it then.
                     database.after_commit(rows_max=-1)
             except LedgerError as error:
@@ -5594,6 +5616,15 @@ async def work_for_ever(ledger: Ledger) -> None:
             except Exception:
                 log.exception("receipts or cashbacks met a mistake, and will be tried again")
             await asyncio.sleep(POLL_SECONDS)
+
+
+async def expire_due(ledger: Ledger, now: int) -> None:
+    """End the holds whose time is over, some at a time, so that no caller waits for many."""
+    among = {"now": now, "limit": 1}
+    for _ in range(EXPIRIES_MAX):
+        if not await ledger.database.run_read(lambda books: books.rows(EXPIRED_HOLDS, **among)):
+            break
+        await ledger.submit(Command("system", "{}", expire_holds))
 
 
 def clock_warning(database: Database, clocks: Row) -> str:

@@ -352,7 +352,6 @@ def test_sqlite_takes_no_fraction_for_an_amount(bank: "Bank") -> None:
 def book_of(**balances: int) -> tuple[ledger.Book, dict[str, ledger.Account]]:
     """Return an open batch, and its accounts: some names say what is special about them."""
     book = ledger.Book(None)  # type: ignore[arg-type]
-    book.command = ledger.Command("test", "{}", lambda book: None)
     accounts = [
         ledger.Account(
             id=name,
@@ -1811,6 +1810,7 @@ class AnyStory(stateful.RuleBasedStateMachine):
         self.status: dict[str, str] = {}
         self.assets: dict[str, str] = {}
         self.limits: Counter[str] = Counter()
+        self.ended = 0  # How many holds by their time.
         self.promised: Counter[str] = Counter()
         self.holds: dict[str, Promise] = {}
         self.moves: dict[str, dict[str, int]] = {}
@@ -2030,9 +2030,14 @@ class AnyStory(stateful.RuleBasedStateMachine):
         if self.expect(code, self.bank.step, name, step):
             self.status[name] = status
 
-    @stateful.rule()
-    def pass_a_day(self) -> None:
+    @stateful.rule(tell=st.booleans())
+    def pass_a_day(self, tell: bool) -> None:
         self.bank.pass_time(DAY)
+        self.ended += sum(h.days == 1 and not h.end for h in self.holds.values())
+        if tell:
+            self.bank.execute(ledger.expire_holds)
+            told = self.bank.rows("SELECT count(*) FROM event WHERE kind = 'expire'")
+            assert told == [(self.ended,)]
         for hold, promise in self.holds.items():
             self.holds[hold] = promise._replace(days=promise.days - 1)
             if promise.days == 1 and not promise.end:
@@ -3469,7 +3474,8 @@ def test_an_event_tells_the_same_for_ever(bank: "BankInside") -> None:
         events = bank.get("/events").json()["items"]
         assert events[: len(told)] == told
         told = events
-    assert len(told) == 14
+    # The third hold expired, which the reversal told, since it needed its money.
+    assert len(told) == 15
 
 
 def test_accounts_of_every_dialect_are_told_as_they_were_opened(demo: "Bank") -> None:
@@ -3488,6 +3494,93 @@ def test_accounts_of_every_dialect_are_told_as_they_were_opened(demo: "Bank") ->
     for account in opened:
         assert (funds_of(account), account["status"]) == ((0, 0, 0), "ACTIVE")
         assert account["metadata"] == {}
+
+
+def ended_by_time(bank: "Bank") -> list[tuple[str, str, str]]:
+    """Return the holds that expired, with who said so in the audit log."""
+    events = bank.get("/events", limit=200).json()["items"]
+    told = [event for event in events if event["type"] == "hold.expired"]
+    logged = {one["id"]: one for one in bank.get("/audit", limit=200).json()["items"]}
+    return [
+        (each["data"]["id"], each["data"]["status"], logged[each["id"]]["action"]) for each in told
+    ]
+
+
+def test_a_hold_that_expires_is_told_once_at_the_first_write_that_needs_it(
+    bank: "BankInside",
+) -> None:
+    bank.given(alice=100, bob=0)
+    first, second = (bank.promised("alice", "bob", 10, expires_in=n) for n in (1, 3))
+    bank.pass_time(2_000_000)
+    # A read that comes earlier tells nothing, and shows that it has expired.
+    assert bank.get(f"/holds/{first}").json()["status"] == "EXPIRED"
+    assert ended_by_time(bank) == []
+    assert bank.transfer("alice", "bob", 90).status_code == 200
+    assert ended_by_time(bank) == [(first, "EXPIRED", "expire")]
+    [event] = [e for e in bank.get("/events").json()["items"] if e["type"] == "hold.expired"]
+    assert (event["caller"], event["data"]["captured_amount"]) == ("system", 0)
+    bank.pass_time(2_000_000)
+    for _ in range(2):
+        bank.runner.run(ledger.expire_due(bank.ledger, ledger.utc_now()))
+    assert [hold for hold, *_ in ended_by_time(bank)] == [first, second]
+    # Neither is a frozen account in the way, nor is a hold told that ended otherwise.
+    third, voided = (bank.promised("alice", "bob", 5, expires_in=1) for _ in range(2))
+    bank.void(voided)
+    bank.step("alice", "freeze")
+    bank.pass_time(2_000_000)
+    bank.runner.run(ledger.expire_due(bank.ledger, ledger.utc_now()))
+    assert [hold for hold, *_ in ended_by_time(bank)] == [first, second, third]
+    assert bank.wrong() == []
+
+
+def test_a_refused_command_tells_of_no_expiry(bank: "BankInside") -> None:
+    bank.given(alice=100, bob=0)
+    hold = bank.promised("alice", "bob", 10, expires_in=1)
+    bank.pass_time(2_000_000)
+    # Its accounts are loaded within the batch, so that the release is taken back with the rest.
+    bank.ledger.commit(
+        [command_of(ledger.transfer, bank.ids["alice"], bank.ids["bob"], amount=999)]
+    )
+    assert bank.rows("SELECT status FROM hold") == [("PENDING",)]
+    assert ended_by_time(bank) == []
+    bank.deposit("alice", 1)
+    assert ended_by_time(bank) == [(hold, "EXPIRED", "expire")]
+
+
+def test_a_thousand_holds_that_expire_at_once_let_callers_go_on(bank: "BankInside") -> None:
+    bank.given(alice=2_000, bob=0, carol=0)
+
+    def promise(book: ledger.Book) -> None:
+        place = partial(ledger.place_hold, book, bank.ids["alice"], bank.ids["bob"])
+        for _ in range(1_000):
+            place(amount=1, expires_in=1, external_id=None)
+
+    bank.execute(promise)
+    bank.pass_time(2_000_000)
+
+    async def deposit_meanwhile() -> list[httpx.Response]:
+        path, key = f"/accounts/{bank.ids['carol']}/deposit", {"Idempotency-Key": new_key()}
+        expiring = ledger.expire_due(bank.ledger, ledger.utc_now())
+        sent = bank.ask("POST", path, json={"amount": 1}, headers=key)
+        return [answer for answer in await asyncio.gather(expiring, sent) if answer]
+
+    [answer] = bank.runner.run(deposit_meanwhile())
+    assert answer.json()["balance"] == 1
+    assert bank.rows("SELECT status, count(*) FROM hold GROUP BY status") == [("EXPIRED", 1_000)]
+    assert bank.rows("SELECT count(*) FROM event WHERE kind = 'expire'") == [(1_000,)]
+    assert bank.wrong() == []
+
+
+def test_a_server_tells_of_an_expiry_by_itself_and_two_do_once(servers: "Bank") -> None:
+    servers.given(exa=100, exb=0)
+    hold = servers.promised("exa", "exb", 10, expires_in=1)
+    query = f"""SELECT caller, ts - expires_at FROM event JOIN hold ON hold.id = '{hold}'
+        WHERE event.kind = 'expire' AND event.account_id = '{servers.ids["exa"]}'"""
+    wait_until(lambda: servers.rows(query) != [])
+    [(caller, late)] = servers.rows(query)
+    assert (caller, late >= 0) == ("system", True)
+    assert servers.get(f"/holds/{hold}").json()["status"] == "EXPIRED"
+    assert servers.rows(f"SELECT held FROM account WHERE id = '{servers.ids['exa']}'") == [(0,)]
 
 
 def test_holds_of_one_batch_are_told_each_in_its_event(bank: "BankInside") -> None:
@@ -6772,6 +6865,8 @@ def test_the_check_finds_an_entry_below_the_limit_of_its_time(bank: "Bank") -> N
         ("UPDATE hold SET captured_amount = 1 WHERE status = 'CAPTURED'", "was not captured as"),
         ("UPDATE hold SET status = 'VOIDED' WHERE status = 'PENDING'", "its pending holds are 0"),
         ("UPDATE hold SET id = 'ZZ' WHERE status = 'PENDING'", "hold ZZ has no UUID"),
+        ("UPDATE event SET kind = 'expire' WHERE kind = 'hold'", "says that a hold expired"),
+        ("UPDATE event SET kind = 'expire', arguments = '{}' WHERE kind = 'hold'", "expired twice"),
         ("UPDATE event SET reverses = (SELECT id FROM event WHERE kind = 'DEPOSIT') "
          "WHERE kind = 'REVERSAL'", "round"),
         ("UPDATE event SET reverses = NULL WHERE kind = 'REVERSAL'", "CHECK"),
