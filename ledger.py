@@ -1767,24 +1767,18 @@ class Asked:
             raise Unauthorized("Send one key or token: X-API-Key, or Authorization: Bearer")
         return credential.strip()
 
-    async def body(
-        self, receive: Receive, room: Room, bytes_max: int, admit: Callable[[], Any]
-    ) -> bytes:
+    async def body(self, receive: Receive, room: Room, bytes_max: int) -> bytes:
         """Return the body, or raise BodyTooLarge without reading on.
 
-        More than 64 KiB is read only of callers who may send it, and what does not come at once
-        takes room that all of them share.
+        What does not come at once takes room that all callers share.
         """
         if b"upgrade" in self.headers:
             # The HTTP parser drops such a body, and takes what follows for the next request.
             raise MalformedJson("This server stays with HTTP/1.1: send no Upgrade with a body")
         declared = self.headers.get(b"content-length", b"0").lstrip(b"0")
         size = int(declared or 0) if len(declared) < 10 else bytes_max + 1
-        body, more, is_known = b"", True, False
+        body, more = b"", True
         while more and size <= bytes_max:
-            if size > BODY_BYTES_MAX and not is_known:
-                await admit()
-                is_known = True
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise MalformedJson("The body did not arrive as a whole")
@@ -2151,11 +2145,13 @@ class LedgerRoute(APIRoute):
     async def answer(self, scope: Scope, receive: Receive, app: Any) -> Answer | Response:
         """Return the answer, or raise a LedgerError that says what is wrong."""
         asked: Asked = scope["ledger"]
-        admit, body = partial(self.admit, app.callers, scope, asked), b""
+        bytes_max, body = self.policy.body_bytes_max, b""
+        if bytes_max > BODY_BYTES_MAX:  # So much is read only of callers who may send it.
+            await self.admit(app.callers, scope, asked)
         if self.writes:
             # Before the caller is known: it may take its time, and a key may be revoked meanwhile.
-            body = await asked.body(receive, app.receiving, self.policy.body_bytes_max, admit)
-        caller = await admit()
+            body = await asked.body(receive, app.receiving, bytes_max)
+        caller = await self.admit(app.callers, scope, asked)
         if self.writes:
             self.take_key(asked, asked.headers.get(b"idempotency-key"))
         arguments = self.parse(scope, asked, self.document_of(asked, body))
