@@ -4107,6 +4107,7 @@ class Database:
 
     inline = False  # Whether it is called on the event loop itself.
     is_open = False
+    is_upgrading = False
     fault: LedgerError | None = None  # Of the last write, where the disk is to blame.
     news = ""  # What was done to it when it was opened.
     name: str  # What the operator knows it by, without any password.
@@ -4154,9 +4155,10 @@ class Database:
     def require_present(self, *, to_write: bool) -> None:
         """Raise DatabaseLost where a write would go into nothing."""
 
-    def keep(self, suffix: str) -> str:
-        """Keep a file as it is, beside it, and say so."""
-        return ""
+    @contextmanager
+    def kept(self, suffix: str) -> Iterator[str]:
+        """Keep a copy of a file beside it, unless the block fails; give what is said of that."""
+        yield ""
 
     def after_commit(self, rows_max: int = 0) -> None:
         """Do what is to be done now and then, or when so many rows were written."""
@@ -4237,12 +4239,13 @@ class Database:
                 if not (make and self.inline):
                     how = f"python ledger.py upgrade brings it to version {SCHEMA_VERSION}"
                     raise StartupError(f"{self.name} is a ledger of version {version}: {how}")
-                self.news = upgrade(self)
-                log.warning(self.news)
+                if news := upgrade(self):
+                    self.news = news
+                    log.warning(news)
             if make:
                 retry_while_busy(partial(complete_schema, self))
             self.is_open = True
-        except LedgerError as error:
+        except (LedgerError, OSError, *DRIVER_ERRORS) as error:
             raise StartupError(f"cannot open {self.name}: {one_line(error)}") from error
 
     def close(self) -> None:
@@ -4360,8 +4363,12 @@ WRITER_PRAGMAS = """PRAGMA busy_timeout = 0; PRAGMA synchronous = FULL; PRAGMA f
     PRAGMA recursive_triggers = ON; PRAGMA cache_size = -12288; PRAGMA wal_autocheckpoint = 0;
     PRAGMA journal_size_limit = 67108864"""
 READER_PRAGMAS = "PRAGMA busy_timeout = 1000; PRAGMA query_only = ON; PRAGMA cache_size = -1024"
+# A table is made anew while others refer to it, which the check sees to, in files if it is large.
+UPGRADE_PRAGMAS = """PRAGMA foreign_keys = OFF; PRAGMA legacy_alter_table = ON;
+    PRAGMA temp_store = FILE"""
 # A log that has grown beyond the limit above is cut as soon as it begins anew.
 LOG_BYTES_MAX, LOG_SECONDS_MAX = 134_217_728, 2.0
+HEADERS: dict[Any, int] = {}  # By a file's identity, where its header is read.
 CHECKPOINT_ROWS = 6_000  # Some 25 MB of log in large batches, and 40 in batches of one.
 
 
@@ -4398,6 +4405,8 @@ class SqliteDatabase(Database):
             # A new ledger is made without a log, so that it is one file when it gets its name.
             if write and driver.execute("PRAGMA page_count").fetchone()[0]:
                 driver.executescript("PRAGMA journal_mode = WAL; PRAGMA temp_store = MEMORY")
+            if self.is_upgrading:
+                driver.executescript(UPGRADE_PRAGMAS)
         except sqlite3.Error:
             driver.close()
             raise
@@ -4423,15 +4432,25 @@ class SqliteDatabase(Database):
         """Refuse what is left of a ledger, before SQLite opens it, which may destroy it."""
         # The log first, because another server may just give one to a ledger that was restored.
         logs = [log for log in self._logs if os.path.exists(log) and os.path.getsize(log)]
-        header, links = b"", 0
-        with suppress(FileNotFoundError), self.path.open("rb") as file:
-            header, links = file.read(20), os.fstat(file.fileno()).st_nlink
-        for rest in (*logs, *[self.path] * links) if not header else ():
+        size, links = 0, 0
+        with suppress(FileNotFoundError):
+            size, links = self.path.stat().st_size, self.path.stat().st_nlink
+        for rest in (*logs, *[self.path] * links) if not size else ():
             raise StartupError(f"{rest} is there without its ledger: restore that or remove this")
         if links > 1:
             raise StartupError(f"{self.path} is one of {links} links to a file: remove the others")
-        if self._log in logs and header[18:20] != b"\2\2":  # As a backup's, which needs no log.
+        if self._log in logs and not self._may_have_log():
             raise StartupError(f"{self._log} is not of this ledger, which has no log: remove it")
+
+    def _may_have_log(self) -> bool:
+        """Tell whether a file says that it has a log; a backup says that it has none."""
+        identity = tuple(os.stat(self.path)[1:3])
+        if identity not in HEADERS:
+            # For ever, because to close it would end the locks of this process on this file.
+            HEADERS[identity] = os.open(self.path, os.O_RDONLY)
+        with open(HEADERS[identity], "rb", closefd=False) as file:
+            file.seek(18)
+            return file.read(2) == b"\2\2"
 
     @contextmanager
     def new(self) -> Iterator[Database]:
@@ -4497,11 +4516,18 @@ class SqliteDatabase(Database):
             if driver.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()[0]:
                 raise DatabaseBusy
 
-    def keep(self, suffix: str) -> str:
-        copied = Path(f"{self.path}{suffix}")
-        copied.unlink(missing_ok=True)
+    @contextmanager
+    def kept(self, suffix: str) -> Iterator[str]:
+        for again in range(100):  # What is there already may be wanted.
+            copied = Path(f"{self.path}{suffix}{f'.{again}' if again else ''}")
+            if not os.path.lexists(copied):
+                break
         self.copy_to(copied)
-        return f"; as it was before: {copied}"
+        try:
+            yield f"; as it was before: {copied}"
+        except BaseException:
+            copied.unlink()
+            raise
 
     def copy_to(self, file: Path) -> None:
         """Copy what is committed into a new file, while it is in use."""
@@ -4718,8 +4744,8 @@ def create_indexes(connection: Connection, table: sa.Table) -> None:
             connection.driver.execute(in_words(connection, sa.schema.CreateIndex(index)))
 
 
-def create_triggers(connection: Connection) -> None:
-    """Make the triggers, which refuse what they are told to, and record what was made."""
+def create_triggers(connection: Connection, beside: set[str]) -> None:
+    """Make the triggers, which refuse what they are told to; record what was made, of ours."""
     execute = connection.driver.execute
     for name, (moment, refused) in TRIGGERS.items():
         if connection.engine == "sqlite":
@@ -4734,8 +4760,9 @@ def create_triggers(connection: Connection) -> None:
         if "BEFORE DELETE" in moment:
             whole = f"{moment.replace('DELETE', 'TRUNCATE')} EXECUTE FUNCTION {name}()"
             execute(f"CREATE TRIGGER {name}_whole {whole}")
-    made = json.dumps(connection.rows(connection.schema))
-    connection.insert("schema_version", [{"version": SCHEMA_VERSION, "description": made}])
+    made = [row for row in connection.rows(connection.schema) if row["name"] not in beside]
+    described = {"version": SCHEMA_VERSION, "description": json.dumps(made)}
+    connection.insert("schema_version", [described])
 
 
 FIRST_TABLES = {
@@ -4756,7 +4783,7 @@ def stored_version(connection: Connection) -> int:
         lacking = ", ".join(sorted(FIRST_TABLES - found))
         why = f"it has no table {lacking}; only the ledger.py that made it reads it"
         raise StartupError(f"this is a ledger from before version 1: {why}")
-    version = max(versions, default=0)
+    version = max(versions, default=0) * (len(versions) == 1)
     if version > SCHEMA_VERSION:
         known = f"this ledger.py, {__version__}, knows those until {SCHEMA_VERSION}"
         raise StartupError(f"this is a ledger of version {version}, and {known}: use a later one")
@@ -4770,17 +4797,23 @@ def complete_schema(database: Database) -> None:
     with database.write() as connection:
         lock_schema(connection)
         if not stored_version(connection):
+            beside = {row["name"] for row in connection.rows(connection.schema)}
             create_tables(connection)
-            create_triggers(connection)
-        known = {row["code"] for row in connection.rows("SELECT code FROM asset")}
-        book = Book(connection)
-        book.follow(connection.rows(NEWEST[0]))
-        for code in ASSETS.keys() - known:
-            book.insert("asset", dict(vars(ASSETS[code])))
-        stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
-        for name, code in sorted(SYSTEM_ACCOUNTS - stored):
-            book.open("system", code, name, kind="SYSTEM")
-        connection.save(book.inserts, book.updates)
+            create_triggers(connection, beside)
+        open_known(connection)
+
+
+def open_known(connection: Connection) -> None:
+    """Add the known assets and system accounts that are missing."""
+    known = {row["code"] for row in connection.rows("SELECT code FROM asset")}
+    book = Book(connection)
+    book.follow(connection.rows(NEWEST[0]))
+    for code in ASSETS.keys() - known:
+        book.insert("asset", dict(vars(ASSETS[code])))
+    stored = {tuple(row.values()) for row in connection.rows(SYSTEM_STORED)}
+    for name, code in sorted(SYSTEM_ACCOUNTS - stored):
+        book.open("system", code, name, kind="SYSTEM")
+    connection.save(book.inserts, book.updates)
 
 
 # For each reference, the query that finds a row without the row that it refers to.
@@ -4946,10 +4979,15 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
 
 def others_of(connection: Connection) -> set[str]:
     """Return what others have put beside the ledger; a trigger of theirs is none of that."""
+    triggers = {r["name"] for r in connection.rows(connection.schema) if r["kind"] == "trigger"}
+    return beside_of(connection) - triggers
+
+
+def beside_of(connection: Connection) -> set[str]:
+    """Return the names in the database that are none of what was made."""
     [made, *_] = connection.rows("SELECT description FROM schema_version")
     ours = {row["name"] for row in json.loads(made["description"])}
-    now = connection.rows(connection.schema)
-    return {row["name"] for row in now if row["kind"] != "trigger"} - ours
+    return {row["name"] for row in connection.rows(connection.schema)} - ours
 
 
 def check_events(connection: Connection) -> tuple[int, list[str]]:
@@ -5040,15 +5078,12 @@ def brought_since(version: int) -> dict[str, dict[str, str]]:
 
 
 def upgrade(database: Database) -> str:
-    """Bring a ledger to this version in one write, a file after a copy of it; say what was done."""
-    connection = database.connect(write=True)
-    if connection.engine == "sqlite":
-        # A table is made anew while others refer to it, which `check` sees to in the end.
-        connection.driver.executescript("PRAGMA foreign_keys = 0; PRAGMA legacy_alter_table = 1")
-    database._writing.append(connection)
+    """Bring a ledger to this version in one write, a file after a copy, and say what was done."""
+    database.is_upgrading = True
     try:
         return retry_while_busy(partial(upgrade_at_once, database))
     finally:
+        database.is_upgrading = False
         database.disconnect()
 
 
@@ -5058,18 +5093,26 @@ def upgrade_at_once(database: Database) -> str:
         lock_schema(connection)
         version = stored_version(connection)
         if version == SCHEMA_VERSION:
-            return f"{database.name} is a ledger of version {version} already"
-        kept = database.keep(f".version-{version}")
-        drop_triggers(connection)
-        reshape(connection, brought_since(version))
-        for later in range(version + 1, SCHEMA_VERSION + 1):
-            for step in STEPS.get(later, ()):
-                step(connection)
-        create_triggers(connection)
-        for _, _, wrong in check(connection):
-            if wrong:
-                raise StartupError(f"{database.name} was not upgraded: {wrong[0]}")
+            return ""  # Another start was first.
+        with database.kept(f".version-{version}") as kept:
+            beside = beside_of(connection)
+            drop_triggers(connection)
+            reshape(connection, brought_since(version))
+            finish(connection, version, beside)
     return f"{database.name} was upgraded from version {version} to {SCHEMA_VERSION}{kept}"
+
+
+def finish(connection: Connection, version: int, beside: set[str]) -> None:
+    """Do what versions after one do to its rows, make triggers, and check the whole."""
+    for later in range(version + 1, SCHEMA_VERSION + 1):
+        for step in STEPS.get(later, ()):
+            step(connection)
+    connection.execute("DELETE FROM schema_version")
+    create_triggers(connection, beside)
+    open_known(connection)
+    for _, _, wrong in check(connection):
+        if wrong:
+            raise StartupError(f"nothing was done: {wrong[0]}")
 
 
 def lock_schema(connection: Connection) -> None:
@@ -5079,12 +5122,11 @@ def lock_schema(connection: Connection) -> None:
 
 
 def drop_triggers(connection: Connection) -> None:
-    """Remove the triggers that were made, and what was recorded of them."""
+    """Remove the triggers that were made."""
     [made] = connection.rows("SELECT description FROM schema_version")
     for name in sorted({row["name"] for row in json.loads(made["description"])}):
         if re.search("_(at_insert|at_update|unchanged|kept)$", name):
             connection.execute(connection.drop_trigger.format(name))
-    connection.execute("DELETE FROM schema_version")
 
 
 def reshape(connection: Connection, brought: Mapping[str, Mapping[str, str]]) -> None:
@@ -5106,10 +5148,15 @@ def make_anew(connection: Connection, table: sa.Table, brought: Mapping[str, str
     stored = connection.rows("SELECT sql FROM sqlite_schema WHERE name = :name", name=table.name)
     if stored != [{"sql": make}]:
         values = ", ".join(brought.get(column.name, column.name) for column in table.columns)
-        execute(f"ALTER TABLE {table} RENAME TO earlier")
+        query = "SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND tbl_name = :name"
+        beside = beside_of(connection)
+        indexes = [r for r in connection.rows(query, name=table.name) if r["name"] in beside]
+        execute(f"ALTER TABLE {table} RENAME TO ledger_earlier")
         execute(make)
-        execute(f"INSERT INTO {table} SELECT {values} FROM earlier")  # noqa: S608
-        execute("DROP TABLE earlier")
+        execute(f"INSERT INTO {table} SELECT {values} FROM ledger_earlier")  # noqa: S608
+        execute("DROP TABLE ledger_earlier")
+        for index in indexes:  # Of others.
+            execute(index["sql"])
 
 
 def alter(connection: Connection, table: sa.Table, brought: Mapping[str, str]) -> None:
@@ -5995,15 +6042,17 @@ def run_upgrade(settings: Settings, options: argparse.Namespace) -> None:
         if not options.dry_run:
             said = upgrade(database)
             database.open(make=False)
-            print(said)
+            print(said or f"{database.name} is a ledger of version {SCHEMA_VERSION} already")
             return
         with database.read() as connection:
             version, stored = stored_version(connection), connection.rows(connection.size)[0]
     print(f"{database.name} is of version {version}, and this program's is {SCHEMA_VERSION}")
     for later in range(version + 1, SCHEMA_VERSION + 1):
-        tables = [f"{name} ({', '.join(columns)})" for name, columns in BROUGHT[later].items()]
-        print(f"  version {later} brings {' and '.join(tables)}, and checks the whole")
-    print(f"  it takes up to {2 * stored['bytes']:,} bytes more, for a copy and while it works")
+        brought = BROUGHT.get(later, {}).items()
+        tables = [f"{name} ({', '.join(columns)})" for name, columns in brought]
+        print(f"  version {later} brings {' and '.join(tables) or 'no columns'}")
+    if version < SCHEMA_VERSION:
+        print(f"  the whole is checked; it takes up to {3 * stored['bytes']:,} bytes more")
 
 
 def run_backup(settings: Settings, options: argparse.Namespace) -> None:
@@ -6033,17 +6082,16 @@ def copy_all(source: Database, target: Database) -> dict[str, int]:
     with source.read() as old, target.write() as new:
         if stored_version(new):
             raise StartupError(f"{target.name} is not empty")
+        beside = {row["name"] for row in new.rows(new.schema)}
         create_tables(new)
         brought = brought_since(stored_version(old))
-        for table in counts:
+        stored = {row["name"] for row in old.rows(old.tables)}
+        for table in [table for table in counts if table in stored]:
             for rows in portions(old, table, brought[table]):
                 new.insert(table, rows)
                 counts[table] += len(rows)
-        # Not before, because they would refuse what frozen and closed accounts once did.
-        create_triggers(new)
-        wrong = [found for _, _, all_found in check(new) for found in all_found]
-        if wrong:
-            raise StartupError(f"nothing was copied: {wrong[0]}")
+        # The triggers not before, because they would refuse what frozen and closed accounts did.
+        finish(new, stored_version(old), beside)
         if new.engine == "postgresql":
             # Without statistics it would read whole tables, until its own program comes round.
             new.execute("ANALYZE")

@@ -7250,7 +7250,7 @@ def test_an_upgrade_that_dies_has_done_nothing(
     new_database: "NewDatabase", tmp_path: Path, version: int
 ) -> None:
     with kept(version, new_database) as (database, _):
-        status, died = None, 0
+        status, died, before = None, 0, rows_of(database)
         for place in itertools.count(3, step=6 if CYCLES > 3 else 40):
             given = {"LEDGER_DATABASE_URL": database, "DIES_AT": str(place)}
             ran = run_program("upgrade", folder=tmp_path, target=die_between_statements, **given)
@@ -7258,10 +7258,21 @@ def test_an_upgrade_that_dies_has_done_nothing(
             if status == 0:
                 break
             died += 1
-            assert (status, version_of(database)) == (-signal.SIGKILL, version)
+            died_so = (-signal.SIGKILL, version)
+            assert (status, version_of(database)) == died_so, ran.stderr
+            assert rows_of(database) == before
         assert died >= 4
         assert version_of(database) == ledger.SCHEMA_VERSION
         assert printed(database, "check")
+
+
+def rows_of(database: str) -> list[Any]:
+    """Return all rows of an earlier ledger's tables, and what these are called."""
+    opened_at = ledger.database_at(database)
+    with closing(opened_at), opened_at.read() as connection:
+        names = sorted(row["name"] for row in connection.rows(connection.tables))
+        rows = [connection.rows(f"SELECT * FROM {name}") for name in names]
+        return [names, *(sorted(map(str, each)) for each in rows)]
 
 
 def version_of(database: str) -> int:
@@ -7302,6 +7313,58 @@ def die_between_statements(
 def test_no_program_of_version_1_commits_to_a_later_one(bank: "Bank") -> None:
     with pytest.raises((sqlite3.Error, psycopg.Error), match="id"):
         bank.rows("SELECT * FROM idempotency_key WHERE id IN ('x')")
+
+
+@pytest.mark.parametrize("version", EARLIER)
+@on_sqlite
+def test_what_stands_beside_outlives_an_upgrade_and_stays_the_others(
+    new_database: "NewDatabase", version: int
+) -> None:
+    with kept(version, new_database) as (database, _):
+        with closing(connect(database)) as connection:
+            connection.execute("CREATE INDEX mine ON account (created_at)")
+            connection.execute("CREATE INDEX theirs ON idempotency_key (ts)")
+            connection.execute("CREATE VIEW rich AS SELECT id FROM account WHERE balance > 100")
+        precious = Path(f"{file_of(database)}.version-{version}")
+        precious.write_text("precious")
+        said = printed(database, "upgrade")
+        assert precious.read_text() == "precious"
+        assert said.endswith(f"{precious}.1")
+        assert "others: mine, rich, theirs\nall ok" in printed(database, "check")
+        with closing(connect(database)) as connection:
+            connection.execute("DROP INDEX mine")
+        assert "others: rich, theirs\nall ok" in printed(database, "check")
+
+
+@on_sqlite
+def test_an_upgrade_that_fails_leaves_no_copy(new_database: "NewDatabase") -> None:
+    with kept(1, new_database) as (database, _):
+        with closing(connect(database)) as connection, connection:
+            for (name,) in connection.execute(
+                "SELECT name FROM sqlite_schema WHERE type = 'trigger'"
+            ).fetchall():
+                connection.execute(f"DROP TRIGGER {name}")
+            connection.execute("UPDATE entry SET balance = balance + 1 WHERE seq = 1")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stderr", said := io.StringIO())
+            assert ledger.main(["upgrade", "--database-url", database]) == 1
+        assert said.getvalue().startswith("ledger: nothing was done: ")
+        assert version_of(database) == 1
+        assert [*file_of(database).parent.glob("*.version-*")] == []
+
+
+@on_sqlite
+def test_to_open_a_ledger_twice_in_one_process_gives_up_none_of_its_locks(database: str) -> None:
+    with ledger.open_ledger(database) as books:
+        books.open_account(owner_name="Alice")
+        with ledger.open_ledger(database):
+            log = Path(f"{file_of(database)}-wal")
+            before = log.stat().st_ino
+            # Another program that closes the ledger would take itself for the last one.
+            run_python("-c", f"import sqlite3; c = sqlite3.connect({str(file_of(database))!r}); "
+                       "c.execute('SELECT 1 FROM account').fetchall(); c.close()")  # fmt: skip
+            assert log.stat().st_ino == before
+            books.open_account(owner_name="Bob")
 
 
 @on_sqlite
