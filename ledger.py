@@ -6445,7 +6445,7 @@ table { width: 100%; border-collapse: collapse } tbody tr { border-top: 1px soli
 tr:has(th time) ~ tr:not(:has(th time)) { border: 0 } tbody th { min-width: 6rem; overflow-y: clip }
 th, td { padding: .4rem 0; font-weight: inherit; text-align: left; vertical-align: top }
 tr > * + * { padding-left: .75rem; overflow-wrap: normal; text-align: right }
-td bdi { overflow-wrap: anywhere }
+td bdi { overflow-wrap: anywhere } text[x] { text-anchor: middle }
 .chart { position: relative; margin: 1rem 0 1.5rem } .chart:focus-within { outline: 1px solid }
 .chart input { position: absolute; inset: 0; width: 100%; height: 100%; padding: 0; opacity: 0 }
 svg { display: block; width: 100%; height: 10rem; overflow: visible }
@@ -6552,20 +6552,18 @@ function facts({ metadata, entries, ...found }) {
 const days = ({ from, to, ...query }) => ({ ...query,
   ...(from && { from: new Date(`${from}T00:00`).toJSON() }),
   ...(to && { to: new Date(`${to}T24:00`).toJSON() }) });
-const more = (place, query, cursor) =>
-  cursor && link(`${place}?${new URLSearchParams({ ...query, cursor })}`, "More");
-async function list(title, columns, query, show, record = (item) => item) {
-  const place = title.toLowerCase();
-  const { items, detail, next_cursor: cursor } = await get(`/${place}`, days(query), 503);
-  if (!items) return section(title, detail);
+async function list(title, columns, [path, query, place = path], show, record = (item) => item) {
+  const { items, detail, next_cursor: cursor } = await get(`/${path}`, days(query), 503);
+  if (!items?.length) return section(title, detail ?? "There are none.");
   await meet(items.flatMap((item) => item.entries ?? item));
-  return table(title, columns, items.flatMap(show), more(place, query, cursor),
-    csv(place, items.flatMap(record)));
+  const more = cursor && link(`${place}?${new URLSearchParams({ ...query, cursor })}`, "More");
+  const taken = csv(title.toLowerCase(), items.flatMap(record));
+  return table(title, columns, items.flatMap(show), more, taken);
 }
-const accounts = (query) => list("Accounts", ["Owner", "Balance"], query,
+const accounts = (query) => list("Accounts", ["Owner", "Balance"], ["accounts", query],
   ({ id, name, external_id, status, balance, asset }) => [[[person(id), small(name),
     small(external_id), small(words(status))], priced(balance, asset)]]);
-const holds = (query) => list("Holds", ["Hold", "Amount"], query, (hold) => [[
+const holds = (query) => list("Holds", ["Hold", "Amount"], ["holds", query], (hold) => [[
   [words(hold.status), person(hold.account_id), "\u2192", person(hold.dest_account_id),
     bdi(hold.memo), time(hold.expires_at)], priced(hold.amount, hold.asset)]]);
 const entryRows = (entries) => entries.map((entry) => {
@@ -6584,14 +6582,18 @@ const record = (transaction, entry) => ({ ...entry, external_id: transaction.ext
   amount: signed(entry), asset: known.get(entry.account_id).asset,
   owner: called(known.get(entry.account_id)),
   other: others(transaction, entry).map((id) => called(known.get(id))).join("; ") });
-const transactions = (query) => list("Transactions", ["What", "Amount", "Balance"], query, moves,
-  (found) => found.entries.map((entry) => record(found, entry)));
+const transactions = (query) => list("Transactions", ["What", "Amount", "Balance"],
+  ["transactions", query], moves, (each) => each.entries.map((entry) => record(each, entry)));
 async function balances() {
-  const { items } = await get("/balances");
-  return el("div", { class: "assets" }, items.map(({ asset, customers, system, total }) => {
-    const sums = Object.entries({ customers, ...system }).filter(([, sum]) => sum !== "0");
-    return sums.length && table(asset, ["Where", "Balance"], [...sums, ["total", total]].map(
-      ([place, sum]) => [[words(place)], decimal(sum, asset)]));
+  const [{ items }, totals] = await Promise.all([get("/balances"), get("/totals")]);
+  const counts = new Map(totals.items.map((total) => [total.asset, total.accounts]));
+  const used = items.filter(({ asset }) => counts.has(asset)).sort(
+    (one, other) => counts.get(other.asset) - counts.get(one.asset));
+  return el("div", { class: "assets" }, used.map(({ asset, customers, system, total }) => {
+    const owed = Object.entries(system).filter(([, sum]) => sum !== "0");
+    const sums = [["customers", customers], ...owed, ["total", total]];
+    return table(asset, ["Where", "Balance"], [[["Accounts"], counts.get(asset)],
+      ...sums.map(([place, sum]) => [[words(place)], decimal(sum, asset)])]);
   }));
 }
 // What happened last, newest first; who may not read events sees transactions alone.
@@ -6608,7 +6610,7 @@ async function latest() {
 }
 // The round places between two: multiples of the smallest step of which there are but a few.
 function marks(low, high, steps) {
-  const step = steps.find((each) => high - low < 6 * each);
+  const step = steps.find((each) => high - low < 4 * each);
   const first = Math.ceil(low / step), count = Math.floor(high / step) - first + 1;
   return Array.from({ length: count }, (_, place) => (first + place) * step);
 }
@@ -6621,16 +6623,16 @@ function chart(entries, asset) {
   const steps = entries.map(({ ts, balance }) => [new Date(ts) - offset, balance]).reverse();
   const heights = steps.map(([, sum]) => Number(sum)), start = steps[0][0], end = steps.at(-1)[0];
   const low = Math.min(...heights), high = Math.max(...heights);
-  const x = (moment) => Math.round((980 * (moment - start)) / (end - start || 1));
+  const x = (moment) => 120 + Math.round((860 * (moment - start)) / (end - start || 1));
   const y = (sum) => (high === low ? 500 : Math.round((1000 * (high - sum)) / (high - low)));
   const iso = (moment) => new Date(moment).toISOString().replace("T", " ").slice(0, 19);
+  const told = small(" "), pointed = el("path", { class: "at" });
   const lines = [...marks(low, high, SUMS).map((sum) => [`M0 ${y(sum)}H1000`,
     el("text", { y: `${y(sum) / 10}%`, dy: -4 }, decimal(BigInt(sum), asset))]),
-  ...marks(start, end, TIMES).filter((moment) => x(moment) < 900).map((moment) => [
+  ...marks(start, end, TIMES).filter((moment) => x(moment) < 890).map((moment) => [
     `M${x(moment)} 0V1000`, el("text", { x: `${x(moment) / 10}%`, y: "100%", dy: 18 },
       iso(moment).slice(...(end - start < 2 * DAY ? [11] : [0, 10])))])];
   const at = el("input", { type: "range", id: "at", max: steps.length - 1, "aria-label": "Entry" });
-  const told = small(" "), pointed = el("path", { class: "at" });
   at.oninput = () => {
     const [moment, sum] = steps[at.value];
     told.textContent = `${iso(moment)}: ${decimal(sum, asset)} ${asset}`;
@@ -6645,29 +6647,28 @@ function chart(entries, asset) {
     el("div", { class: "chart" }, el("svg", { "aria-hidden": true },
       el("svg", { viewBox: "0 0 1000 1000", preserveAspectRatio: "none" },
         lines.map(([mark]) => el("path", { d: mark, class: "mark" })), pointed,
-        el("path", { d: `M0 ${y(heights[0])}${d}H1000` })), lines.map(([, text]) => text)), at),
+        el("path", { d: `M120 ${y(heights[0])}${d}H1000` })), lines.map(([, text]) => text)), at),
     told);
 }
 async function account(id, query) {
-  const [found, { items, next_cursor: cursor }, held] = await Promise.all([get(`/accounts/${id}`),
-    get("/transactions", { account_id: id, ...days(query) }), holds({ account_id: id })]);
-  await meet(items.flatMap(({ entries }) => entries));
-  const lines = items.map(({ entries }) => entries.find((entry) => entry.account_id === id));
-  const rows = lines.map((entry, place) => {
-    const from = others(items[place], entry), side = entry.type === "CREDIT" ? "from" : "to";
-    return [[posted(entry.transaction_id, words(entry.kind)), side, from.slice(0, 3).map(person),
-      from.length > 3 && `and ${from.length - 3} more`, noted(entry.kind, entry.ref),
-      time(entry.ts)], ...sums(entry, found.asset)];
-  });
+  const found = await get(`/accounts/${id}`), lines = [];
+  const own = ({ entries }) => entries.find((entry) => entry.account_id === id);
+  const row = (each) => {
+    const entry = own(each), from = others(each, entry);
+    lines.push(entry);
+    return [[[posted(each.id, words(each.kind)), entry.type === "CREDIT" ? "from" : "to",
+      from.slice(0, 3).map(person), from.length > 3 && `and ${from.length - 3} more`,
+      noted(each.kind, each.memo), time(each.ts)], ...sums(entry, found.asset)]];
+  };
+  const [statement, held] = await Promise.all([list("Statement", ["Entry", "Amount", "Balance"],
+    ["transactions", { ...query, account_id: id }, `account/${id}`], row,
+    (each) => record(each, own(each))), holds({ account_id: id })]);
   const paid = lines.filter(({ kind }) => kind === "PAYMENT").map((entry) => entry.transaction_id);
   const payments = await Promise.all(paid.map((each) => get(`/payments/${each}`, {}, 404)));
   const due = payments.filter(({ cashback }) => cashback).map(({ payment_id, cashback }) => [
     [posted(payment_id, "Payment"), words(cashback.status), time(cashback.due_at)],
     decimal(cashback.amount, found.asset)]);
-  return [[called(found), !isSystem(found) && found.name].filter(Boolean).join(" "),
-    rows.length ? chart(lines, found.asset) : section("Balance", "No money has moved here."),
-    table("Statement", ["Entry", "Amount", "Balance"], rows, more(`account/${id}`, query, cursor),
-      csv("statement", lines.map((entry, place) => record(items[place], entry)))),
+  return [called(found), lines.length && chart(lines, found.asset), statement,
     table("Cashbacks", ["Of", "Amount"], due), held, facts(found)];
 }
 async function transaction(id) {
@@ -6676,18 +6677,16 @@ async function transaction(id) {
   return [words(found.kind), table("Entries", columns, entryRows(found.entries)), facts(found)];
 }
 async function find(_, { text }) {
-  if (ID.test(text)) for (const [name, show] of Object.entries({ account, transaction })) {
+  if (ID.test(text)) for (const [name, show] of Object.entries({ account, transaction }))
     if ((await get(`/${name}s/${text}`, {}, 404)).id) return show(text, {});
-  }
   const found = await Promise.all([accounts({ search: text }), transactions({ search: text })]);
-  return [`${found.some(Boolean) ? "What" : "Nothing"} begins with \u201c${text}\u201d`, ...found];
+  const lists = found.filter((each) => each.querySelector("table"));
+  return [`${lists.length ? "What" : "Nothing"} begins with \u201c${text}\u201d`, ...lists];
 }
-const all = (title, show) => async (_, query) =>
-  [title, await show(query) || section("", "There are none.")];
+const all = (title, show) => async (_, query) => [title, await show(query)];
 const VIEWS = { __proto__: null, account, transaction, find, holds: all("Holds", holds),
   accounts: all("Accounts", accounts), transactions: all("Transactions", transactions),
-  "": async () => ["Overview", ...await Promise.all([balances(), accounts({ limit: 20 }).then(
-    (found) => found || section("Accounts", "There are none yet.")), latest()])] };
+  "": () => Promise.all(["Overview", balances(), accounts({ limit: 20 }), latest()]) };
 const on = (form, act) => form.addEventListener("submit", (event) => {
   event.preventDefault();
   act(Object.fromEntries([...new FormData(form)].filter(([, value]) => value)));
@@ -6713,11 +6712,10 @@ async function payee(text, own) {
   throw { detail: `${found.length || "No"} accounts of ${text} have ${own.asset}: use an id` };
 }
 // A refusal, with names and decimals where the ledger has ids and minor units.
-const reason = ({ detail, available, errors = [] }, asset) => [
-  detail ?? "No answer came: send it again, and it is done once",
-  ...errors.map((each) => `${each.pointer} ${each.detail}`),
-].join(". ").split(ID).map((part, place) => (place % 2 ? known.get(part)?.owner_name ?? part
-  : available ? part.replace(/\d+/g, (amount) => decimal(amount, asset)) : part)).join("");
+const reason = ({ detail = "No answer came: send it again, and it is done once", available,
+  errors = [] }, asset) => [detail, ...errors.map((each) => `${each.pointer} ${each.detail}`)]
+  .join(". ").split(ID).map((part, place) => (place % 2 ? known.get(part)?.owner_name ?? part
+    : available ? part.replace(/\d+/g, (amount) => decimal(amount, asset)) : part)).join("");
 function form(title, path, fields, asset, complete = (given) => given) {
   const output = el("output", {}), inputs = Object.entries(fields).map(([name, [label, how]]) =>
     el("label", {}, `${label} `, el("input", { name, maxlength: 200, ...how })));

@@ -9510,28 +9510,35 @@ def test_the_page_may_run_its_own_script_and_ask_its_own_server_alone(untouched:
 
 @on_sqlite
 def test_the_page_shows_where_the_money_is(screen: "Screen") -> None:
-    screen.bank.given(alice=1050, bob=0).transfer("alice", "bob", 300, memo="rent")
+    screen.bank.given(zoe=0, alice=1050, bob=0).transfer("alice", "bob", 300, memo="rent")
     screen.bank.given(yuki=500, asset="JPY")
     screen.open()
     assert screen.table("USD") == [
+        ["Accounts", "3"],
         ["Customers", "10.50"],
         ["Cash", "\u221210.50"],
         ["Total", "0.00"],
     ]
-    assert screen.table("JPY") == [["Customers", "500"], ["Cash", "\u2212500"], ["Total", "0"]]
+    assert screen.table("JPY") == [
+        ["Accounts", "1"], ["Customers", "500"], ["Cash", "\u2212500"], ["Total", "0"],
+    ]  # fmt: skip
     shown = [["alice Active", "USD 7.50"], ["bob Active", "USD 3.00"], ["yuki Active", "JPY 500"]]
     assert screen.table("Accounts")[-3:] == shown
     happened = [row[0].partition(" 20")[0] for row in screen.table("Latest")]
     assert happened[:3] == ["Deposit", "Cash JPY", "yuki JPY"]
     rent = happened.index("Transfer rent")
     assert happened[rent + 1 : rent + 3] == ["alice USD", "bob USD"]
+    # What nobody has stays away, and what most have comes first.
+    titles = [title.text for title in screen.driver.find_elements(By.TAG_NAME, "h2")]
+    assert titles[0] == "USD"
+    assert "EUR" not in titles
     screen.bank.step("bob", "freeze")
     screen.bank.send("PATCH", f"/accounts/{screen.bank.ids['yuki']}", json={"owner_name": "Yuki"})
     happened = [row[0].partition(" 20")[0] for row in screen.open().table("Latest")]
     assert happened[:2] == ["Account updated Yuki", "Account frozen bob"]
     add_asset(screen.bank, "BTC")
     screen.bank.given(ben=5, asset="BTC")
-    assert screen.open().table("BTC")[0] == ["Customers", "0.00000005"]
+    assert screen.open().table("BTC")[1] == ["Customers", "0.00000005"]
     assert "Asset added" in [row[0].partition(" 20")[0] for row in screen.table("Latest")]
 
 
@@ -9592,7 +9599,7 @@ def test_what_a_list_shows_can_be_of_some_days_and_taken_along(screen: "Screen")
     alice, today = screen.bank.ids["alice"], datetime.now().astimezone()
     tomorrow = f"{today + timedelta(days=1):%Y-%m-%d}"
     screen.open(f"account/{alice}?from={tomorrow}")
-    assert "No money has moved here." in screen.text()
+    assert "There are none." in screen.text()
     screen.between("", f"{today:%Y-%m-%d}")
     wait_until(lambda: len(screen.table("Statement")) == 2)
     [rent, deposit] = screen.taken("statement")
@@ -9618,7 +9625,7 @@ def test_the_line_of_a_balance_has_its_own_range_and_tells_its_points(screen: "S
     # Its thousand units are four dollars of ten million, counted from above.
     assert re.findall("V([0-9]+)", str(line.get_attribute("d"))) == ["0", "750", "1000"]
     marks = [text.text for text in screen.driver.find_elements(By.TAG_NAME, "text")]
-    assert marks[:5] == [f"9,999,99{number}.00" for number in range(6, 10)] + ["10,000,000.00"]
+    assert marks[:3] == ["9,999,996.00", "9,999,998.00", "10,000,000.00"]
     point = screen.driver.find_element(By.ID, "at")
     told = [str(point.get_attribute("aria-valuetext")).partition(": ")[2]]
     for key in (Keys.LEFT, Keys.LEFT):
@@ -9635,11 +9642,11 @@ def test_the_line_of_a_balance_has_its_own_range_and_tells_its_points(screen: "S
 
 @on_sqlite
 def test_the_page_shows_the_last_digit_of_amounts_beyond_2_to_the_53(screen: "Screen") -> None:
-    screen.bank.given(alice=2**53 + 1 - 9 * 10**15)
+    screen.bank.given(alice=2**53 - 1 - 9 * 10**15, bob=2)
     for _ in range(9):
         screen.bank.deposit("alice", 10**15)
     screen.open()
-    assert screen.table("USD")[:2] == [
+    assert screen.table("USD")[1:3] == [
         ["Customers", "90,071,992,547,409.93"], ["Cash", "\u221290,071,992,547,409.93"],
     ]  # fmt: skip
 
@@ -9722,7 +9729,7 @@ def test_the_page_asks_for_a_key_and_says_when_one_is_refused(
         wait_until(lambda: screen.heading() == "The credentials are not valid")
         screen.enter(ADMIN_KEY)
         wait_until(lambda: screen.heading() == "Overview")
-        assert "There are none yet." in screen.text()
+        assert "There are none." in screen.text()
         screen.fill("Open an account", "O'Neil; $(exit 1)")
         wait_until(lambda: len(screen.table("Accounts")) == 1)
         # A shell that sends the same gets the same answer, because the key is the same.
