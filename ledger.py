@@ -9,7 +9,7 @@
 
     python ledger.py             serve on http://127.0.0.1:8000, with the data in ./ledger.db
     python ledger.py check       verify the invariants over all stored rows
-    python ledger.py --help      the others: backup, copy, export, upgrade, seed, asset, key ...
+    python ledger.py --help      the others: backup, copy, export, upgrade, seal, seed, key ...
     uvicorn ledger:app           serve the same application, without this program's bounds on HTTP
 
 Terms, with an example of each:
@@ -67,7 +67,7 @@ Contents. Who stops after part one knows why a retry cannot pay twice.
     Two    HTTP          Callers, Requests, The API, The library,
                          Dialect: /bank, the banking kata, Dialect: /atm, the cash machine,
                          Dialect: /api/v1/wallets, application credits
-    Three  storage       Database, Schema, Upgrades
+    Three  storage       Database, Schema, Seals, Upgrades
     Four   running       Application, Receipts, Log, Command line, Page
 """
 
@@ -125,7 +125,7 @@ from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
 from importlib import resources
 from io import TextIOWrapper
-from itertools import groupby
+from itertools import groupby, product
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
@@ -146,7 +146,7 @@ from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import AfterValidator, BaseModel, BeforeValidator, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError, to_json
+from pydantic_core import PydanticCustomError, from_json, to_json
 from sqlmodel import Field, SQLModel
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.middleware import Middleware
@@ -305,7 +305,7 @@ def as_enum(*values: str) -> pydantic.WithJsonSchema:
 TIME_SCHEMA = pydantic.WithJsonSchema({"type": "string", "format": "date-time"})
 AS_TIME = pydantic.PlainSerializer(utc_text, return_type=str)
 Timestamp = Annotated[int, BeforeValidator(lambda given: parse_time(given)), AS_TIME, TIME_SCHEMA]
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 STRICT = {"sqlite_strict": True}
 NO_ROWID = STRICT | {"sqlite_with_rowid": False}
 TransactionKind = Literal[
@@ -444,6 +444,8 @@ class Event(TransactionBase, table=True):
     account_id: str | None = None
     arguments: str
     credit_limit: int | None = None  # What the account's is from then on.
+    key: str | None = None  # Under which it was asked for, and the hash of what that answered.
+    answer: str | None = None
 
 
 class EntryBase(Public):
@@ -471,6 +473,7 @@ class Entry(EntryBase, table=True):
 
 CHANGING_COLUMNS = {
     "account": ("status", "balance", "held", "last_seq"),
+    "event": ("answer",),  # In its own commit alone.
     "hold": ("status", "captured_amount", "transaction_id"),
     "scheduled_cashback": ("status", "transaction_id"),
     "api_key": ("revoked_at",),
@@ -512,6 +515,8 @@ class Connection(Protocol):
     writes: str
     bound: str
 
+    def as_object(self, members: Mapping[str, str]) -> str: ...
+    def as_list(self, each: str) -> str: ...
     def execute(self, statement: str, **values: Any) -> Any: ...
     def rows(self, statement: str, **values: Any) -> list[Row]: ...
     def all_rows(self, *queries: tuple[str, Row]) -> list[list[Row]]: ...
@@ -541,7 +546,8 @@ class Book:
         self.random = random_digits()
         self.is_tidy = True  # Whether all holds that have expired were released.
         # What is recorded of the command whose turn it is; before the first it is the system's.
-        self.asked: Row = {"caller": "system", "arguments": "{}", "effective_at": None}
+        self.asked: Row = {"caller": "system", "arguments": "{}", "effective_at": None, "key": None}
+        self.events: list[Row] = []  # Of that command.
         self.accounts: dict[str, Account] = {}
         self.assets: dict[str, Any] = {}  # Those of one's own that were looked for.
         self.inserts: dict[str, list[Row]] = defaultdict(list)
@@ -584,8 +590,10 @@ class Book:
         """Add an event of the command whose turn it is, and return its id."""
         row: Row = {"id": self.new_id(), "kind": kind, "memo": None, "ts": self.now, **self.asked}
         row |= {"account_id": account and account.id, "external_id": None, "notes": None}
-        row |= {"reverses": None, "credit_limit": None, **event}
+        row |= {"reverses": None, "credit_limit": None, "answer": None, **event}
         self.insert("event", row)
+        self.events.append(row)
+        self._undo.append(self.events.pop)
         self.index_metadata(row)
         return str(row["id"])
 
@@ -658,7 +666,7 @@ class Book:
                 self.release(hold, status="EXPIRED")
                 asked = {"caller": "system", "arguments": json.dumps({"hold_id": hold["id"]})}
                 account = self.accounts[hold["account_id"]]
-                self.record("expire", account, effective_at=None, **asked)
+                self.record("expire", account, effective_at=None, key=None, **asked)
 
     def release(self, hold: Row, **changes: Any) -> None:
         """End a hold, which makes what it held available."""
@@ -733,8 +741,15 @@ class Book:
         self._undo.append(take_back)
         self._savepoints += 1
 
-    def keep(self) -> None:
+    def keep(self, answer: "Answer") -> None:
         """Let what a command has done stay: savepoints in savepoints would slow the others down."""
+        hashed = ""
+        for event in self.events:
+            if event["key"]:
+                event["answer"] = hashed = hashed or answer.hash()
+                if self._savepoints:  # It may be written already.
+                    self.updates["event"][id(event)] = event
+        self.events = []
         for _ in range(self._savepoints):
             self.connection.execute("RELEASE SAVEPOINT gathered")
         self._savepoints = 0
@@ -831,6 +846,10 @@ class Answer(NamedTuple):
     location: str | None = None
     replayed: bool = False
 
+    def hash(self) -> str:
+        """Return what an event knows of its answer."""
+        return sha256(f"{self.status}\n{self.location or ''}\n{self.body}")
+
 
 DONE = Answer(200, "")
 
@@ -860,6 +879,11 @@ class Command(NamedTuple):
     effective_at: int | None = None  # The caller's own time, where its dialect has a clock.
 
 
+def sha256(text: str) -> str:
+    """Return the hash of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def stored_key(caller: str, operation: str, key: str) -> str:
     """Return a key as it is stored; a caller's own `|` is escaped, so that no two collide."""
     return f"{caller.replace('%', '%25').replace('|', '%7C')}|{operation}|{key}"
@@ -867,16 +891,16 @@ def stored_key(caller: str, operation: str, key: str) -> str:
 
 def execute_command(command: Command, book: Book, known: dict[str, Row]) -> Answer:
     """Execute one command of a batch, or replay the answer that its key was given before."""
-    fingerprint = hashlib.sha256(command.arguments.encode()).hexdigest()
+    fingerprint = sha256(command.arguments)
     if stored := known.get(command.key or ""):
         if stored["fingerprint"] == fingerprint:
             return Answer(stored["status"], stored["body"], stored["location"], replayed=True)
         return IdempotencyKeyReused("This key was used for something else").to_answer()
     book.asked = {"caller": command.caller, "arguments": command.arguments}
-    book.asked["effective_at"] = command.effective_at
+    book.asked |= {"effective_at": command.effective_at, "key": command.key}
     try:
         answer = book.attempt(command.run) or DONE
-        book.keep()
+        book.keep(answer)
     except LedgerError as refusal:
         # No error of the database: inside a write that is the driver's still, and ends it.
         answer = refusal.to_answer()
@@ -1558,6 +1582,7 @@ class InvalidCursor(LedgerError, status=400): ...
 class MalformedRequest(LedgerError, status=400, detail="This is not HTTP/1.1"): ...
 class NotFound(LedgerError, status=404): ...
 class PaymentNotFound(LedgerError, status=404, about="transaction_id"): ...
+class SealNotFound(LedgerError, status=404): ...
 class MethodNotAllowed(LedgerError, status=405): ...
 class BodyTooLarge(LedgerError, status=413): ...
 class UriTooLong(LedgerError, status=414): ...
@@ -1937,6 +1962,7 @@ AccountId = Annotated[Uuid, names_account("{}"), pydantic.Field(examples=[ALICE]
 HoldOrTransactionId = Annotated[Uuid, names_account(ACCOUNTS_OF + "{}")]
 OtherAccountId = Annotated[AccountId, pydantic.Field(examples=[BOB])]
 PlainInt = Annotated[int, PLAIN_DIGITS]
+SealNumber = Annotated[PlainInt, pydantic.Field(ge=0, le=2**53)]
 Limit = Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX, description="At most so many"), PLAIN_DIGITS]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
 Search = Annotated[
@@ -3245,6 +3271,7 @@ class Events(BaseModel):
 
     items: list[EventPublic]
     next: str | None
+    seal: int | None  # The newest that covers the last of them.
 
 
 def see_writes(connection: Connection) -> list[list[Row]]:
@@ -3256,6 +3283,16 @@ def see_writes(connection: Connection) -> list[list[Row]]:
 @allow(AUDITORS)
 async def list_events(database: "Database", limit: Limit = PAGE_SIZE, after: Next = None) -> Events:
     """List what happened, oldest first, for programs that follow along."""
+    until = await newest_settled(database)
+    rows = await database.run_read(find_events, after, until, limit)
+    last = rows[-1]["id"] if rows else None
+    query = "SELECT max(id) AS id FROM seal WHERE until >= :last"
+    [seal] = await database.run_read(lambda books: books.rows(query, last=last))
+    return Events.model_validate({"items": rows, "next": last or after, "seal": seal["id"]})
+
+
+async def newest_settled(database: "Database") -> str:
+    """Return the newest event after which none can come in between; none, if that takes long."""
     newest, *writes = await database.run_read(see_writes)
     deadline = time.monotonic() + BUSY_SECONDS_MAX
     # What is in flight may bring a lower id than the newest event's; what begins later may not.
@@ -3263,9 +3300,7 @@ async def list_events(database: "Database", limit: Limit = PAGE_SIZE, after: Nex
         await asyncio.sleep(BUSY_RETRY_SECONDS)
         _, later = await database.run_read(see_writes)
         writes = [[write for write in writes[0] if write in later]]
-    until = "" if any(writes) else newest[0]["id"] or ""
-    rows = await database.run_read(find_events, after, until, limit)
-    return Events.model_validate({"items": rows, "next": rows[-1]["id"] if rows else after})
+    return "" if any(writes) else newest[0]["id"] or ""
 
 
 def find_events(connection: Connection, after: str | None, until: str, limit: int) -> list[Row]:
@@ -3311,6 +3346,58 @@ def fact(event: Row, stored: Row) -> Any:
     then = {"owner_name": owner or stored["owner_name"], "notes": notes, "status": "ACTIVE"}
     empty = {"balance": 0, "held": 0, "credit_limit": event["credit_limit"] or 0}
     return AccountPublic(**stored | then | empty)
+
+
+class SealPublic(Public):
+    """What vouches for all that happened until an event: see Seals in deploy/README.md."""
+
+    id: int = Field(primary_key=True)
+    ts: Timestamp
+    until: str = Field(foreign_key="event.id")
+    events: int
+    hash: str
+
+
+class Seal(SealPublic, table=True):
+    """Each seal, numbered 1, 2, 3 ..."""
+
+    __table_args__ = (STRICT,)
+
+
+class Seals(Page[SealPublic]):
+    """Some seals, newest first; or those after one, oldest first, and the one to go on after."""
+
+    next: int | None = None
+
+
+@api.get("/seals", tags=["audit and events"])
+@allow(AUDITORS)
+def list_seals(
+    connection: Connection,
+    limit: Limit = PAGE_SIZE,
+    cursor: Cursor = None,
+    after: SealNumber | None = None,
+) -> Seals:
+    """List seals, newest first; with `after`, those that follow it."""
+    if after is None:
+        query = "SELECT *, id AS seq FROM seal WHERE id < :seq ORDER BY id DESC"
+        page = Page[SealPublic].read(connection, "seals", query, (limit, cursor))
+        return Seals.model_construct(items=page.items, next_cursor=page.next_cursor)
+    if after and not connection.rows("SELECT id FROM seal WHERE id = :id", id=after):
+        raise InvalidCursor("Invalid cursor")
+    query = "SELECT * FROM seal WHERE id > :after ORDER BY id LIMIT :limit"
+    found = [SealPublic.of(row) for row in connection.rows(query, after=after, limit=limit)]
+    last = found[-1].id if found else after
+    return Seals.model_construct(items=found, next_cursor=None, next=last)
+
+
+@api.get("/seals/{seal_id}", tags=["audit and events"])
+@allow(AUDITORS, raises=(SealNotFound,))
+def get_seal(connection: Connection, seal_id: SealNumber) -> SealPublic:
+    """Show a seal."""
+    for row in connection.rows("SELECT * FROM seal WHERE id = :id", id=seal_id):
+        return SealPublic.of(row)
+    raise SealNotFound(f"There is no seal {seal_id}")
 
 
 # ----- The library
@@ -3400,6 +3487,7 @@ class Books:
     payment = Call[PaymentPublic](get_payment)
     audit = Call[Page[AuditEventPublic]](list_audit_events)
     events = Call[Events](list_events)
+    seals = Call[Seals](list_seals)
 
     def __init__(self, ledger: Ledger, caller: str) -> None:
         self.ledger, self.caller = ledger, caller
@@ -3971,6 +4059,17 @@ class SqliteConnection:
         return self.driver.execute(self.text(statement), self.adapt(values))
 
     @staticmethod
+    def as_object(members: Mapping[str, str]) -> str:
+        """Return what makes JSON of columns, without blanks, in the order of names."""
+        pairs = [f"'{name}', {members[name]}" for name in sorted(members)]
+        return f"json_object({', '.join(pairs)})"
+
+    @staticmethod
+    def as_list(each: str) -> str:
+        """Return what makes a list of JSON."""
+        return f"json_group_array({each})"
+
+    @staticmethod
     @lru_cache
     def text(statement: str) -> str:
         """Return a statement as the driver reads it."""
@@ -4067,6 +4166,15 @@ class PostgresConnection(SqliteConnection):
     writes = f"""SELECT virtualtransaction AS write FROM pg_locks WHERE locktype = 'advisory'
     AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {WRITE_LOCK} AND objsubid = 1
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""  # noqa: S608
+
+    @staticmethod
+    def as_object(members: Mapping[str, str]) -> str:
+        columns = ", ".join(f"{members[name]} AS {name}" for name in sorted(members))
+        return f"row_to_json((SELECT row FROM (SELECT {columns}) AS row))"  # noqa: S608
+
+    @staticmethod
+    def as_list(each: str) -> str:
+        return f"COALESCE(array_to_json(array_agg({each})), '[]')"
 
     @staticmethod
     @lru_cache
@@ -4707,6 +4815,9 @@ REFUSED = {
         "a cashback is credited once": """OLD.status = 'CANCELLED'
             OR (OLD.status = 'CREDITED' AND NEW.status <> 'CANCELLED')""",
     },
+    ("event", "UPDATE"): {
+        "what event holds is for ever": "OLD.answer <> NEW.answer OR OLD.key IS NULL"
+    },
     ("api_key", "UPDATE"): {"a key is revoked once": "OLD.revoked_at IS NOT NULL"},
     ("webhook", "UPDATE"): {"a receiver ends once": "OLD.due_at IS NULL"},
 }
@@ -4831,32 +4942,17 @@ LIMIT_NOW = LIMIT_THEN.replace("AND event.id < entry.transaction_id", "")
 TRANSACTION_KINDS = TypeAdapter(TransactionKind).json_schema()["enum"]
 # Each rule with the rows that it is for, and the queries that find one that breaks it.
 CHECKS = {
-    "every transaction has entries, which sum to zero": (
-        f"event WHERE {IS_TRANSACTION}",
-        f"""SELECT 'transaction ' || id || ' has no entries' AS wrong FROM event WHERE
-        {IS_TRANSACTION} AND NOT EXISTS (SELECT 1 FROM entry WHERE transaction_id = event.id)""",  # noqa: S608
-        # In two parts, because a sum may leave 64 bits where no amount does.
-        """WITH line AS (
-            SELECT transaction_id, asset, CASE type WHEN 'CREDIT' THEN amount ELSE -amount END
-            AS change FROM entry JOIN account ON account.id = account_id
-        ), total AS (
-            SELECT transaction_id, asset, SUM(change / 1000000000) AS billions,
-            SUM(change % 1000000000) AS rest FROM line GROUP BY transaction_id, asset
-        )
-        SELECT 'transaction ' || transaction_id || ' sums to ' || (billions * 1000000000 + rest)
-        || ' ' || asset AS wrong FROM total
-        WHERE rest % 1000000000 <> 0 OR billions <> -rest / 1000000000""",
-    ),
     "entries are numbered 1, 2, 3 ... and add up to balances": (
         "entry",
         """SELECT 'account ' || account_id || ': entry ' || seq || ' with balance ' || balance
         || ' stands where entry ' || place || ' with balance ' || expected || ' should be'
         AS wrong FROM (
             SELECT account_id, seq, balance, row_number() OVER following AS place,
+            transaction_id > COALESCE(lag(transaction_id) OVER following, '') AS rises,
             COALESCE(lag(balance) OVER following, 0) + CAST(
                 CASE type WHEN 'CREDIT' THEN amount ELSE -amount END AS numeric) AS expected
             FROM entry WINDOW following AS (PARTITION BY account_id ORDER BY seq)
-        ) AS numbered WHERE seq <> place OR balance <> expected""",
+        ) AS numbered WHERE seq <> place OR balance <> expected OR NOT rises""",
         f"""SELECT 'account ' || account_id || ': entry ' || seq || ' leaves a customer at '
         || entry.balance AS wrong FROM entry JOIN account ON account.id = account_id
         WHERE entry.balance < 0 AND kind = 'CUSTOMER' AND entry.balance + {LIMIT_THEN} < 0""",  # noqa: S608
@@ -4870,13 +4966,6 @@ CHECKS = {
         || COALESCE(entry.balance, 0) AS wrong FROM account LEFT JOIN entry ON account_id =
         account.id AND seq = (SELECT max(seq) FROM entry WHERE account_id = account.id)
         WHERE last_seq <> COALESCE(seq, 0) OR account.balance <> COALESCE(entry.balance, 0)""",
-        f"""SELECT 'account ' || id || ' is ' || status || ', but became ' || became AS wrong FROM (
-            SELECT id, status, COALESCE((SELECT CASE kind WHEN 'freeze' THEN 'FROZEN'
-                WHEN 'close' THEN 'CLOSED' ELSE 'ACTIVE' END FROM event
-                WHERE account_id = account.id AND {NO_ENTRIES}
-                AND kind IN ('open_account', 'freeze', 'unfreeze', 'close')
-                ORDER BY id DESC LIMIT 1), 'ACTIVE') AS became FROM account
-        ) AS stood WHERE status <> became""",  # noqa: S608
         f"""SELECT 'account ' || id || ' has a credit limit of ' || credit_limit || ', which no '
         || 'event has set' AS wrong FROM account WHERE credit_limit <> {LIMIT_NOW}""",  # noqa: S608
         f"""SELECT 'account ' || id || ' holds ' || held || ', its pending holds are '
@@ -4884,9 +4973,8 @@ CHECKS = {
             SELECT id, held, (SELECT COALESCE(SUM(amount), 0) FROM hold
             WHERE account_id = account.id AND {PENDING}) AS pending FROM account
         ) AS stood WHERE held <> pending""",  # noqa: S608
-        """SELECT 'event ' || event.id || ' says that a hold expired' AS wrong FROM event
-        LEFT JOIN hold ON hold.id = substr(arguments, 14, 36)
-        WHERE event.kind = 'expire' AND (status = 'EXPIRED') IS NOT TRUE""",
+        """SELECT 'hold ' || id || ' has expired before its time' AS wrong FROM hold
+        WHERE status = 'EXPIRED' AND expires_at > (SELECT max(ts) FROM event)""",
         """SELECT arguments || ' expired twice' AS wrong FROM event WHERE kind = 'expire'
         GROUP BY arguments HAVING count(*) > 1""",
         """SELECT 'hold ' || hold.id || ' was not captured as it says' AS wrong FROM hold
@@ -4917,15 +5005,27 @@ CHECKS = {
         """SELECT 'payment ' || id || ' has no cashback' AS wrong FROM event WHERE kind = 'PAYMENT'
         AND NOT EXISTS (SELECT 1 FROM scheduled_cashback WHERE payment_id = event.id)""",
         f"""SELECT 'payment ' || payment_id || ' promised ' || cashback.amount AS wrong
-        FROM scheduled_cashback AS cashback LEFT JOIN entry
-        ON entry.transaction_id = payment_id AND entry.account_id = cashback.account_id
-        WHERE entry.amount IS NULL OR cashback.amount <> entry.amount * {CASHBACK_PERCENT} / 100""",  # noqa: S608
+        FROM scheduled_cashback AS cashback LEFT JOIN event ON event.id = payment_id
+        LEFT JOIN entry ON entry.transaction_id = payment_id AND type = 'DEBIT'
+        WHERE (entry.account_id = cashback.account_id AND clock =
+        CASE WHEN effective_at IS NULL THEN 'SERVER' ELSE 'CALLER' END AND
+        cashback.amount = entry.amount * {CASHBACK_PERCENT} / 100) IS NOT TRUE""",  # noqa: S608
+        f"""SELECT 'payment ' || payment_id || ' is due at another time' AS wrong
+        FROM scheduled_cashback JOIN event ON event.id = payment_id
+        WHERE due_at <> COALESCE(effective_at, ts) + {CASHBACK_DELAY}""",  # noqa: S608
+        """SELECT 'payment ' || payment_id || ' is number ' || number AS wrong FROM (
+            SELECT payment_id, number, row_number() OVER (ORDER BY payment_id) AS place
+            FROM scheduled_cashback WHERE number IS NOT NULL OR clock = 'CALLER'
+        ) AS numbered WHERE (number = place) IS NOT TRUE""",
         """SELECT 'payment ' || payment_id || ' is ' || status || ', its cashback is not' AS wrong
-        FROM scheduled_cashback AS cashback LEFT JOIN entry
-        ON entry.transaction_id = cashback.transaction_id AND entry.account_id = cashback.account_id
-        WHERE status <> 'CANCELLED' AND CASE status
+        FROM scheduled_cashback AS cashback LEFT JOIN event AS credit
+        ON credit.id = cashback.transaction_id AND credit.kind = 'CASHBACK'
+        LEFT JOIN entry ON entry.transaction_id = credit.id AND entry.account_id =
+        cashback.account_id LEFT JOIN event AS later ON later.reverses = payment_id
+        WHERE (status = 'CANCELLED') <> (later.id IS NOT NULL)
+        OR (status <> 'CANCELLED' AND CASE status
         WHEN 'CREDITED' THEN COALESCE(entry.amount, -1) <> cashback.amount
-        ELSE cashback.transaction_id IS NOT NULL END""",
+        ELSE cashback.transaction_id IS NOT NULL END)""",
         """SELECT 'cashback ' || id || ' was not promised' AS wrong FROM event
         WHERE kind = 'CASHBACK' AND NOT EXISTS (SELECT 1 FROM scheduled_cashback
         WHERE payment_id = event.memo AND transaction_id = event.id)""",
@@ -4943,7 +5043,7 @@ CHECKS = {
 }
 
 
-def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
+def check(connection: Connection, seal: str = "") -> Iterator[tuple[str, int, list[str]]]:
     """Verify what stored rows can show: yield each rule, the rows it is for, and what is wrong."""
     show_progress("checking that pages, constraints and references are sound")
     damage = [row["wrong"] for query in REFERENCES for row in connection.rows(query)]
@@ -4956,7 +5056,7 @@ def check(connection: Connection) -> Iterator[tuple[str, int, list[str]]]:
         wrong = [row["wrong"] for query in findings for row in connection.rows(f"{query} LIMIT 1")]
         [total] = connection.rows(f"SELECT count(*) AS n FROM {counted}")  # noqa: S608
         yield rule, total["n"], wrong
-    yield "events say what was asked, and keys are those that were added", *check_events(connection)
+    yield from check_history(connection, seal)
     rows = connection.rows("SELECT code, name, exponent, closed_loop FROM asset")
     added = connection.rows("SELECT arguments FROM event WHERE kind = 'add_asset'")
     told = [parse_details(row["arguments"]).get("body", {}) for row in added]
@@ -4990,23 +5090,6 @@ def beside_of(connection: Connection) -> set[str]:
     return {row["name"] for row in connection.rows(connection.schema)} - ours
 
 
-def check_events(connection: Connection) -> tuple[int, list[str]]:
-    """Return how many events there are, and which tell nothing, or of keys that are otherwise."""
-    count, wrong, told = 0, [], Row()
-    for events in portions(connection, "event"):
-        count += len(events)
-        for event in events:
-            details = parse_details(event["arguments"])
-            if "damaged" in details:
-                wrong.append(f"event {event['id']}: its arguments are no JSON")
-            elif event["kind"] in ("add_key", "revoke_key"):
-                told[str(details.get("name"))] = event["kind"] == "revoke_key"
-    keys = connection.rows("SELECT name, revoked_at FROM api_key")
-    stored = {key["name"]: key["revoked_at"] is not None for key in keys}
-    differing = {name for name, _ in stored.items() ^ told.items()}
-    return count, wrong + [f"key {name!r} is not as its events say" for name in sorted(differing)]
-
-
 def show_progress(doing: str = "") -> None:
     """Say on a terminal what is being done, until something else is said."""
     if sys.stderr.isatty():
@@ -5035,6 +5118,357 @@ def portions(
     show_progress()
 
 
+# ----- Seals
+# What happened as lines that never change, the hashes over them, and whether all rows say the same.
+
+SEAL_EVENTS, SEAL_EVENTS_MAX, AFTER_ALL = 1_000, 5_000, "~"
+NO_SEAL: Row = {"id": 0, "ts": 0, "until": "", "events": 0, "hash": "0" * 64}
+NEWEST_SEAL = "SELECT * FROM seal ORDER BY id DESC LIMIT 1"
+# What a line has; a member that a later version adds stands where it is something, and else not,
+# so that no line of an older one ever changes.
+LINE_MEMBERS = {
+    "account_id", "answer", "arguments", "caller", "credit_limit", "effective_at", "external_id",
+    "id", "key", "kind", "memo", "notes", "reverses", "ts",
+}  # fmt: skip
+# What is posted, in its order: a customer's account has no name here.
+SHAPES = {
+    "DEPOSIT": r"-cash \+", "WITHDRAWAL": r"- \+cash", "TRANSFER": r"- \+", "CAPTURE": r"- \+",
+    "PAYMENT": r"- \+(merchants|payments)", "CASHBACK": r"-cashback \+", "TOP_UP": r"-treasury \+",
+    "BONUS": r"-treasury \+", "SPEND": r"\+treasury -", "JOURNAL": "[-+]( [-+])+", "REVERSAL": ".+",
+}  # fmt: skip
+# What arguments call accounts by, in the order of the entries.
+ACCOUNT_ARGUMENTS = (
+    "source_account_id", "account_id", "number", "user", "dest_account_id", "target_account_id",
+)  # fmt: skip
+BECOMES = {"freeze": "FROZEN", "unfreeze": "ACTIVE", "close": "CLOSED"}
+ID_AHEAD_MAX, ACCOUNTS_KEPT = 60_000_000, 20_000
+NOBODY: Row = {"side": "nobody", "asset": None, "names": ()}
+MADE_HOLDS = """SELECT event.id AS event_id, hold.* FROM event JOIN hold ON hold.id =
+    (SELECT max(id) FROM hold AS made WHERE account_id = event.account_id AND made.id < event.id)
+    WHERE event.id = ANY(:ids)"""
+OF_ACCOUNTS = f"SELECT * FROM event WHERE account_id = ANY(:ids) AND {NO_ENTRIES} ORDER BY id"  # noqa: S608
+# Of many transfers none may have been possible; keys from before events knew them are left out.
+DONE_KEYS = """status < 400 AND body NOT LIKE '{"succeeded"_0,%' AND ts >=
+    COALESCE((SELECT ts FROM event WHERE key IS NOT NULL ORDER BY id LIMIT 1), 0)"""
+NOT_DONE = f"""SELECT name FROM idempotency_key WHERE {DONE_KEYS}
+    EXCEPT SELECT key FROM event WHERE key IS NOT NULL LIMIT 1"""  # noqa: S608
+
+
+def read_lines(connection: Connection, after: str, until: str, limit: int) -> list[Row]:
+    """Return some events in their order: the id, the time and the line of each."""
+    members = {name: name for name in {*TABLES["entry"].columns.keys()} if name != "transaction_id"}
+    entries = "(SELECT * FROM entry WHERE transaction_id = event.id ORDER BY id) AS entry"
+    listed = connection.as_list(connection.as_object(members))
+    columns = {name: name for name in {*TABLES["event"].columns.keys()}}
+    columns["entries"] = f"(SELECT {listed} FROM {entries})"  # noqa: S608
+    query = f"""SELECT id, ts, CAST({connection.as_object(columns)} AS text) AS line FROM event
+        WHERE id > :after AND id <= :until ORDER BY id LIMIT :limit"""  # noqa: S608
+    rows = connection.rows(query, after=after, until=until, limit=limit)
+    for row, name in product(rows, {*TABLES["event"].columns.keys()} - LINE_MEMBERS):
+        # No text looks like this, because in JSON it has no quote of its own.
+        row["line"] = row["line"].replace(f'"{name}":null,', "")
+    return rows
+
+
+def next_seal(before: Row, lines: list[Row]) -> Row:
+    """Return the seal of some lines, which follows another one."""
+    sealed = "\n".join([before["hash"], *(row["line"] for row in lines), ""])
+    seal = {"id": before["id"] + 1, "ts": lines[-1]["ts"], "until": lines[-1]["id"]}
+    seal["events"] = before["events"] + len(lines)
+    return seal | {"hash": sha256(sealed)}
+
+
+def new_seal(connection: Connection, until: str = AFTER_ALL) -> Row | None:
+    """Return the seal of what is not sealed until an event, of the first of it where it is much."""
+    [before] = connection.rows(NEWEST_SEAL) or [NO_SEAL]
+    lines = read_lines(connection, before["until"], until, SEAL_EVENTS)
+    return next_seal(before, lines) if lines else None
+
+
+def seal_all(connection: Connection) -> None:
+    """Seal everything, from the beginning on."""
+    while seal := new_seal(connection):
+        connection.insert("seal", [seal])
+
+
+async def seal_events(ledger: Ledger) -> None:
+    """Seal what is new and settled, unless another server does."""
+    until = await newest_settled(ledger.database)
+
+    def read() -> Row | None:
+        with ledger.database.read() as connection:
+            return new_seal(connection, until)
+
+    def add(book: Book, seal: Row) -> None:
+        [newest] = book.ask(NEWEST_SEAL) or [NO_SEAL]
+        if newest["id"] + 1 == seal["id"]:
+            book.insert("seal", seal)
+
+    # In a thread on both engines, while callers are served.
+    threads = ledger.database._readers
+    while seal := await asyncio.get_running_loop().run_in_executor(threads, read):
+        await ledger.submit(Command("system", "{}", partial(add, seal=seal)))
+
+
+def sealed_lines(connection: Connection) -> Iterator[tuple[Row | None, list[Row]]]:
+    """Return each seal with the lines that it covers, and then those that none does."""
+    position = ""
+    for seals in portions(connection, "seal"):
+        for seal in seals:
+            yield seal, read_lines(connection, position, seal["until"], SEAL_EVENTS_MAX)
+            position = seal["until"]
+    while lines := read_lines(connection, position, AFTER_ALL, SEAL_EVENTS):
+        yield None, lines
+        position = lines[-1]["id"]
+
+
+def check_history(connection: Connection, known: str) -> Iterator[tuple[str, int, list[str]]]:
+    """Verify that the seals are those of the events, and that all rows are what these tell.
+
+    `known` is the hash of a seal that was kept elsewhere, or nothing.
+    """
+    history, before, wrong = History(connection), NO_SEAL, list[str]()
+    found, end = False, "(none)"
+    for seal, lines in sealed_lines(connection):
+        if seal and not (lines and next_seal(before, lines) == seal):
+            first = lines[0]["id"] if lines else before["until"]
+            wrong.append(f"seal {seal['id']} is not of what happened from event {first} on")
+        if seal and not wrong:
+            end, found = seal["until"], found or seal["hash"] == known
+        before = seal or before
+        history.take([from_json(row["line"]) for row in lines])
+        show_progress(f"event: {history.events:,} rows")
+    yield "seals are those of the events, in their order", before["id"], wrong
+    if known:
+        lost = wrong or [f"no seal has this hash: what is after event {end} at least is not here"]
+        yield "what the given seal covers is here", 1, [] if found else lost
+    for accounts in portions(connection, "account"):
+        history.take_accounts(accounts)
+    history.end()
+    yield "rows are what the events tell", history.events, history.wrong
+
+
+class History:
+    """What the events tell, some at a time, and which rows say otherwise."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection, self.wrong = connection, list[str]()
+        self.events, self.ts, self.counts = 0, 0, Counter[str]()
+        self.keys: dict[str, Row] = {}
+        self.accounts: dict[str, Row] = {}
+
+    def find(self, table: str, ids: Iterable[str | None]) -> dict[str, Row]:
+        """Return the rows of a table that have these keys."""
+        key, among = PRIMARY_KEYS[table], [*{*ids} - {None}]
+        query = f"SELECT * FROM {table} WHERE {key} = ANY(:ids)"  # noqa: S608
+        return {row[key]: row for row in self.connection.rows(query, ids=among)}
+
+    def judge(self, what: str, rules: Mapping[str, object]) -> None:
+        """Note each rule that does not hold, called by what is wrong then."""
+        self.wrong += [f"{what} {rule}" for rule, holds in rules.items() if not holds]
+
+    def find_accounts(self, events: list[Row]) -> None:
+        """Have the accounts of some entries at hand, each with what events may call it."""
+        ids = {entry["account_id"] for event in events for entry in event["entries"]}
+        if len(self.accounts) > ACCOUNTS_KEPT:
+            self.accounts.clear()
+        for account in self.find("account", ids - self.accounts.keys()).values():
+            side = account["name"] if account["kind"] == "SYSTEM" else ""
+            names = {account["id"], (account["name"] or "").partition(":")[2]}
+            self.accounts[account["id"]] = {"asset": account["asset"], "side": side, "names": names}
+
+    def take(self, events: list[Row]) -> None:
+        """Compare some events with their entries, answers and holds."""
+        for event in events:
+            event["told"] = parse_told(event["arguments"])
+        self.find_accounts(events)
+        answers = self.find("idempotency_key", (event["key"] for event in events))
+        holds = self.find("hold", (event["told"].get("hold_id") for event in events))
+        made = [event["id"] for event in events if event["kind"] == "hold"]
+        holds |= {row["event_id"]: row for row in self.connection.rows(MADE_HOLDS, ids=made)}
+        self.take_metadata(events)
+        self.counts["answers"] += len(answers)
+        for event in events:
+            rules = self.of_time_and_caller(event) | of_answer(event, answers.get(event["key"]))
+            if event["entries"] or event["kind"].isupper():
+                rules |= of_entries(event, self.accounts)
+            if event["kind"] in ("hold", "void", "expire", "CAPTURE"):
+                rules |= of_hold(event, holds.get(event["told"].get("hold_id", event["id"]), {}))
+            if not all(rules.values()):
+                self.judge(f"{event['kind']} {event['id']}", rules)
+
+    def of_time_and_caller(self, event: Row) -> Row:
+        """Return whether times rise, and callers' keys were there."""
+        told, ts, kind, self.events = event["told"], event["ts"], event["kind"], self.events + 1
+        self.counts[kind] += 1
+        # Two servers of PostgreSQL may commit in another order than they have begun.
+        rises = ts >= self.ts - (0 if self.connection.engine == "sqlite" else 100_000)
+        self.ts = max(self.ts, ts)
+        if kind == "add_key":
+            self.keys[str(told.get("name"))] = {**told, "created_at": ts, "revoked_at": None}
+        if kind == "revoke_key":
+            self.keys.setdefault(str(told.get("name")), {})["revoked_at"] = ts
+        key = event["caller"].removeprefix("key:")
+        return {
+            "has a time that does not rise with the ids": rises and is_time_of(event["id"], ts),
+            "has arguments that are no JSON": "damaged" not in told,
+            "is of a key that nobody added": key in self.keys or key == event["caller"],
+        }
+
+    def take_accounts(self, accounts: list[Row]) -> None:
+        """Compare some accounts with the events that opened and changed them."""
+        told: dict[str, Row] = {account["id"]: {"status": "ACTIVE"} for account in accounts}
+        for event in self.connection.rows(OF_ACCOUNTS, ids=[*told]):
+            now, kind = told[event["account_id"]], event["kind"]
+            if kind in ("open_account", "open_wallets", "update_account"):
+                now |= {"created_at": event["ts"]} | now | parse_told(event["arguments"])
+            now["status"] = BECOMES.get(kind, now["status"])
+        self.take_metadata(accounts)
+        for account in accounts:
+            now, owner = told[account["id"]], (account["name"] or "").partition(":")[2]
+            now["owner_name"] = now.get("owner_name", owner)
+            is_system, texts = account["kind"] == "SYSTEM", ("owner_name", "external_id")
+            rules = {
+                "was never opened": "created_at" in now or owner,
+                f"is {account['status']}, but became {now['status']}": account["status"]
+                == now["status"],
+                "is of another owner, or has other notes, than its events say": (
+                    len(now) < 4 or is_told(account, now, "created_at", *texts)
+                ),
+            }
+            self.judge(f"account {account['id']}", {} if is_system else rules)
+
+    def take_metadata(self, rows: list[Row]) -> None:
+        """Compare the metadata of some rows with its index."""
+        told = {
+            (name, value, row["id"])
+            for row in rows
+            if row.get("notes")
+            for name, value in parse_told(row["notes"]).items()
+        }
+        self.counts["notes"] += len(told)
+        query, ids = "SELECT * FROM note WHERE owner_id = ANY(:ids)", {owner for *_, owner in told}
+        notes = self.connection.rows(query, ids=[*ids]) if ids else []
+        indexed = {(note["name"], note["value"], note["owner_id"]) for note in notes}
+        self.judge("the metadata of", {f"{one[2]} is not indexed": 0 for one in told ^ indexed})
+
+    def end(self) -> None:
+        """Look for rows that no event tells of."""
+        rows, counts = self.connection.rows, self.counts
+        for key in rows("SELECT * FROM api_key"):
+            told = {"hash": key["hash"]} | self.keys.pop(key["name"], {})
+            self.judge(f"key {key['name']!r}", {"is not as its events say": told == key})
+        self.judge("key", {f"{name!r} is not as its events say": 0 for name in self.keys})
+        for table, told_of in (("hold", "hold"), ("note", "notes")):
+            [stored] = rows(f"SELECT count(*) AS n FROM {table}")  # noqa: S608
+            wrong = f"{counts[told_of]}, and there are {stored['n']}"
+            self.judge(
+                f"of each {table}", {f"events tell: {wrong}": stored["n"] == counts[told_of]}
+            )
+        [done] = rows(f"SELECT count(*) AS n FROM idempotency_key WHERE {DONE_KEYS}")  # noqa: S608
+        for key in rows(NOT_DONE) if done["n"] != counts["answers"] else ():
+            self.judge(f"key {key['name']}", {"has an answer to what was not done": False})
+
+
+def parse_told(text: str) -> Row:
+    """Return the members of JSON, those of a body among them."""
+    with suppress(ValueError, TypeError):
+        told = from_json(text)
+        return {**told, **told.get("body", {})} if "body" in told else {**told}
+    return {"damaged": text}
+
+
+def is_told(row: Row, told: Row, *names: str) -> bool:
+    """Tell whether columns of a row are what was told, and nothing where nothing was."""
+    notes = parse_told(row["notes"]) if row.get("notes") else {}
+    given = [told.get(name) for name in names]
+    return [row.get(name) for name in names] == given and notes == told.get("metadata", {})
+
+
+def is_time_of(event_id: str, ts: int) -> bool:
+    """Tell whether an id was drawn at a time or soon after it."""
+    with suppress(ValueError):
+        drawn = int(event_id[:8] + event_id[9:13] + event_id[15:18], 16)
+        return 0 <= -(-drawn * 1_000 // 4_096) - ts < ID_AHEAD_MAX
+    return False
+
+
+@lru_cache(maxsize=1_000)
+def is_shape(kind: str, posted: str) -> bool:
+    """Tell whether a kind of transaction is posted so."""
+    return bool(re.fullmatch(SHAPES.get(kind, ""), posted))
+
+
+def of_entries(event: Row, accounts: Mapping[str, Row]) -> Row:
+    """Return whether entries are what the kind says, and what was asked for."""
+    kind, told, entries, sums, posted = event["kind"], event["told"], event["entries"], Row(), []
+    customers = []
+    for entry in entries:
+        account = accounts.get(entry["account_id"], NOBODY)
+        sign, change = ("+", 1) if entry["type"] == "CREDIT" else ("-", -1)
+        posted.append(sign + account["side"])
+        sums[account["asset"]] = sums.get(account["asset"], 0) + change * entry["amount"]
+        if not account["side"]:
+            customers.append(account["names"])
+    amounts, amount = {entry["amount"] for entry in entries}, told.get("amount")
+    named = [told[name] for name in ACCOUNT_ARGUMENTS if name in told]
+    rules = {
+        "has no entries": entries,
+        "is not of this kind by its entries": is_shape(kind, " ".join(posted)),
+        "is about another account": event["account_id"] in (customers or [()])[0],
+        "moves another amount than was asked for": amount is None or amounts == {amount},
+        "moves it between others than was asked for": not named
+        or (len(named) == len(customers) and all(map(set.__contains__, customers, named))),
+    }
+    if any(sums.values()):
+        rules[f"sums to {' '.join(f'{total} {asset}' for asset, total in sums.items())}"] = False
+    if kind == "JOURNAL" and "entries" in told:
+        listed = [{name: e[name] for name in ("account_id", "type", "amount")} for e in entries]
+        rules["has other entries than were asked for"] = told["entries"] == listed
+    if kind not in ("CAPTURE", "CASHBACK") and ("amount" in told or "body" in told):
+        texts = is_told(event, told, "memo", "external_id")
+        rules["has another text than was given"] = texts
+        time_given = told.get("timestamp")
+        rules["has another effective time than was given"] = (
+            time_given is None or event["effective_at"] == time_given * 1_000
+        )
+    return rules
+
+
+def of_answer(event: Row, stored: Row | None) -> Row:
+    """Return whether the answer that a key has is the one that was given."""
+    key, told = event["key"], event["told"]
+    if key is None or stored is None:
+        return {"was done under a key that is gone": key is None}
+    told_answer = f"{stored['status']}\n{stored['location'] or ''}\n{stored['body']}"
+    # An event that tells more than was asked, or one of many, is not all that the key was for.
+    is_part = "before" in told or key.split("|")[1].endswith("/bulk")
+    return {
+        "was answered otherwise than its key says": sha256(told_answer) == event["answer"],
+        "has another time than its key": stored["ts"] == event["ts"],
+        "is not what its key was used for": is_part
+        or stored["fingerprint"] == sha256(event["arguments"]),
+    }
+
+
+def of_hold(event: Row, hold: Row) -> dict[str, object]:
+    """Return whether a hold is what an event has made of it."""
+    kind, told = event["kind"], event["told"]
+    if kind == "hold" and "expires_in" in told:
+        expires_at = event["ts"] + told["expires_in"] * 1_000_000
+        told = told | {"created_at": event["ts"], "expires_at": expires_at}
+        names = ("account_id", "dest_account_id", "amount", "created_at", "expires_at")
+        same = is_told(hold, told, *names, "memo", "external_id")
+        return {"tells of another hold than there is": same}
+    if status := {"void": "VOIDED", "expire": "EXPIRED"}.get(kind):
+        return {f"tells of a hold that is not {status}": hold.get("status") == status}
+    if kind == "CAPTURE" and "hold_id" in told:
+        ends = {hold.get("account_id"), hold.get("dest_account_id")}
+        moved = {(entry["account_id"], entry["amount"]) for entry in event["entries"]}
+        same = moved == {(end, hold.get("captured_amount")) for end in ends}
+        same = same and hold.get("transaction_id") == event["id"]
+        return {"tells of a hold that was not captured so": same}
+    return {}
 # ----- Upgrades
 # How a ledger of an earlier version becomes one of today's, which is in nothing but its rows
 # another one than a new ledger.
@@ -5046,6 +5480,7 @@ BROUGHT: dict[int, dict[str, dict[str, str]]] = {
     # The name of a key changed so that no program of version 1 can commit anything to version 2.
     2: {"idempotency_key": {"name": "id"}, "webhook": {"last_error": "NULL"}},
     3: {"account": {"credit_limit": "0"}, "event": {"credit_limit": "NULL"}},
+    4: {"event": {"key": "NULL", "answer": "NULL"}},
 }
 
 
@@ -5065,7 +5500,10 @@ def keep_names_in_nfc(connection: Connection) -> None:
 
 
 # What else a version does to the rows, after that.
-STEPS: dict[int, Sequence[Callable[[Connection], None]]] = {3: (keep_names_in_nfc,)}
+STEPS: dict[int, Sequence[Callable[[Connection], None]]] = {
+    3: (keep_names_in_nfc,),
+    4: (seal_all,),
+}
 
 
 def brought_since(version: int) -> dict[str, dict[str, str]]:
@@ -5634,7 +6072,7 @@ WELL_AGAIN = "this machine's clock is right again", "the log beside the ledger i
 
 
 async def work_for_ever(ledger: Ledger) -> None:
-    """Post receipts, credit what falls due by the clock, and end holds, within a second or so."""
+    """Post receipts, credit and end what is due, and seal what is new, within a second or so."""
     database, told = ledger.database, ("", "")
     async with asyncio.TaskGroup() as tasks:
         while True:
@@ -5651,7 +6089,11 @@ async def work_for_ever(ledger: Ledger) -> None:
                 told = warnings
                 await start_deliveries(ledger, tasks)
                 await ledger.credit_due("SERVER", clocks["now"])
+<<<<<<< HEAD
                 await expire_due(ledger, clocks["now"])
+=======
+                await seal_events(ledger)
+>>>>>>> 275984f (Seals over what happened, and a check that believes no row which another one contradicts)
                 with suppress(IndexError):  # Another thread writes, and does it then.
                     database.after_commit(rows_max=-1)
             except LedgerError as error:
@@ -6025,12 +6467,14 @@ def listen(host: str, port: str) -> socket.socket:
 def run_check(settings: Settings, options: argparse.Namespace) -> int:
     """Print what each check counted and the first row that is wrong; return 1 if any is."""
     with opened(settings) as database, database.read() as connection:
-        results, beside = list(check(connection)), sorted(others_of(connection))
+        results, beside = list(check(connection, options.seal)), sorted(others_of(connection))
+        newest = connection.rows(NEWEST_SEAL)
     for rule, row_count, wrong in results:
         print(f"{'WRONG' if wrong else 'ok':5}  {row_count:>9,}  {rule}")
         print("".join(f"       {found}\n" for found in wrong[:1]), end="")
     if beside:
         print(f"others: {', '.join(beside)}")
+    print("".join(map(seal_text, newest)), end="")
     count = sum(bool(wrong) for _, _, wrong in results)
     print(f"{count} of {len(results)} rules are broken" if count else "all ok")
     return int(count > 0)
@@ -6053,6 +6497,19 @@ def run_upgrade(settings: Settings, options: argparse.Namespace) -> None:
         print(f"  version {later} brings {' and '.join(tables) or 'no columns'}")
     if version < SCHEMA_VERSION:
         print(f"  the whole is checked; it takes up to {3 * stored['bytes']:,} bytes more")
+
+
+def seal_text(seal: Row) -> str:
+    """Return a seal as a line, which is worth keeping elsewhere."""
+    return f"seal {seal['id']}  {utc_text(seal['ts'])}  {seal['hash']}\n"
+
+
+def run_seal(settings: Settings, options: argparse.Namespace) -> None:
+    """Seal what is not sealed yet, and print the newest seal: keep it elsewhere."""
+    with opened(settings) as database:
+        asyncio.run(seal_events(Ledger(database)))
+        with database.read() as connection:
+            print("".join(map(seal_text, connection.rows(NEWEST_SEAL))), end="")
 
 
 def run_backup(settings: Settings, options: argparse.Namespace) -> None:
@@ -6209,7 +6666,21 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[^\w.,'/\x80-\U0010ffff-]", " ", text).split())
 
 
-EXPORTS = {"csv": write_csv, "hledger": write_hledger}
+def write_jsonl(connection: Connection, events: Iterable[list[Row]], out: TextIO) -> None:
+    """Write the lines that seals are made of."""
+    for chosen in filter(None, events):
+        ids, first = {event["id"] for event in chosen}, chosen[0]["id"][:-1]
+        lines = read_lines(connection, first, chosen[-1]["id"], PORTION_ROWS)
+        out.writelines(f"{row['line']}\n" for row in lines if row["id"] in ids)
+
+
+def write_seals(connection: Connection, events: Iterable[list[Row]], out: TextIO) -> None:
+    """Write all seals, each as a line of JSON."""
+    for seals in portions(connection, "seal"):
+        out.writelines(f"{SealPublic.of(seal).model_dump_json()}\n" for seal in seals)
+
+
+EXPORTS = {"csv": write_csv, "hledger": write_hledger, "jsonl": write_jsonl, "seals": write_seals}
 
 
 def run_asset_add(settings: Settings, options: argparse.Namespace) -> None:
@@ -6321,7 +6792,10 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     serving.add_argument("--log", choices=("text", "json", "off"), help="default: by the terminal")
     without = "open no accounts with demonstration money in a new ledger, as LEDGER_DEMO=0 does"
     serving.add_argument("--no-demo", dest="demo", action="store_false", help=without)
-    add_command(commands, "check", run_check)
+    known = "the hash of a seal that was kept: is what it covers still there?"
+    checking = add_command(commands, "check", run_check)
+    checking.add_argument("--seal", default="", metavar="HASH", help=known)
+    add_command(commands, "seal", run_seal)
     add_command(commands, "seed", run_seed)
     upgrading = add_command(commands, "upgrade", run_upgrade)
     upgrading.add_argument("--dry-run", action="store_true", help="say what it would do")

@@ -6677,6 +6677,7 @@ def test_the_database_keeps_what_may_stand_in_a_column(
 # What may change of a row. Whatever else a table holds is for ever, but for metadata's index.
 CHANGING = {
     "account": {"status", "balance", "held", "last_seq", "owner_name", "notes", "credit_limit"},
+    "event": {"answer"},
     "hold": {"status", "captured_amount", "transaction_id"},
     "scheduled_cashback": {"status", "transaction_id"},
     "api_key": {"revoked_at"},
@@ -6840,7 +6841,7 @@ def test_the_check_finds_what_was_tampered_with(
         ("UPDATE event SET id = 'ZZ' WHERE kind = 'open_account'", "event ZZ has no UUID"),
         (f"UPDATE account SET id = 'ZZ' WHERE id = {ALICES}", "account ZZ has no UUID"),
         ("UPDATE entry SET id = 'ZZ' WHERE type = 'CREDIT'", "entry ZZ has no UUID"),
-        ("UPDATE event SET arguments = '{' WHERE kind = 'DEPOSIT'", "arguments are no JSON"),
+        ("UPDATE event SET arguments = '{' WHERE kind = 'DEPOSIT'", "arguments that are no JSON"),
         (f"UPDATE account SET status = 'FROZEN' WHERE id = {ALICES}", "FROZEN, but became ACTIVE"),
         (f"UPDATE account SET credit_limit = 5 WHERE id = {ALICES}", "a credit limit of 5"),
     ],
