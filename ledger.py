@@ -5149,7 +5149,7 @@ MADE_HOLDS = """SELECT event.id AS event_id, hold.* FROM event JOIN hold ON hold
 OF_ACCOUNTS = f"SELECT * FROM event WHERE account_id = ANY(:ids) AND {NO_ENTRIES} ORDER BY id"  # noqa: S608
 # Of many transfers none may have been possible; keys from before events knew them are left out.
 DONE_KEYS = """status < 400 AND body NOT LIKE '{"succeeded"_0,%' AND ts >=
-    COALESCE((SELECT ts FROM event WHERE key IS NOT NULL ORDER BY id LIMIT 1), 0)"""
+    (SELECT ts FROM event WHERE key IS NOT NULL ORDER BY id LIMIT 1)"""
 NOT_DONE = f"""SELECT name FROM idempotency_key WHERE {DONE_KEYS}
     EXCEPT SELECT key FROM event WHERE key IS NOT NULL LIMIT 1"""  # noqa: S608
 
@@ -5273,7 +5273,7 @@ class History:
         if len(self.accounts) > ACCOUNTS_KEPT:
             self.accounts.clear()
         for account in self.find("account", ids - self.accounts.keys()).values():
-            side = account["name"] if account["kind"] == "SYSTEM" else ""
+            side = str(account["name"]) if account["kind"] == "SYSTEM" else ""
             names = {account["id"], (account["name"] or "").partition(":")[2]}
             self.accounts[account["id"]] = {"asset": account["asset"], "side": side, "names": names}
 
@@ -5295,7 +5295,8 @@ class History:
             if event["kind"] in ("hold", "void", "expire", "CAPTURE"):
                 rules |= of_hold(event, holds.get(event["told"].get("hold_id", event["id"]), {}))
             if not all(rules.values()):
-                self.judge(f"{event['kind']} {event['id']}", rules)
+                what = "transaction" if event["kind"].isupper() else "event"
+                self.judge(f"{what} {event['id']}", rules)
 
     def of_time_and_caller(self, event: Row) -> Row:
         """Return whether times rise, and callers' keys were there."""
@@ -5469,6 +5470,8 @@ def of_hold(event: Row, hold: Row) -> dict[str, object]:
         same = same and hold.get("transaction_id") == event["id"]
         return {"tells of a hold that was not captured so": same}
     return {}
+
+
 # ----- Upgrades
 # How a ledger of an earlier version becomes one of today's, which is in nothing but its rows
 # another one than a new ledger.
@@ -6666,7 +6669,7 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[^\w.,'/\x80-\U0010ffff-]", " ", text).split())
 
 
-def write_jsonl(connection: Connection, events: Iterable[list[Row]], out: TextIO) -> None:
+def write_jsonl(connection: Connection, events: Iterable[list[Row]], out: TextIOWrapper) -> None:
     """Write the lines that seals are made of."""
     for chosen in filter(None, events):
         ids, first = {event["id"] for event in chosen}, chosen[0]["id"][:-1]
@@ -6674,7 +6677,7 @@ def write_jsonl(connection: Connection, events: Iterable[list[Row]], out: TextIO
         out.writelines(f"{row['line']}\n" for row in lines if row["id"] in ids)
 
 
-def write_seals(connection: Connection, events: Iterable[list[Row]], out: TextIO) -> None:
+def write_seals(connection: Connection, events: Iterable[list[Row]], out: TextIOWrapper) -> None:
     """Write all seals, each as a line of JSON."""
     for seals in portions(connection, "seal"):
         out.writelines(f"{SealPublic.of(seal).model_dump_json()}\n" for seal in seals)
