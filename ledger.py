@@ -5278,7 +5278,8 @@ class History:
             self.accounts.clear()
         for account in self.find("account", ids - self.accounts.keys()).values():
             side = str(account["name"]) if account["kind"] == "SYSTEM" else ""
-            names = {account["id"], (account["name"] or "").partition(":")[2]}
+            name = unicodedata.normalize("NFC", account["name"] or "")
+            names = {account["id"], name.partition(":")[2]}
             self.accounts[account["id"]] = {"asset": account["asset"], "side": side, "names": names}
 
     def take(self, events: list[Row]) -> None:
@@ -5349,7 +5350,7 @@ class History:
             (name, value, row["id"])
             for row in rows
             if row.get("notes")
-            for name, value in parse_told(row["notes"]).items()
+            for name, value in from_json(row["notes"]).items()
         }
         self.counts["notes"] += len(told)
         query, ids = "SELECT * FROM note WHERE owner_id = ANY(:ids)", {owner for *_, owner in told}
@@ -5376,9 +5377,9 @@ class History:
 
 
 def parse_told(text: str) -> Row:
-    """Return the members of JSON, those of a body among them."""
+    """Return the members of JSON, those of a body among them, in NFC as names are kept."""
     with suppress(ValueError, TypeError):
-        told = from_json(text)
+        told = from_json(unicodedata.normalize("NFC", text))
         return {**told, **told.get("body", {})} if "body" in told else {**told}
     return {"damaged": text}
 
@@ -5387,7 +5388,9 @@ def is_told(row: Row, told: Row, *names: str) -> bool:
     """Tell whether columns of a row are what was told, and nothing where nothing was."""
     notes = parse_told(row["notes"]) if row.get("notes") else {}
     given = [told.get(name) for name in names]
-    return [row.get(name) for name in names] == given and notes == told.get("metadata", {})
+    found = [row.get(name) for name in names]
+    found = [unicodedata.normalize("NFC", one) if isinstance(one, str) else one for one in found]
+    return found == given and notes == told.get("metadata", {})
 
 
 def is_time_of(event_id: str, ts: int) -> bool:
