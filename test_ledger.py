@@ -6877,7 +6877,7 @@ def test_the_check_finds_an_entry_below_the_limit_of_its_time(bank: "Bank") -> N
         ("UPDATE hold SET captured_amount = 1 WHERE status = 'CAPTURED'", "was not captured as"),
         ("UPDATE hold SET status = 'VOIDED' WHERE status = 'PENDING'", "its pending holds are 0"),
         ("UPDATE hold SET id = 'ZZ' WHERE status = 'PENDING'", "hold ZZ has no UUID"),
-        ("UPDATE event SET kind = 'expire' WHERE kind = 'hold'", "says that a hold expired"),
+        ("UPDATE event SET kind = 'expire' WHERE kind = 'hold'", "that is not EXPIRED"),
         ("UPDATE event SET kind = 'expire', arguments = '{}' WHERE kind = 'hold'", "expired twice"),
         ("UPDATE event SET reverses = (SELECT id FROM event WHERE kind = 'DEPOSIT') "
          "WHERE kind = 'REVERSAL'", "round"),
