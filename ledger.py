@@ -7238,7 +7238,9 @@ async function forms(name, id) {
     form("Transfer", "/transfers", { dest_account_id: ["To", { required, list: "seen" }], amount,
       memo }, asset, complete)];
 }
+const nowhere = () => ["There is nothing at this address"];
 function refused({ status, detail = "The ledger does not answer. This page tries again." }) {
+  if (status === "422") return nowhere();
   enter.hidden = status !== "401";
   return [enter.hidden || key ? detail : "This ledger asks for a key or token"];
 }
@@ -7248,8 +7250,8 @@ async function draw() {
   if (document.hidden) return;
   const { hash } = location, began = Date.now(), [path, asked] = hash.slice(2).split("?");
   const [name, id] = path.split("/"), query = Object.fromEntries(new URLSearchParams(asked));
-  const show = VIEWS[name] ?? (() => ["There is nothing at this address"]);
-  const [title, ...parts] = await count().then(() => show(id, query)).catch(refused);
+  const show = () => (VIEWS[name] ?? nowhere)(id, query);
+  const [title, ...parts] = await count().then(show).catch(refused);
   if (hash !== location.hash) return;
   const next = el("div", {}, ...parts), focused = document.activeElement;
   if (!next.isEqualNode(drawn)) {
@@ -7280,8 +7282,7 @@ on(dates, (given) => go(location.hash.split("?")[0], given));
 on(enter, (given) => { sessionStorage.setItem("key", given.key); location.reload(); });
 footer.hidden = !key;
 footer.firstChild.onclick = () => { sessionStorage.clear(); location.reload(); };
-addEventListener("hashchange", draw);
-addEventListener("visibilitychange", draw);
+for (const change of ["hashchange", "visibilitychange"]) addEventListener(change, draw);
 draw();
 </script>
 """

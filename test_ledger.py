@@ -9547,18 +9547,23 @@ def test_hledger_shows_what_an_accountant_expects(bank: "BankInside", tmp_path: 
     bank.pass_time(DAY)
     bank.given(yuki=70, asset="JPY")
     bank.send("PATCH", f"/accounts/{bank.ids['yuki']}", json={"owner_name": "bob"})
+    bank.post("/assets", code="K-9", name="Bones", exponent=8).raise_for_status()
+    bank.given(rex=5, asset="K-9")
     file = exported(bank, tmp_path, "hledger")
 
     def report(name: str) -> list[list[str]]:
         return [list(line.values()) for line in hledger(file, name)]
 
     assert report("balancesheet")[1:] == [
-        ["Assets", ""], ["assets:cash", "JPY 70, USD 10.00"], ["total", "JPY 70, USD 10.00"],
+        ["Assets", ""],
+        ["assets:cash", 'JPY 70, "K-9" 0.00000005, USD 10.00'],
+        ["total", 'JPY 70, "K-9" 0.00000005, USD 10.00'],
         ["Liabilities", ""],
         ["liabilities:merchants", "USD 5.00"],
         ["liabilities:customers:alice", "USD 2.10"],
         ["liabilities:customers:bob", "JPY 70, USD 3.00"],
-        ["total", "JPY 70, USD 10.10"],
+        ["liabilities:customers:rex", '"K-9" 0.00000005'],
+        ["total", 'JPY 70, "K-9" 0.00000005, USD 10.10'],
         ["Net:", "USD -0.10"],
     ]  # fmt: skip
     assert report("incomestatement")[4:] == [
@@ -9794,7 +9799,8 @@ def test_the_page_finds_how_things_begin_and_lists_them_by_pages(screen: "Screen
     wait_until(lambda: screen.heading() == "Deposit")
     screen.find("lice")
     wait_until(lambda: screen.heading() == "Nothing begins with \u201clice\u201d")
-    assert screen.open("nowhere").heading() == "There is nothing at this address"
+    for place in ("nowhere", "account/nobody", "transactions?from=yesterday"):
+        assert screen.open(place).heading() == "There is nothing at this address"
     assert screen.open("holds").text().endswith("There are none.")
 
 
@@ -9935,7 +9941,7 @@ def test_hostile_names_and_memos_are_shown_and_run_nothing(screen: "Screen") -> 
 
 
 @on_sqlite
-def test_the_page_fits_into_400_pixels(screen: "Screen") -> None:
+def test_the_page_fits_into_400_pixels_and_is_dark_where_all_else_is(screen: "Screen") -> None:
     for name in WIDE:
         screen.bank.given({name: 10**15})
         screen.bank.deposit(name, 10**15, memo=name)
@@ -9947,6 +9953,11 @@ def test_the_page_fits_into_400_pixels(screen: "Screen") -> None:
         widths = "const { scrollWidth, clientWidth } = document.documentElement;"
         widths += "return [innerWidth, scrollWidth - clientWidth]"
         assert screen.driver.execute_script(widths) == [400, 0]
+    paper = "return getComputedStyle(document.body).backgroundColor"
+    light = screen.driver.execute_script(paper)
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    screen.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    assert screen.driver.execute_script(paper) == "rgb(23, 24, 26)" != light
 
 
 @on_sqlite
@@ -11086,6 +11097,7 @@ class Screen:
         # It asks its server no more, and has the size that it had.
         self.driver.get("about:blank")
         self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
     def open(self, place: str = "") -> Self:
         """Visit a place anew, which another query makes it, and wait until something is there."""
