@@ -10256,6 +10256,47 @@ print(books.state.ledger.database.is_open)
     assert ran.stdout == "{'status': 'ok'}\nFalse\n", ran.stderr
 
 
+DEPLOY = PROGRAM.with_name("deploy")
+in_a_shell = pytest.mark.skipif(os.name == "nt", reason="it is for a Unix system")
+
+
+@in_a_shell
+def test_a_backup_is_checked_and_old_ones_are_removed(tmp_path: Path) -> None:
+    shutil.copy(DEPLOY / "systemd/ledger-backup", tmp_path)
+    # In the place of the one beside it, because Python takes a second each time.
+    commands = 'backup) echo "$LEDGER" >"$2" ;; check) grep sound "${3#sqlite:///}" ;;'
+    (tmp_path / "ledger").write_text(f"#!/bin/sh\ncase $1 in {commands} esac\n")
+    (tmp_path / "ledger").chmod(0o755)
+
+    def back_up(state: str) -> tuple[int, list[str]]:
+        variables = {"LEDGER": state, "LEDGER_BACKUPS": str(tmp_path), "LEDGER_BACKUPS_KEPT": "2"}
+        ran = subprocess.run([tmp_path / "ledger-backup"], env={**os.environ, **variables})
+        return ran.returncode, sorted(file.name for file in tmp_path.glob("*.db"))
+
+    for day in range(1, 4):
+        (tmp_path / f"ledger-2025010{day}T000000Z.db").touch()
+    status, kept = back_up("sound")
+    assert (status, len(kept), kept[0]) == (0, 2, "ledger-20250103T000000Z.db")
+    # One that is wrong is put aside, and costs no other one its place.
+    (tmp_path / kept[1]).rename(tmp_path / "ledger-20250104T000000Z.db")
+    (tmp_path / "ledger-20250105T000000Z.db").touch()
+    others = [f"ledger-2025010{day}T000000Z.db" for day in (3, 4, 5)]
+    assert back_up("damaged") == (1, [*others, "wrong.db"])
+
+
+@in_a_shell
+def test_secrets_are_made_once_for_their_owner_alone(tmp_path: Path) -> None:
+    shutil.copy(DEPLOY / "make-secrets", tmp_path)
+    made = set()
+    for _ in range(2):
+        subprocess.run([tmp_path / "make-secrets"], capture_output=True, check=True)
+        made.add((tmp_path / ".env").read_text())
+    [secrets_made] = made
+    form = "POSTGRES_PASSWORD=[0-9a-f]{48}\nLEDGER_ADMIN_KEY=[0-9a-f]{48}\n"
+    assert re.fullmatch(form, secrets_made)
+    assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
+
+
 def test_every_test_that_the_readme_names_is_here() -> None:
     named = set(re.findall(r"`(test_\w+|Test\w+)`", README)) - {"test_ledger"}
     assert len(named) > 10
