@@ -6407,17 +6407,14 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"ledger.py {__version__} serves on {address}")
-    print(f"  docs      {address}/docs")
     database = app.state.ledger.database
-    print(f"  database  {database.name}{layer_warning(database)}")
-    if app.state.opened:
-        print(f"  opened    {app.state.opened}")
-    if database.news:
-        print(f"  upgrade   {database.news}")
+    told = {"docs": f"{address}/docs", "database": f"{database.name}{layer_warning(database)}"}
+    told |= {"opened": app.state.opened, "upgrade": database.news}
     with database.read() as connection:
-        if warning := clock_warning(database, read_clocks(connection)):
-            print(f"  clock     {warning}")
-    print(f"  mode      {OPEN_MODE if app.state.callers.open_mode else KEY_MODE}", flush=True)
+        told["clock"] = clock_warning(database, read_clocks(connection))
+    told["mode"] = OPEN_MODE if app.state.callers.open_mode else KEY_MODE
+    lines = [f"  {name:8}  {what}" for name, what in told.items() if what]
+    print("\n".join(lines), flush=True)
     config = uvicorn.Config(
         app,
         log_config=None,

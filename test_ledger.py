@@ -8350,7 +8350,7 @@ def test_a_clock_that_is_away_from_the_servers_is_told(database: str) -> None:
         told = "clock is 100 s behind the database server"
         # A file has no clock of its own.
         is_told = database.startswith("postgresql")
-        assert [told in line for line in server.said] == [False] * 3 + [True] * is_told + [False]
+        assert sum(told in line for line in server.said) == is_told
         wait_until(lambda: (told in server.log.read_text()) >= is_told)
 
 
