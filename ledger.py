@@ -2222,9 +2222,7 @@ class LedgerRoute(APIRoute):
         caller = await callers.authenticate(scope, asked)
         asked.caller, asked.role = caller
         if caller.role not in roles:
-            raise Forbidden(
-                f"The role {caller.role} may not do it: that takes {' or '.join(roles)}"
-            )
+            raise Forbidden(f"The role {caller.role} may not do it: it takes {' or '.join(roles)}")
         return caller
 
     def document_of(self, asked: Asked, body: bytes) -> Any:
@@ -2620,10 +2618,9 @@ def find_account(connection: Connection, reference: str) -> Row:
     name, _, asset = reference.rpartition("@")
     where = "name = :name AND asset = :asset" if name else "id = :asset"
     among = {"name": name, "asset": asset, "now": utc_now()}
-    found = connection.rows(f"{ACCOUNTS} WHERE {where}", **among)
-    if not found:
-        raise AccountNotFound(f"There is no account {reference}", reference)
-    return found[0]
+    for row in connection.rows(f"{ACCOUNTS} WHERE {where}", **among):
+        return row
+    raise AccountNotFound(f"There is no account {reference}", reference)
 
 
 # The ledger's own time, by which writes go too: this machine's clock, or the newest event's.
@@ -3117,10 +3114,9 @@ def void_hold(book: Book, hold_id: HoldOrTransactionId) -> HoldPublic:
 @allow(READERS)
 def get_hold(connection: Connection, hold_id: Uuid) -> HoldPublic:
     """Show a hold."""
-    found = connection.rows(f"{HOLDS} WHERE id = :id", id=hold_id, now=utc_now())
-    if not found:
-        raise HoldNotFound(f"There is no hold {hold_id}", hold_id)
-    return HoldPublic(**found[0])
+    for row in connection.rows(f"{HOLDS} WHERE id = :id", id=hold_id, now=utc_now()):
+        return HoldPublic.of(row)
+    raise HoldNotFound(f"There is no hold {hold_id}", hold_id)
 
 
 @api.get("/holds", tags=["holds"])
