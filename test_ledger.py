@@ -7207,6 +7207,145 @@ def verified(folder: Path, events: str, seals: list[Any]) -> bool:
     return True
 
 
+def seal_now(bank: "BankInside") -> None:
+    """Seal what is new, as a running server does."""
+    bank.runner.run(ledger.seal_events(bank.ledger))
+
+
+def seal_rows(bank: "Bank") -> list[Any]:
+    """Return the id of each seal, and how many events all until it cover."""
+    return bank.rows("SELECT id, events FROM seal ORDER BY id")
+
+
+def test_a_seal_covers_what_came_since_the_one_before(bank: "BankInside") -> None:
+    seal_now(bank)
+    assert seal_rows(bank) == []
+    bank.given(alice=100)
+    seal_now(bank)
+    seal_now(bank)
+    assert seal_rows(bank) == [(1, 2)]
+    bank.deposit("alice", 1)
+    unsealed = bank.get("/events").json()
+    assert (unsealed["seal"], bank.get("/events", limit=2).json()["seal"]) == (None, 1)
+    seal_now(bank)
+    assert seal_rows(bank) == [(1, 2), (2, 3)]
+    assert bank.get("/events").json()["seal"] == 2
+    assert bank.get("/events", after=unsealed["next"]).json()["seal"] is None
+
+
+def test_seals_are_listed_newest_first_and_followed_oldest_first(bank: "BankInside") -> None:
+    for number in range(1, 6):
+        bank.given({f"person {number}": 0})
+        seal_now(bank)
+    assert [seal["id"] for page in bank.pages("/seals", limit=2) for seal in page] == [
+        5,
+        4,
+        3,
+        2,
+        1,
+    ]
+    found: list[Any] = []
+    after: Any = 0
+    while items := bank.get("/seals", after=after, limit=2).json()["items"]:
+        found += items
+        after = bank.get("/seals", after=after, limit=2).json()["next"]
+    assert [seal["id"] for seal in found] == [1, 2, 3, 4, 5]
+    assert bank.get("/seals", after=5).json() == {"items": [], "next_cursor": None, "next": 5}
+    assert bank.get("/seals/3").json() == found[2]
+    third = bank.get("/events").json()["items"][2]
+    assert found[2] == {**found[2], "ts": third["ts"], "until": third["id"], "events": 3}
+    assert refusal(bank.get("/seals/6")) == (404, "seal_not_found")
+    assert refusal(bank.get("/seals", after=6)) == (400, "invalid_cursor")
+    for none in ("x", "-1", str(2**63)):
+        assert refusal(bank.get(f"/seals/{none}")) == (422, "invalid_request")
+
+
+NASTY = "".join(map(chr, range(1, 128))) + '\u00e9\u2028\ufeff\U0001f600 "memo":null, \\\\u0041'
+
+
+def test_a_line_is_json_in_the_order_of_names_on_both_engines(bank: "BankInside") -> None:
+    bank.given(alice=100)
+    quoted = NASTY.replace("'", "''").replace("%", "%%" if "postgresql" in bank.database else "%")
+    bank.tamper_freely(f"UPDATE event SET memo = '{quoted}'")
+    with bank.ledger.database.read() as connection:
+        lines = ledger.read_lines(connection, "", "~", 10)
+        rows = connection.rows("SELECT * FROM event ORDER BY id")
+        entries = connection.rows("SELECT * FROM entry ORDER BY id")
+    opened, deposited = ({name: row[name] for name in ledger.LINE_MEMBERS} for row in rows)
+    shown = [{name: e[name] for name in e if name != "transaction_id"} for e in entries]
+    expected = [opened | {"entries": []}, deposited | {"entries": shown}]
+    in_order = partial(json.dumps, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert [line["line"] for line in lines] == [in_order(one) for one in expected]
+    assert opened["memo"] == NASTY
+
+
+def test_what_a_later_version_adds_changes_no_line(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank.given(alice=100)
+    bank.deposit("alice", 1, memo="later")
+    monkeypatch.setattr(ledger, "LINE_MEMBERS", ledger.LINE_MEMBERS - {"memo"})
+    with bank.ledger.database.read() as connection:
+        lines = [line["line"] for line in ledger.read_lines(connection, "", "~", 10)]
+    assert ['"memo"' in line for line in lines] == [False, False, True]
+
+
+def test_the_example_can_be_computed_by_hand(tmp_path: Path) -> None:
+    about_seals = DEPLOYMENT.partition("## Seals")[2]
+    [(line, told)] = re.findall(r"```json\n(.*?)\n```.*?sha256sum  # (\w+)", about_seals, re.DOTALL)
+    assert ledger.sha256(f"{'0' * 64}\n{line}\n") == told
+    event = json.loads(line)
+    seal = {"id": 1, "ts": event["ts"], "until": event["id"], "events": 1, "hash": told}
+    assert verified(tmp_path, f"{line}\n", [seal])
+    assert not verified(tmp_path, f"{line} \n", [seal])
+
+
+def test_what_was_sealed_is_found_by_a_hash_that_was_kept(bank: "BankInside") -> None:
+    bank.given(alice=100)
+    kept = printed(bank.database, "seal").split()[-1]
+    bank.deposit("alice", 1)
+    newest = printed(bank.database, "seal").splitlines()[-1]
+    assert re.fullmatch(r"seal 2  [0-9T:.-]+Z  [0-9a-f]{64}", newest)
+    assert newest in printed(bank.database, "check", "--seal", kept)
+    assert printed(bank.database, "check", "--seal", newest.split()[-1])
+    # Its end is cut off, as whoever can write to the database can do it.
+    last = "(SELECT max(id) FROM event)"
+    bank.tamper_freely(
+        "DELETE FROM seal WHERE id = 2",
+        f"DELETE FROM idempotency_key WHERE name = (SELECT key FROM event WHERE id = {last})",
+        f"DELETE FROM entry WHERE transaction_id = {last}",
+        f"DELETE FROM event WHERE id = {last}",
+        "UPDATE account SET balance = CASE kind WHEN 'SYSTEM' THEN -100 ELSE 100 END, last_seq = 1 "
+        "WHERE last_seq = 2",
+    )
+    assert bank.wrong() == []
+    with bank.ledger.database.read() as connection:
+        for given, is_here in ((kept, True), (newest.split()[-1], False)):
+            wrong = [found for _, _, wrong in ledger.check(connection, given) for found in wrong]
+            assert (wrong == []) == is_here
+
+
+def test_two_servers_seal_everything_once(database: str) -> None:
+    with serving(database) as one, serving(database) as other:
+        for server in (one, other):
+            server.bank.given({f"person {server.process.pid}": 100})
+        [[count]] = one.bank.rows("SELECT count(*) FROM event WHERE kind <> 'hold'")
+        wait_until(lambda: sum(seal_rows(one.bank)[-1:], ())[1:] == (count,))
+        one.process.kill()
+        other.bank.deposit(next(iter(other.bank.ids)), 1)
+        wait_until(lambda: seal_rows(other.bank)[-1][1] == count + 1)
+        assert other.bank.wrong() == []
+
+
+def test_the_exported_lines_are_those_that_were_sealed(evident: "Bank", tmp_path: Path) -> None:
+    events, seals = tmp_path / "lines", tmp_path / "hashes"
+    printed(evident.database, "export", "--format", "jsonl", str(events))
+    printed(evident.database, "export", "--format", "seals", str(seals))
+    sealed = [json.loads(seal) for seal in seals.read_text().splitlines()]
+    assert verified(tmp_path, events.read_text(), sealed)
+    assert sealed[-1]["events"] == len(events.read_text().splitlines())
+
+
 # ----- Upgrades
 # A real ledger of each version is kept as text, with rows of every kind, and with what it told.
 # LEDGER_TEST_KEEP=1 keeps the one of this version anew, after its tables have changed.
