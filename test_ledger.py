@@ -892,6 +892,13 @@ def test_a_failing_disk_loses_nothing_that_was_answered() -> None:
     assert re.search(r"\b4 of 13 cases, .*; 0 wrong$", said)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no forks")
+def test_a_change_of_the_program_is_seen() -> None:
+    # The seed chooses a condition that is turned round.
+    options = ["--section", "Money", "--nearby", "--mutants", "1", "--seed", "13"]
+    assert prove("mutants.py", *options).endswith(": 1 seen, 0 not seen")
+
+
 @watching
 @pytest.mark.skipif(CYCLES <= 3, reason="it takes some tries, and so some time")
 @pytest.mark.parametrize(
