@@ -178,7 +178,8 @@ def run_pytest(folder: Path, said: Path, options: list[str]) -> None:
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
-    sys.modules.pop("ledger", None)
+    for name in ("ledger", "test_ledger"):
+        sys.modules.pop(name, None)
     sys.path.insert(0, str(folder))
     os._exit(pytest.main(options))
 
@@ -196,15 +197,19 @@ def seen_by(suite: Suite, source: Source, mutant: Mutant, runs: list[list[str]])
 
 def main() -> int:
     """Read the options and run."""
-    options = read_options(__doc__, mutants=100, section="", nearby=False, least=95, each=900.0)
+    options = read_options(
+        __doc__, mutants=100, section="", only="", nearby=False, least=95, each=900.0
+    )
     end, text = time.monotonic() + options.seconds, PROGRAM.read_text()
     source, suite_text = Source(text), PROGRAM.with_name("test_ledger.py").read_text()
     all_mutants = [
         mutant
         for mutant in source.mutants(ast.parse(text))
         if options.section in ("", section_of(text, bisect(source.lines, mutant.start)))
+        and options.only in source.shown(mutant)
     ]
-    chosen = random.Random(options.seed).sample(all_mutants, options.mutants)  # noqa: S311
+    count = min(options.mutants, len(all_mutants))
+    chosen = random.Random(options.seed).sample(all_mutants, count)  # noqa: S311
     tried, seen = 0, 0
     with tempfile.TemporaryDirectory(prefix="ledger-mutants-") as name:
         load_ledger(Path(name), None)  # And with it all that the tests need, once.
