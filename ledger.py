@@ -2562,10 +2562,9 @@ def list_assets(
 @allow(READERS, raises=(AssetNotFound,))
 def get_asset(connection: Connection, code: str) -> AssetPublic:
     """Show an asset."""
-    found = connection.rows("SELECT * FROM asset WHERE code = :code", code=code)
-    if not found:
-        raise AssetNotFound(f"There is no asset {code}")
-    return AssetPublic.of(found[0])
+    for row in connection.rows("SELECT * FROM asset WHERE code = :code", code=code):
+        return AssetPublic.of(row)
+    raise AssetNotFound(f"There is no asset {code}")
 
 
 class AccountCreate(Named):
@@ -2909,10 +2908,9 @@ def get_transaction(connection: Connection, transaction_id: Uuid) -> Transaction
 def find_transaction(rows: Callable[..., list[Row]], transaction_id: str) -> TransactionPublic:
     """Return a transaction, of the database or of the open batch."""
     query = f"SELECT event.*, {REVERSED_BY} FROM event WHERE id = :id AND {IS_TRANSACTION}"  # noqa: S608
-    found = rows(query, id=transaction_id)
-    if not found:
-        raise TransactionNotFound(f"There is no transaction {transaction_id}", transaction_id)
-    return TransactionPublic(**with_entries(rows, found)[0])
+    for event in with_entries(rows, rows(query, id=transaction_id)):
+        return TransactionPublic(**event)
+    raise TransactionNotFound(f"There is no transaction {transaction_id}", transaction_id)
 
 
 def with_entries(rows: Callable[..., list[Row]], events: list[Row]) -> list[Row]:
@@ -3180,11 +3178,10 @@ def is_received(cashback: Row, *, at: int) -> bool:
 def get_payment(connection: Connection, payment_id: Uuid) -> PaymentPublic:
     """Show a payment, the account as it is now, and where the cashback stands."""
     query = "SELECT * FROM scheduled_cashback WHERE payment_id = :id AND clock = 'SERVER'"
-    found = connection.rows(query, id=payment_id)
-    if not found:
-        raise PaymentNotFound(f"There is no payment {payment_id}", payment_id)
-    account = AccountPublic(**find_account(connection, found[0]["account_id"]))
-    return payment_public(found[0], account, at=read_clocks(connection)["now"])
+    for cashback in connection.rows(query, id=payment_id):
+        account = AccountPublic(**find_account(connection, cashback["account_id"]))
+        return payment_public(cashback, account, at=read_clocks(connection)["now"])
+    raise PaymentNotFound(f"There is no payment {payment_id}", payment_id)
 
 
 # What the audit log calls the kinds of events that it does not call by their names.
@@ -3658,12 +3655,11 @@ def get_bank_payment(
     query = """SELECT cashback.* FROM scheduled_cashback AS cashback JOIN account
         ON account.id = account_id WHERE number = :number AND name = :name"""
     asked = {"number": int(number[1]) if number else 0, "name": f"bank:{account_id}"}
-    found = books.rows(query, **asked)
-    if not found:
-        raise PaymentNotFound("There is no such payment of this account")
-    received = is_received(found[0], at=timestamp * 1_000)
-    status = "CASHBACK_RECEIVED" if received else "IN_PROGRESS"
-    return BankPaymentStatus(payment_id=payment_id, status=status)
+    for cashback in books.rows(query, **asked):
+        received = is_received(cashback, at=timestamp * 1_000)
+        status = "CASHBACK_RECEIVED" if received else "IN_PROGRESS"
+        return BankPaymentStatus(payment_id=payment_id, status=status)
+    raise PaymentNotFound("There is no such payment of this account")
 
 
 class BankTopSpenders(BaseModel):
