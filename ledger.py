@@ -7056,7 +7056,7 @@ const record = (transaction, entry) => ({ ...entry, external_id: transaction.ext
 const transactions = (query) => list("Transactions", ["What", "Amount", "Balance"],
   ["transactions", query], moves, (each) => each.entries.map((entry) => record(each, entry)));
 async function balances() {
-  const [{ items }, totals] = await Promise.all([get("/balances"), get("/totals")]);
+  const { items } = await get("/balances"), totals = await get("/totals");
   const counts = new Map(totals.items.map((total) => [total.asset, total.accounts]));
   const used = items.filter(({ asset }) => counts.has(asset)).sort(
     (one, other) => counts.get(other.asset) - counts.get(one.asset));
