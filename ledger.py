@@ -435,6 +435,7 @@ class Event(TransactionBase, table=True):
         partial_index("event_external_id", "external_id", where=HAS_EXTERNAL_ID, unique=True),
         partial_index("event_reverses", "reverses", where="reverses IS NOT NULL", unique=True),
         partial_index("event_effective", "effective_at", where="effective_at IS NOT NULL"),
+        partial_index("event_limit", "account_id", "id", where="credit_limit IS NOT NULL"),
         sa.CheckConstraint("(kind = 'REVERSAL') = (reverses IS NOT NULL)"),
         NO_ROWID,
     )
@@ -1108,7 +1109,9 @@ SYSTEM_ACCOUNTS = system_accounts(ASSETS.values()) | {("payments", "USD")}
 def find_asset(book: Book, code: str) -> AssetPublic:
     """Return an asset, or raise AssetNotFound; it never changes, so it is looked for once."""
     if not (known := ASSETS.get(code) or book.assets.get(code)):
-        for row in book.ask("SELECT * FROM asset WHERE code = :code", code=code):
+        added = [row for row in book.inserts["asset"] if row["code"] == code]
+        query = "SELECT * FROM asset WHERE code = :code"
+        for row in added or book.connection.rows(query, code=code):
             known = book.assets[code] = AssetPublic.of(row)
     if not known:
         raise AssetNotFound(f"There is no asset {code}: GET /assets lists all")
@@ -4796,8 +4799,8 @@ REFUSED = {
             NEW.last_seq <> OLD.last_seq AND 'ACTIVE' NOT IN (OLD.status, NEW.status)""",
         "nobody owes what is issued": NO_CREDIT,
         "every client can read what a customer has": f"""
-            abs(NEW.balance) > {CUSTOMER_MAX} AND abs(NEW.balance) > abs(OLD.balance)
-            AND NEW.kind = 'CUSTOMER'""",
+            NEW.balance NOT BETWEEN -{CUSTOMER_MAX} AND {CUSTOMER_MAX}
+            AND abs(NEW.balance) > abs(OLD.balance) AND NEW.kind = 'CUSTOMER'""",
     },
     ("account", "INSERT"): {
         "an account opens empty": "(NEW.last_seq, NEW.balance) <> (0, 0)",
@@ -4928,9 +4931,9 @@ REFERENCES = [
     for here, there in [(k.parent, k.column) for t in TABLES.values() for k in t.foreign_keys]
 ]
 # The credit limit of an entry's account at its time, and of an account now, as events have set it.
-LIMIT_THEN = f"""COALESCE((SELECT credit_limit FROM event WHERE event.account_id = account.id
-    AND event.id < entry.transaction_id AND {NO_ENTRIES} AND credit_limit IS NOT NULL
-    ORDER BY event.id DESC LIMIT 1), 0)"""  # noqa: S608
+LIMIT_THEN = """COALESCE((SELECT credit_limit FROM event WHERE event.account_id = account.id
+    AND event.id < entry.transaction_id AND credit_limit IS NOT NULL
+    ORDER BY event.id DESC LIMIT 1), 0)"""
 LIMIT_NOW = LIMIT_THEN.replace("AND event.id < entry.transaction_id", "")
 TRANSACTION_KINDS = TypeAdapter(TransactionKind).json_schema()["enum"]
 # Each rule with the rows that it is for, and the queries that find one that breaks it.
