@@ -5913,6 +5913,8 @@ def create_app(
     except Exception as error:
         raise StartupError(f"the environment's proxy or certificates are wrong: {error}") from None
     database = database_at(settings.database_url)
+    for router in dialects:  # What is wrong with them is said before a ledger is made or upgraded.
+        list(router.route_class.first_accounts(settings, False))  # type: ignore[attr-defined]
     try:
         database.open(make=True)
         ledger, callers = Ledger(database), Callers(database, settings)
@@ -5930,7 +5932,7 @@ def create_app(
         if opened:
             hint = " (a new ledger without demonstration money: --no-demo or LEDGER_DEMO=0)"
             app.state.opened = f"{', '.join(opened)}{hint if demo else ''}"
-            log.warning("opened %s", app.state.opened)
+            log.warning("opened %d accounts%s", len(opened), hint if demo else "")
         return app
     except BaseException:
         database.close()

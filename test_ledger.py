@@ -5556,6 +5556,14 @@ def test_a_wrong_preload_stops_the_start(database: str, preload: str) -> None:
         ledger.create_app(ledger.Settings(database, preload))
 
 
+@on_sqlite
+def test_a_wrong_preload_makes_no_ledger(new_database: "NewDatabase") -> None:
+    with new_database(blank=True) as database:
+        with pytest.raises(ledger.StartupError, match="PRELOAD_ACCOUNTS must be JSON"):
+            ledger.create_app(ledger.Settings(database, "x"))
+        assert not file_of(database).exists()
+
+
 # ----- Dialect: /api/v1/wallets, application credits
 # Decimals of four places, of assets that only these routes move.
 
