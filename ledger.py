@@ -505,23 +505,14 @@ class Connection(Protocol):
     """
 
     engine: str
-    driver: Any
-    tables: str
-    schema: str
-    is_writable: str
-    probe: str
-    drop_trigger: str
-    size: str
     clock: str
+    probe: str
     writes: str
     bound: str
 
-    def as_object(self, members: Mapping[str, str]) -> str: ...
-    def as_list(self, each: str) -> str: ...
     def execute(self, statement: str, **values: Any) -> Any: ...
     def rows(self, statement: str, **values: Any) -> list[Row]: ...
     def all_rows(self, *queries: tuple[str, Row]) -> list[list[Row]]: ...
-    def insert(self, table: str, rows: list[Row]) -> None: ...
     def update(self, table: str, columns: Sequence[str], rows: list[Row]) -> None: ...
     def save(
         self, inserts: Mapping[str, list[Row]], updates: Mapping[str, dict[int, Row]]
@@ -4830,20 +4821,20 @@ for name in TABLES.keys() - {"note"}:
     TRIGGERS[f"{name}_kept"] = (f"BEFORE DELETE ON {name}", never)
 
 
-def in_words(connection: Connection, made: Any) -> str:
+def in_words(connection: SqliteConnection, made: Any) -> str:
     """Return the statement that makes something, in the engine's own words."""
     dialect = sa.make_url(f"{connection.engine}://").get_dialect()()
     return str(made.compile(dialect=dialect)).strip()
 
 
-def create_tables(connection: Connection, tables: Iterable[str] = TABLES) -> None:
+def create_tables(connection: SqliteConnection, tables: Iterable[str] = TABLES) -> None:
     """Make tables and their indexes."""
     for name in tables:
         connection.driver.execute(in_words(connection, sa.schema.CreateTable(TABLES[name])))
         create_indexes(connection, TABLES[name])
 
 
-def create_indexes(connection: Connection, table: sa.Table) -> None:
+def create_indexes(connection: SqliteConnection, table: sa.Table) -> None:
     """Make the indexes of a table that are not there."""
     known = {row["name"] for row in connection.rows(connection.schema) if row["kind"] == "index"}
     for index in table.indexes:
@@ -4851,7 +4842,7 @@ def create_indexes(connection: Connection, table: sa.Table) -> None:
             connection.driver.execute(in_words(connection, sa.schema.CreateIndex(index)))
 
 
-def create_triggers(connection: Connection, beside: set[str]) -> None:
+def create_triggers(connection: SqliteConnection, beside: set[str]) -> None:
     """Make the triggers, which refuse what they are told to; record what was made, of ours."""
     execute = connection.driver.execute
     for name, (moment, refused) in TRIGGERS.items():
@@ -4878,7 +4869,7 @@ FIRST_TABLES = {
 }  # fmt: skip
 
 
-def stored_version(connection: Connection) -> int:
+def stored_version(connection: SqliteConnection) -> int:
     """Return a ledger's version, 0 for an empty database, or raise StartupError."""
     found = {row["name"] for row in connection.rows(connection.tables)}
     if not found:
@@ -4910,7 +4901,7 @@ def complete_schema(database: Database) -> None:
         open_known(connection)
 
 
-def open_known(connection: Connection) -> None:
+def open_known(connection: SqliteConnection) -> None:
     """Add the known assets and system accounts that are missing."""
     known = {row["code"] for row in connection.rows("SELECT code FROM asset")}
     book = Book(connection)
@@ -5041,7 +5032,7 @@ CHECKS = {
 }
 
 
-def check(connection: Connection, seal: str = "") -> Iterator[tuple[str, int, list[str]]]:
+def check(connection: SqliteConnection, seal: str = "") -> Iterator[tuple[str, int, list[str]]]:
     """Verify what stored rows can show: yield each rule, the rows it is for, and what is wrong."""
     show_progress("checking that pages, constraints and references are sound")
     damage = [row["wrong"] for query in REFERENCES for row in connection.rows(query)]
@@ -5075,13 +5066,13 @@ def check(connection: Connection, seal: str = "") -> Iterator[tuple[str, int, li
     yield "tables and triggers are as they were made", len(then), differing
 
 
-def others_of(connection: Connection) -> set[str]:
+def others_of(connection: SqliteConnection) -> set[str]:
     """Return what others have put beside the ledger; a trigger of theirs is none of that."""
     triggers = {r["name"] for r in connection.rows(connection.schema) if r["kind"] == "trigger"}
     return beside_of(connection) - triggers
 
 
-def beside_of(connection: Connection) -> set[str]:
+def beside_of(connection: SqliteConnection) -> set[str]:
     """Return the names in the database that are none of what was made."""
     [made, *_] = connection.rows("SELECT description FROM schema_version")
     ours = {row["name"] for row in json.loads(made["description"])}
@@ -5153,7 +5144,7 @@ NOT_DONE = f"""SELECT name FROM idempotency_key WHERE {DONE_KEYS}
     EXCEPT SELECT key FROM event WHERE key IS NOT NULL LIMIT 1"""  # noqa: S608
 
 
-def read_lines(connection: Connection, after: str, until: str, limit: int) -> list[Row]:
+def read_lines(connection: SqliteConnection, after: str, until: str, limit: int) -> list[Row]:
     """Return some events in their order: the id, the time and the line of each."""
     members = {name: name for name in {*TABLES["entry"].columns.keys()} if name != "transaction_id"}
     entries = "(SELECT * FROM entry WHERE transaction_id = event.id ORDER BY id) AS entry"
@@ -5177,14 +5168,14 @@ def next_seal(before: Row, lines: list[Row]) -> Row:
     return seal | {"hash": sha256(sealed)}
 
 
-def new_seal(connection: Connection, until: str = AFTER_ALL) -> Row | None:
+def new_seal(connection: SqliteConnection, until: str = AFTER_ALL) -> Row | None:
     """Return the seal of what is not sealed until an event, of the first of it where it is much."""
     [before] = connection.rows(NEWEST_SEAL) or [NO_SEAL]
     lines = read_lines(connection, before["until"], until, SEAL_EVENTS)
     return next_seal(before, lines) if lines else None
 
 
-def seal_all(connection: Connection) -> None:
+def seal_all(connection: SqliteConnection) -> None:
     """Seal everything, from the beginning on."""
     while seal := new_seal(connection):
         connection.insert("seal", [seal])
@@ -5209,7 +5200,7 @@ async def seal_events(ledger: Ledger) -> None:
         await ledger.submit(Command("system", "{}", partial(add, seal=seal)))
 
 
-def sealed_lines(connection: Connection) -> Iterator[tuple[Row | None, list[Row]]]:
+def sealed_lines(connection: SqliteConnection) -> Iterator[tuple[Row | None, list[Row]]]:
     """Return each seal with the lines that it covers, and then those that none does."""
     position = ""
     for seals in portions(connection, "seal"):
@@ -5221,7 +5212,7 @@ def sealed_lines(connection: Connection) -> Iterator[tuple[Row | None, list[Row]
         position = lines[-1]["id"]
 
 
-def check_history(connection: Connection, known: str) -> Iterator[tuple[str, int, list[str]]]:
+def check_history(connection: SqliteConnection, known: str) -> Iterator[tuple[str, int, list[str]]]:
     """Verify that the seals are those of the events, and that all rows are what these tell.
 
     `known` is the hash of a seal that was kept elsewhere, or nothing.
@@ -5250,7 +5241,7 @@ def check_history(connection: Connection, known: str) -> Iterator[tuple[str, int
 class History:
     """What the events tell, some at a time, and which rows say otherwise."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: SqliteConnection) -> None:
         self.connection, self.wrong = connection, list[str]()
         self.events, self.ts, self.counts = 0, 0, Counter[str]()
         self.keys: dict[str, Row] = {}
@@ -5489,7 +5480,7 @@ BROUGHT: dict[int, dict[str, dict[str, str]]] = {
 }
 
 
-def keep_names_in_nfc(connection: Connection) -> None:
+def keep_names_in_nfc(connection: SqliteConnection) -> None:
     """Bring names and owners into Unicode's NFC, but no name into that of another account."""
     for rows in portions(connection, "account"):
         for row in rows:
@@ -5505,7 +5496,7 @@ def keep_names_in_nfc(connection: Connection) -> None:
 
 
 # What else a version does to the rows, after that.
-STEPS: dict[int, Sequence[Callable[[Connection], None]]] = {
+STEPS: dict[int, Sequence[Callable[[SqliteConnection], None]]] = {
     3: (keep_names_in_nfc,),
     4: (seal_all,),
 }
@@ -5545,7 +5536,7 @@ def upgrade_at_once(database: Database) -> str:
     return f"{database.name} was upgraded from version {version} to {SCHEMA_VERSION}{kept}"
 
 
-def finish(connection: Connection, version: int, beside: set[str]) -> None:
+def finish(connection: SqliteConnection, version: int, beside: set[str]) -> None:
     """Do what versions after one do to its rows, make triggers, and check the whole."""
     for later in range(version + 1, SCHEMA_VERSION + 1):
         for step in STEPS.get(later, ()):
@@ -5558,13 +5549,13 @@ def finish(connection: Connection, version: int, beside: set[str]) -> None:
             raise StartupError(f"nothing was done: {wrong[0]}")
 
 
-def lock_schema(connection: Connection) -> None:
+def lock_schema(connection: SqliteConnection) -> None:
     """Let one server at a time change tables, until its write has ended."""
     if connection.engine == "postgresql":
         connection.execute("SELECT pg_advisory_xact_lock(:lock)", lock=SCHEMA_LOCK)
 
 
-def drop_triggers(connection: Connection) -> None:
+def drop_triggers(connection: SqliteConnection) -> None:
     """Remove the triggers that were made."""
     [made] = connection.rows("SELECT description FROM schema_version")
     for name in sorted({row["name"] for row in json.loads(made["description"])}):
@@ -5572,7 +5563,7 @@ def drop_triggers(connection: Connection) -> None:
             connection.execute(connection.drop_trigger.format(name))
 
 
-def reshape(connection: Connection, brought: Mapping[str, Mapping[str, str]]) -> None:
+def reshape(connection: SqliteConnection, brought: Mapping[str, Mapping[str, str]]) -> None:
     """Give all tables the shape that they have today."""
     stored = {row["name"] for row in connection.rows(connection.tables)}
     change = make_anew if connection.engine == "sqlite" else alter
@@ -5585,7 +5576,7 @@ def reshape(connection: Connection, brought: Mapping[str, Mapping[str, str]]) ->
             create_tables(connection, [name])
 
 
-def make_anew(connection: Connection, table: sa.Table, brought: Mapping[str, str]) -> None:
+def make_anew(connection: SqliteConnection, table: sa.Table, brought: Mapping[str, str]) -> None:
     """Give a table of SQLite the columns and rules that it has today."""
     execute, make = connection.driver.execute, in_words(connection, sa.schema.CreateTable(table))
     stored = connection.rows("SELECT sql FROM sqlite_schema WHERE name = :name", name=table.name)
@@ -5602,7 +5593,7 @@ def make_anew(connection: Connection, table: sa.Table, brought: Mapping[str, str
             execute(index["sql"])
 
 
-def alter(connection: Connection, table: sa.Table, brought: Mapping[str, str]) -> None:
+def alter(connection: SqliteConnection, table: sa.Table, brought: Mapping[str, str]) -> None:
     """Give a table of PostgreSQL the columns and rules that it has today."""
     changes = []
     for name, value in brought.items():
@@ -6667,11 +6658,11 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[^\w.,'/\x80-\U0010ffff-]", " ", text).split())
 
 
-def write_jsonl(connection: Connection, events: Iterable[list[Row]], out: TextIOWrapper) -> None:
+def write_jsonl(books: SqliteConnection, events: Iterable[list[Row]], out: TextIOWrapper) -> None:
     """Write the lines that seals are made of."""
     for chosen in filter(None, events):
         ids, first = {event["id"] for event in chosen}, chosen[0]["id"][:-1]
-        lines = read_lines(connection, first, chosen[-1]["id"], PORTION_ROWS)
+        lines = read_lines(books, first, chosen[-1]["id"], PORTION_ROWS)
         out.writelines(f"{row['line']}\n" for row in lines if row["id"] in ids)
 
 

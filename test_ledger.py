@@ -7045,7 +7045,7 @@ def evident(new_database: "NewDatabase") -> Iterator["Bank"]:
 
 
 @contextmanager
-def edited(database: str, *statements: str) -> Iterator[ledger.Connection]:
+def edited(database: str, *statements: str) -> Iterator[ledger.SqliteConnection]:
     """Lend a ledger after an edit that nothing has refused, and take it back."""
     with closing(connect(database)) as driver:
         if database.startswith("postgresql"):
@@ -8431,7 +8431,7 @@ def test_the_ledgers_routes_are_mounted_and_not_included() -> None:
 def test_a_route_says_who_may_call_it() -> None:
     router = APIRouter(route_class=ledger.LedgerRoute)
 
-    def forget(connection: ledger.Connection) -> ledger.Health:
+    def forget(connection: ledger.SqliteConnection) -> ledger.Health:
         return ledger.Health()
 
     with pytest.raises(TypeError, match="forget"):
