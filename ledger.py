@@ -1071,17 +1071,13 @@ class Asset(AssetPublic, table=True):
 
 
 ASSETS = {
-    asset.code: asset
-    for asset in (
-        AssetPublic(code="USD", name="US Dollar", exponent=2, closed_loop=0),
-        AssetPublic(code="EUR", name="Euro", exponent=2, closed_loop=0),
-        AssetPublic(code="GBP", name="Pound Sterling", exponent=2, closed_loop=0),
-        AssetPublic(code="JPY", name="Yen", exponent=0, closed_loop=0),
-        AssetPublic(code="GOLD", name="Gold Coins", exponent=4, closed_loop=1),
-        AssetPublic(code="DMND", name="Diamonds", exponent=4, closed_loop=1),
-        AssetPublic(code="PTS", name="Loyalty Points", exponent=4, closed_loop=1),
+    code: AssetPublic(code=code, name=name, exponent=exponent, closed_loop=closed_loop)
+    for code, name, exponent, closed_loop in (
+        ("USD", "US Dollar", 2, 0), ("EUR", "Euro", 2, 0), ("GBP", "Pound Sterling", 2, 0),
+        ("JPY", "Yen", 0, 0), ("GOLD", "Gold Coins", 4, 1), ("DMND", "Diamonds", 4, 1),
+        ("PTS", "Loyalty Points", 4, 1),
     )
-}
+}  # fmt: skip
 
 
 def system_accounts(assets: Iterable[AssetPublic]) -> set[tuple[str, str]]:
@@ -1737,6 +1733,9 @@ EXAMPLES = {
     "dest_account_id": BOB,
     "asset": "USD",
     "owner_name": "alice",
+    "code": "BTC",
+    "exponent": 8,
+    "closed_loop": False,
 }
 
 
@@ -1943,7 +1942,7 @@ NFC = AfterValidator(partial(unicodedata.normalize, "NFC"))
 NOT_PLAIN = r"^(?!-?[0-9]{1,40}\Z)"
 PLAIN_DIGITS = BeforeValidator(partial(refuse_text, NOT_PLAIN, "Input should be a valid integer"))
 Amount = Annotated[int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units")]
-AssetCode = Annotated[str, pydantic.Field(pattern="^[A-Z][A-Z0-9._-]{0,15}$", examples=["BTC"])]
+AssetCode = Annotated[str, pydantic.Field(pattern="^[A-Z][A-Z0-9._-]{0,15}$")]
 CreditLimit = Annotated[
     int, pydantic.Field(strict=True, ge=0, le=AMOUNT_MAX), BeforeValidator(require_admin)
 ]
@@ -2530,8 +2529,8 @@ class AssetCreate(RequestBody):
     """A new asset, for ever: choose an exponent with which all of it fits in 2^53 minor units."""
 
     code: AssetCode
-    name: Name
-    exponent: Annotated[int, pydantic.Field(strict=True, ge=0, le=12, examples=[8])]
+    name: Annotated[Name, pydantic.Field(examples=["Bitcoin"])]
+    exponent: Annotated[int, pydantic.Field(strict=True, ge=0, le=12)]
     closed_loop: Annotated[bool, pydantic.Field(strict=True)] = False
 
 
@@ -6679,11 +6678,7 @@ def run_asset_add(settings: Settings, options: argparse.Namespace) -> None:
     """Add an asset for ever: its code, its name and the digits of its minor unit."""
     columns = {name: getattr(options, name) for name in AssetCreate.model_fields}
     with opened(settings) as database:
-        try:
-            Books(Ledger(database), "cli").add_asset(**columns)
-        except InvalidRequest as refusal:
-            [wrong, *_] = refusal.members["errors"]
-            raise StartupError(f"{wrong['pointer'][1:]}: {wrong['detail']}") from None
+        Books(Ledger(database), "cli").add_asset(**columns)
     print(f"{options.code} is in {database.name}, for ever")
 
 
@@ -6874,6 +6869,8 @@ def one_line(error: BaseException) -> str:
     """Return what is behind an error, on one line."""
     shown = error if isinstance(error, StartupError) else error.__cause__ or error
     text = str(shown)
+    if isinstance(shown, InvalidRequest):
+        text = "; ".join(f"{e['pointer'][1:]}: {e['detail']}" for e in shown.members["errors"])
     if isinstance(shown, OSError) and shown.strerror:
         named = re.sub("[.]ledger-unfinished.*", "", str(shown.filename or ""))
         text = f"{named}: {shown.strerror}" if named else shown.strerror
