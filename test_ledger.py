@@ -125,8 +125,8 @@ def test_a_day_at_the_bank(bank: "Bank") -> None:
 
 
 # A test that names a ledger, a server or a database runs on both engines, unless it is marked.
-# LEDGER_TEST_CYCLES=25 kills servers 25 times instead of 3, and tries on both engines what is
-# refused before any database is asked.
+# LEDGER_TEST_CYCLES=25 kills servers 25 times instead of 3, tries on both engines what does not
+# depend on them, as what is refused before any database is asked, and more cases of some.
 ENGINES = ("sqlite", "postgresql")
 CYCLES = int(os.environ.get("LEDGER_TEST_CYCLES", "3"))
 on_sqlite = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
@@ -2090,7 +2090,7 @@ class AnyStory(stateful.RuleBasedStateMachine):
 
 def test_any_story_agrees_with_a_dictionary(engine: str, new_database: "NewDatabase") -> None:
     stories = settings(
-        max_examples=30 if engine == "sqlite" else 6,
+        max_examples=(30 if CYCLES > 3 else 15) if engine == "sqlite" else 6,
         stateful_step_count=25,
         deadline=None,
         database=None,
@@ -8333,6 +8333,7 @@ def test_a_ledger_is_mounted_in_another_application(database: str) -> None:
         assert not books.state.ledger.database.is_open
 
 
+@at_the_edge
 @pytest.mark.parametrize("command", ["uvicorn", "ledger"])
 def test_a_proxy_may_strip_the_prefix_or_not(database: str, command: str) -> None:
     with served_by(database, command, "--root-path", "/money") as (bank, _):
@@ -8346,6 +8347,7 @@ def test_a_proxy_may_strip_the_prefix_or_not(database: str, command: str) -> Non
             assert "fetch(`.${path}" in bank.get(f"{prefix}/").text
 
 
+@at_the_edge
 @pytest.mark.parametrize("command", ["uvicorn", "uvicorn --workers 2", "fastapi"])
 def test_other_programs_serve_the_application(database: str, command: str) -> None:
     with served_by(database, *command.split()) as (bank, log):
@@ -9176,7 +9178,7 @@ CLOSED = "ledger: Bad file descriptor\n"
         ("export --format csv >&-", 1, CLOSED),
         ("export --format csv <&- 2>&-", 0, ""),
         ("key revoke nobody 2>&-", 1, ""),
-    ],
+    ][:: 1 if CYCLES > 3 else 3],
 )
 @on_sqlite
 def test_a_stream_that_is_closed_changes_no_status(
@@ -9210,13 +9212,13 @@ def test_names_are_shown_and_taken_in_any_locale(bank: "Bank") -> None:
 
     for name in ("Zo\xeb", "\u91d1"):
         new_api_key(bank.database, name, "admin")
-    assert run("key", "list")[1].count("\n") == 3
+    assert CYCLES == 3 or run("key", "list")[1].count("\n") == 3
     assert run("key", "revoke", "Zo\xeb") == (0, "revoked Zo\\xeb\n")
     status, said = run("key", "add", "--name", "Jos\xe9", "--role", "auditor")
     assert (status, "key 'Jos\\xe9' is in" in said) == (0, True)
     names = bank.rows("SELECT name FROM api_key ORDER BY name")
     assert names == [("Jos\xe9",), ("Zo\xeb",), ("\u91d1",)]
-    for wrong in (("key", "add", "--role", "admin", "--name"), ("key", "revoke")):
+    for wrong in (("key", "revoke"), ("key", "add", "--role", "admin", "--name"))[: CYCLES - 2]:
         status, said = run(*wrong, "\udcff")
         assert (status, said.count("\n")) == (1, 1)
     bank.tamper_freely("UPDATE event SET arguments = '\xe9' WHERE id = (SELECT min(id) FROM event)")
