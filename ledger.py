@@ -6997,7 +6997,7 @@ function table(title, columns, rows, ...below) {
 function csv(title, rows) {
   const cell = ([name, value], asset) => (MONEY.test(name)
     ? decimal(value, asset, { useGrouping: false }).replace("\u2212", "-")
-    : (value ?? "").replace(/^(?=[\s=+@-])/, "'"));
+    : (value ?? "").replace(/^(?=[\s=+@\uff0b\uff0d\uff1d\uff20-])/, "'"));
   const shown = rows.map(({ metadata, ...row }) => row), lines = [Object.keys(shown[0] ?? {}),
     ...shown.map((row) => Object.entries(row).map((pair) => cell(pair, row.asset)))];
   const text = lines.map((line) => line.map((each) => `"${each.replaceAll('"', '""')}"`));
