@@ -7279,7 +7279,7 @@ NASTY = "".join(map(chr, range(1, 128))) + '\u00e9\u2028\ufeff\U0001f600 "memo":
 
 def test_a_line_is_json_in_the_order_of_names_on_both_engines(bank: "BankInside") -> None:
     bank.given(alice=100)
-    quoted = NASTY.replace("'", "''").replace("%", "%%" if "postgresql" in bank.database else "%")
+    quoted = NASTY.replace("'", "''")
     bank.tamper_freely(f"UPDATE event SET memo = '{quoted}'")
     with bank.ledger.database.read() as connection:
         lines = ledger.read_lines(connection, "", "~", 10)
