@@ -5,7 +5,6 @@ Then every answer of the cycle must come again under its key, byte for byte; eve
 what the answers add up to; and in the end the integrity check must find nothing.
 """
 
-import http.client
 import json
 import os
 import random
@@ -21,53 +20,14 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
-from uuid import uuid4
 
 from harness import Server, call, connect, tell
 from postgres import find_programs, new_postgres
-from proof import PATIENCE_SECONDS, Running, findings, load_ledger, read_options, ready, rows
+from proof import Request, Running, load_ledger, look, read_options, ready, send_again
 
 CALLERS = 6
 DAY = 86_400_000
 FIRST_ACCOUNTS = json.dumps({f"100{number}": "1000.00" for number in range(4)})
-
-
-@dataclass
-class Request:
-    """What is asked once, however often it is sent, and what it changes if it is done."""
-
-    path: str
-    body: dict[str, Any]
-    effect: dict[str, int] = field(default_factory=dict)
-    method: str = "POST"
-    key: str = field(default_factory=lambda: str(uuid4()))
-    status: int = 0
-    answer: bytes = b""
-    refusal: bytes = b""
-    tries: list[tuple[int, float]] = field(default_factory=list)
-    """Each with its status, 0 for none, and how many seconds it took."""
-
-    def send(self, link: http.client.HTTPConnection) -> tuple[int, bytes, bool]:
-        """Send it; return the status, 0 for none, the answer, and whether it was a replay."""
-        headers = {"Content-Type": "application/json", "Idempotency-Key": self.key}
-        try:
-            link.request(self.method, self.path, json.dumps(self.body), headers)
-            response = link.getresponse()
-            return response.status, response.read(), "Idempotent-Replayed" in response.headers
-        except (OSError, http.client.HTTPException):
-            link.close()
-            return 0, b"", False
-
-    def ask(self, link: http.client.HTTPConnection) -> bool:
-        """Send it, and keep its answer if it is one: that the server cannot now is none."""
-        began = time.monotonic()
-        status, answer, _ = self.send(link)
-        self.tries.append((status, time.monotonic() - began))
-        if status not in (0, 503, 507):
-            self.status, self.answer = status, answer
-        else:
-            self.refusal = answer
-        return self.status != 0
 
 
 Errand = Generator[Request, Any, None]
@@ -83,25 +43,22 @@ class Story:
     balances: Counter[str] = field(default_factory=Counter)
     requests: list[Request] = field(default_factory=list)
 
-    def two(self) -> list[str]:
-        """Return two people."""
-        return self.dice.sample(self.people, 2)
-
-    def amount(self) -> int:
-        """Return an amount that most can pay, for some time."""
-        return self.dice.randint(1, 400)
+    def pick(self) -> tuple[str, str, int]:
+        """Return two people, and an amount that most can pay for some time."""
+        one, two = self.dice.sample(self.people, 2)
+        return one, two, self.dice.randint(1, 400)
 
 
 def move_cash(story: Story) -> Errand:
     """Bring money, take it out."""
-    (one, _), amount = story.two(), story.amount()
+    one, _, amount = story.pick()
     yield Request(f"/accounts/{one}/deposit", {"amount": amount}, {one: amount})
     yield Request(f"/accounts/{one}/withdraw", {"amount": 2 * amount}, {one: -2 * amount})
 
 
 def transfer(story: Story) -> Errand:
     """Transfer, and take some of it back."""
-    (one, two), amount = story.two(), story.amount()
+    one, two, amount = story.pick()
     ends = {"source_account_id": one, "dest_account_id": two}
     done = yield Request("/transfers", {**ends, "amount": amount}, {one: -amount, two: amount})
     if amount % 3 == 0:
@@ -111,16 +68,16 @@ def transfer(story: Story) -> Errand:
 
 def transfer_many(story: Story) -> Errand:
     """Transfer many times in one request, all or none."""
-    (one, two), amounts = story.two(), [story.amount() for _ in range(5)]
+    one, two, amount = story.pick()
     ends = {"source_account_id": one, "dest_account_id": two, "metadata": {"run": "5"}}
-    transfers = [{**ends, "amount": amount} for amount in amounts]
-    total = sum(amounts)
+    transfers = [{**ends, "amount": amount + number} for number in range(5)]
+    total = 5 * amount + 10
     yield Request("/transfers/bulk", {"transfers": transfers}, {one: -total, two: total})
 
 
 def journal(story: Story) -> Errand:
     """Post three entries at once."""
-    (one, two, three), amount = story.dice.sample(story.people, 3), story.amount()
+    (one, two, three), amount = story.dice.sample(story.people, 3), story.pick()[2]
     effect = {one: -2 * amount, two: amount, three: amount}
     entries = [
         {"account_id": name, "type": "CREDIT" if change > 0 else "DEBIT", "amount": abs(change)}
@@ -131,7 +88,7 @@ def journal(story: Story) -> Errand:
 
 def hold(story: Story) -> Errand:
     """Hold money, and capture it or give it up."""
-    (one, two), amount = story.two(), story.amount()
+    one, two, amount = story.pick()
     ends = {"account_id": one, "dest_account_id": two}
     held = yield Request("/holds", {**ends, "amount": amount})
     if amount % 2:
@@ -142,7 +99,7 @@ def hold(story: Story) -> Errand:
 
 def pay(story: Story) -> Errand:
     """Pay a merchant, and get it back."""
-    (one, _), amount = story.two(), story.amount()
+    one, _, amount = story.pick()
     body = {"account_id": one, "amount": amount}
     done = yield Request("/payments", body, {one: -amount})
     if amount % 2:
@@ -161,7 +118,7 @@ def live(story: Story) -> Errand:
 def bank(story: Story) -> Errand:
     """Do what the banking kata does; what it pays brings 2 % back when somebody looks later."""
     one, two = story.dice.sample(["b0", "b1", "b2"], 2)
-    amount, mine = story.amount(), f"bank:{one}@USD"
+    amount, mine = story.pick()[2], f"bank:{one}@USD"
     body = {"timestamp": 1, "account_id": one, "amount": amount}
     yield Request("/bank/deposits", body, {mine: amount})
     yield Request("/bank/payments", body, {mine: amount * 2 // 100 - amount})
@@ -179,7 +136,7 @@ def look_later(name: str) -> Request:
 
 def cash_machine(story: Story) -> Errand:
     """Use the cash machine."""
-    number, amount = f"100{story.dice.randrange(4)}", story.amount()
+    number, amount = f"100{story.dice.randrange(4)}", story.pick()[2]
     body, mine = {"amount": f"{amount / 100:.2f}"}, f"atm:{number}@USD"
     yield Request(f"/atm/accounts/{number}/deposit", body, {mine: amount})
     yield Request(f"/atm/accounts/{number}/withdraw", body, {mine: -amount})
@@ -187,7 +144,7 @@ def cash_machine(story: Story) -> Errand:
 
 def wallets(story: Story) -> Errand:
     """Buy, get and spend credits."""
-    user, amount = f"w{story.dice.randrange(2)}", story.amount()
+    user, amount = f"w{story.dice.randrange(2)}", story.pick()[2]
     for step, sign in {"top-up": 1, "bonus": 1, "spend": -1}.items():
         body = {"amount": f"{amount / 10_000:.4f}", "asset_type_id": 1}
         path = f"/api/v1/wallets/users/{user}/{step}"
@@ -205,11 +162,10 @@ def open_all(server: Server, story: Story) -> None:
             opened = call(link, "POST", "/accounts", {"owner_name": f"person {number}"})
             story.people.append(opened["id"])
             call(link, "POST", f"/accounts/{opened['id']}/deposit", {"amount": 100_000})
-        for number in range(3):
-            body = {"timestamp": 1, "account_id": f"b{number}"}
-            call(link, "POST", "/bank/accounts", body)
-        for number in range(2):
-            call(link, "POST", "/api/v1/wallets/users", {"external_user_id": f"w{number}"})
+        for name in ("b0", "b1", "b2"):
+            call(link, "POST", "/bank/accounts", {"timestamp": 1, "account_id": name})
+        for name in ("w0", "w1"):
+            call(link, "POST", "/api/v1/wallets/users", {"external_user_id": name})
 
 
 def run_errands(server: Server, story: Story, is_over: threading.Event) -> None:
@@ -228,26 +184,12 @@ def run_errands(server: Server, story: Story, is_over: threading.Event) -> None:
                 found = json.loads(request.answer)
 
 
-def send_again(server: Server, requests: list[Request]) -> None:
-    """Send what has no answer until it has one."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    with closing(connect(server)) as link:
-        for request in requests:
-            while not request.status and not request.ask(link):
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"{request.path} was not answered in time")
-                time.sleep(0.02)
-
-
 def stored_balances(ledger: Any, url: str) -> Counter[str]:
     """Return the balances of all customers, under an id or a dialect's name."""
-    query = "SELECT id, name, asset, balance FROM account WHERE kind = 'CUSTOMER'"
-    return Counter(
-        {
-            f"{row['name']}@{row['asset']}" if row["name"] else row["id"]: row["balance"]
-            for row in rows(ledger, url, query)
-        }
-    )
+    query = """SELECT COALESCE(name || '@' || asset, id) AS id, balance FROM account
+        WHERE kind = 'CUSTOMER'"""
+    with closing(ledger.database_at(url)) as database, database.read() as connection:
+        return Counter({row["id"]: row["balance"] for row in connection.rows(query)})
 
 
 def differences(ledger: Any, url: str, server: Server, story: Story) -> list[str]:
@@ -260,11 +202,9 @@ def differences(ledger: Any, url: str, server: Server, story: Story) -> list[str
             story.balances.update(request.effect if request.status < 300 else {})
             if request.status >= 500:
                 wrong.append(f"{request.path} was answered {request.status}")
-            if request.method != "GET":
-                again = request.send(link)
-                if again != (request.status, request.answer, True):
-                    first = (request.status, request.answer)
-                    wrong.append(f"{request.path} was answered {first}, and then {again}")
+            first = (request.status, request.answer, True)
+            if request.method != "GET" and (again := request.send(link)) != first:
+                wrong.append(f"{request.path} was answered {first}, and then {again}")
     for name, balance in stored_balances(ledger, url).items():
         if balance != story.balances[name]:
             wrong.append(f"{name} has {balance}, and should have {story.balances[name]}")
@@ -287,16 +227,6 @@ def load(servers: list[Running], story: Story) -> Iterator[None]:
             caller.join()
 
 
-def load_and_kill(servers: list[Running], story: Story, seconds: float) -> list[int]:
-    """Load all servers, kill some of them, and return which."""
-    killed = story.dice.sample(range(len(servers)), story.dice.randint(1, len(servers)))
-    with load(servers, story):
-        time.sleep(seconds)
-        for number in killed:
-            servers[number].process.kill()
-    return killed
-
-
 def run(folder: Path, url: str, options: Any) -> int:
     """Play the cycles, and print their figures."""
     os.environ["PRELOAD_ACCOUNTS"] = FIRST_ACCOUNTS
@@ -312,7 +242,12 @@ def run(folder: Path, url: str, options: Any) -> int:
         story.balances = stored_balances(ledger, url)
         while counts["cycles"] < options.cycles and not wrong and time.monotonic() < end:
             story.requests = []
-            for number in load_and_kill(servers, story, story.dice.uniform(0.02, 0.5)):
+            killed = story.dice.sample(range(len(servers)), story.dice.randint(1, len(servers)))
+            with load(servers, story):
+                time.sleep(story.dice.uniform(0.02, 0.5))
+                for number in killed:
+                    servers[number].process.kill()
+            for number in killed:
                 servers[number].process.join()
                 servers[number], seconds = begin()
                 times.append(seconds)
@@ -327,7 +262,7 @@ def run(folder: Path, url: str, options: Any) -> int:
         for running in servers:
             running.process.terminate()
             running.process.join()
-    wrong += findings(ledger, url)
+    wrong += look(ledger, url, make=True)[0]
     print(*wrong[:10], sep="\n", end="\n" if wrong else "")
     print(
         f"crash: {counts['cycles']} cycles on {url.partition(':')[0]}, {options.servers} servers: "

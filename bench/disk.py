@@ -15,18 +15,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from crash import (
-    FIRST_ACCOUNTS,
-    Story,
-    differences,
-    load,
-    move_cash,
-    open_all,
+from crash import FIRST_ACCOUNTS, Story, differences, load, move_cash, open_all, stored_balances
+from powercut import Disk, read_log
+from proof import (
+    Running,
+    load_ledger,
+    look,
+    read_options,
+    ready,
+    run_watched,
     send_again,
-    stored_balances,
+    set_faults,
+    watch,
 )
-from powercut import Disk, look, read_log
-from proof import Running, load_ledger, read_options, ready, run_watched, set_faults, watch
 
 SYNC, WRITE, SHORT = 1, 2, -1
 ALWAYS, FOR_A_WHILE = -1, -2  # Until nobody calls any more, or half of the time is over.
@@ -73,7 +74,7 @@ class Watched:
                 for record in records:
                     self.disk.do(record)
                 self.disk.cut(str(self.inside), image, self.dice)
-            found, known, _ = look(self.ledger, image / "ledger.db", make=True)
+            found, known, _ = look(self.ledger, f"sqlite:///{image}/ledger.db", make=True)
             shutil.rmtree(image)
             wrong += found
             for request in story.requests:

@@ -1,9 +1,10 @@
 """Record what a server writes, syncs and answers; cut the power at many places, and look.
 
 For each place, files are built as a power cut there may leave them: all that was synced, and of
-what came after the last sync nothing, all, a beginning, any writes, any sectors, or a torn one;
-names in a folder that was not synced are there up to any of them. Then the ledger is opened and
-checked, and must know every answer that was sent before. A backup that has its name must be whole.
+what came after the last sync nothing, all, a beginning with a torn write, or any of it, by writes
+or by sectors; names in a folder that was not synced are there up to any of them. Then the ledger
+is opened and checked, and must know every answer that was sent before. A backup is whole if it is
+there, and it is there once it was told.
 """
 
 import json
@@ -25,12 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness import BENCH, Server, call, connect
-from proof import fork, load_ledger, read_options, ready, run_watched, watch
+from proof import fork, load_ledger, look, read_options, ready, run_watched, watch
 
 SECTOR = 512
 HEAD = struct.Struct("4q")
-# What a power cut leaves of what was written since the last sync.
-LEFT = ("nothing", "all", "beginning", "torn", "writes", "sectors")
 
 
 class Record(NamedTuple):
@@ -76,19 +75,16 @@ class File:
 
     def after_cut(self, dice: random.Random) -> bytes:
         """Return what a power cut may leave."""
-        left, content = dice.choice(LEFT), bytearray(self.synced)
-        records = {"nothing": [], "writes": [r for r in self.pending if dice.random() < 0.5]}.get(
-            left, self.pending
-        )
-        if left in ("beginning", "torn"):
-            records = records[: dice.randrange(len(records) + 1)]
-        if left == "sectors":
-            records = [part for r in records for part in sectors(r) if dice.random() < 0.5]
-        for record in records[:-1] if left == "torn" else records:
-            apply(content, record)
-        if left == "torn" and records:
-            [*_, last] = records
-            apply(content, last._replace(data=last.data[: dice.randrange(len(last.data) + 1)]))
+        content, left = bytearray(self.synced), dice.choice(["nothing", "all", "beginning", "any"])
+        parts = self.pending
+        if dice.random() < 0.5:
+            parts = [part for record in parts for part in sectors(record)]
+        count = {"nothing": 0, "beginning": dice.randrange(len(parts) + 1)}.get(left, len(parts))
+        for part in parts[:count]:
+            if left != "any" or dice.random() < 0.5:
+                apply(content, part)
+        for torn in parts[count : count + 1] if left == "beginning" else []:
+            apply(content, torn._replace(data=torn.data[: dice.randrange(len(torn.data) + 1)]))
         return bytes(content)
 
 
@@ -153,14 +149,12 @@ class Disk:
 
 @dataclass
 class Told:
-    """What callers were told until now."""
+    """What callers were told until now; `commands` has what was when each began and was done."""
 
     streams: defaultdict[str, bytes] = field(default_factory=lambda: defaultdict(bytes))
     answers: set[str] = field(default_factory=set)
-    before: tuple[int, Set[str]] = field(default=(0, frozenset()))
-    """The version of a ledger that is upgraded, and the answers that it knew."""
     commands: dict[str, set[str]] = field(default_factory=dict)
-    """What was answered when a command began, as "begun backup", and when it was done."""
+    before: tuple[int, Set[str]] = (0, frozenset())  # What `look_before` an upgrade has seen.
 
     def hear(self, record: Record) -> None:
         """Note an answer as soon as all of it was sent, and what a command has said."""
@@ -176,29 +170,22 @@ class Told:
             self.streams[record.name] = stream
 
 
-def transfer(server: Server, ids: list[str], seed: int, many: int, seconds: float) -> None:
-    """Transfer between accounts, one at a time or many, as one caller."""
-    dice, end = random.Random(seed), time.monotonic() + seconds  # noqa: S311
-    with closing(connect(server)) as link:
-        while time.monotonic() < end:
-            transfers: list[dict[str, Any]] = []
-            for _ in range(many):
-                source, dest = dice.sample(ids, 2)
-                ends = {"source_account_id": source, "dest_account_id": dest}
-                transfers.append({**ends, "amount": dice.randint(1, 9)})
-            body = {"transfers": transfers} if many > 1 else transfers[0]
-            path = "/transfers/bulk" if many > 1 else "/transfers"
-            call(link, "POST", path, body, server.api_key)
-
-
 def load(server: Server, ids: list[str], seconds: float) -> None:
     """Transfer over several connections; one of them sends so much that the log begins anew."""
+    end = time.monotonic() + seconds
+
+    def act(many: int) -> None:
+        ends = {"source_account_id": ids[many % 7], "dest_account_id": ids[7]}
+        body = {**ends, "amount": 1}
+        asked: Any = ("/transfers/bulk", {"transfers": [body] * many})
+        if many < 9:
+            asked = ("/transfers", body)
+        with closing(connect(server)) as link:
+            while time.monotonic() < end:
+                call(link, "POST", *asked, server.api_key)
+
     with ThreadPoolExecutor() as pool:
-        for done in [
-            pool.submit(transfer, server, ids, seed, many, seconds)
-            for seed, many in enumerate([1, 1, 1, 300])
-        ]:
-            done.result()
+        list(pool.map(act, [1, 2, 3, 300]))
 
 
 def record(ledger: Any, folder: Path, seconds: float) -> list[Record]:
@@ -233,23 +220,6 @@ def record(ledger: Any, folder: Path, seconds: float) -> list[Record]:
     return read_log(log)[0]
 
 
-def look(ledger: Any, file: Path, *, make: bool) -> tuple[list[str], dict[str, str], set[str]]:
-    """Open a ledger; return what its check finds, the answer to each key, and who may call."""
-    with closing(ledger.database_at(f"sqlite:///{file}")) as database:
-        database.open(make=make)
-        with database.read() as connection:
-            wrong = [text for _, _, found in ledger.check(connection) for text in found]
-            stored = connection.rows("SELECT * FROM idempotency_key")
-            callers = {row["name"] for row in connection.rows("SELECT name FROM api_key")}
-            # The answers to those of a caller's own time name none.
-            query = "SELECT id FROM event WHERE kind = 'TRANSFER' AND effective_at IS NULL"
-            made = connection.rows(query)
-    answers = {row["name"].rpartition("|")[2]: row["body"] for row in stored}
-    told = set(re.findall("[0-9a-f-]{36}", "".join(answers.values())))
-    wrong += [f"transfer {row['id']} has no key" for row in made if row["id"] not in told]
-    return wrong, answers, callers
-
-
 def losses(ledger: Any, folder: Path, told: Told) -> list[str]:
     """Open what a power cut has left, and return what is wrong or lost."""
     kept = [look_before(file) for file in folder.glob("ledger.db*version-1")]
@@ -257,14 +227,14 @@ def losses(ledger: Any, folder: Path, told: Told) -> list[str]:
     if told.before[1] and not kept and look_before(folder / "ledger.db")[0] != told.before[0]:
         wrong.append("it was upgraded without a copy")
     try:
-        found, answers, callers = look(ledger, folder / "ledger.db", make=True)
+        found, answers, callers = look(ledger, f"sqlite:///{folder}/ledger.db", make=True)
         lost = told.answers - {*answers.values()}
         wrong += [*found, *(f"lost: {answer[:80]}" for answer in lost)]
         if "done key" in told.commands and "late" not in callers:
             wrong.append("lost: a key that was added")
         for name in ("backup", "copy"):
             if (file := folder / f"{name}.db").exists():
-                found, answers, _ = look(ledger, file, make=False)
+                found, answers, _ = look(ledger, f"sqlite:///{file}", make=False)
                 missing = told.commands[f"begun {name}"] - {*answers.values()}
                 wrong += [f"{name}: {text}" for text in (*found, *missing)]
             elif f"done {name}" in told.commands:
@@ -287,8 +257,7 @@ def places(records: list[Record], count: int, dice: random.Random) -> list[int]:
     for kinds in ("AM", "S", "CWTRU"):
         among = [n for n, record in enumerate(records, 1) if record.kind in kinds]
         chosen |= set(dice.sample(among, min(count // 3, len(among))))
-    others = [n for n in range(1, len(records) + 1) if n not in chosen]
-    return sorted(chosen | set(dice.sample(others, max(0, count - len(chosen)))))
+    return sorted(chosen)
 
 
 def play(ledger: Any, folder: Path, options: Any, cuts: int, old: str = "") -> Counter[str]:

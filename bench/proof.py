@@ -1,9 +1,12 @@
-"""What the programs of proof share: a program broken on purpose, its module, and its disk."""
+"""What the programs of proof share: a ledger, broken on purpose or not, requests, and its disk."""
 
 import argparse
+import http.client
 import importlib
+import json
 import multiprocessing
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -12,8 +15,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from harness import BENCH, PROGRAM, Server, call, connect, free_port, tell
 
@@ -83,19 +88,21 @@ def load_ledger(folder: Path, broken: str | None) -> Any:
     return importlib.import_module("ledger")
 
 
-def rows(ledger: Any, url: str, query: str) -> list[dict[str, Any]]:
-    """Return the rows of a query of a ledger's tables."""
-    with closing(ledger.database_at(url)) as database, database.read() as connection:
-        found: list[dict[str, Any]] = connection.rows(query)
-    return found
-
-
-def findings(ledger: Any, url: str) -> list[str]:
-    """Open a ledger as a server does, and return what its integrity check finds."""
+def look(ledger: Any, url: str, *, make: bool) -> tuple[list[str], dict[str, str], set[str]]:
+    """Open a ledger; return what its check finds, the answer to each key, and who may call."""
     with closing(ledger.database_at(url)) as database:
-        database.open(make=True)
+        database.open(make=make)
         with database.read() as connection:
-            return [text for _, _, wrong in ledger.check(connection) for text in wrong]
+            wrong = [text for _, _, found in ledger.check(connection) for text in found]
+            stored = connection.rows("SELECT * FROM idempotency_key")
+            callers = {row["name"] for row in connection.rows("SELECT name FROM api_key")}
+            # The answers to those of a caller's own time name none.
+            query = "SELECT id FROM event WHERE kind = 'TRANSFER' AND effective_at IS NULL"
+            made = connection.rows(query)
+    answers = {row["name"].rpartition("|")[2]: row["body"] for row in stored}
+    told = set(re.findall("[0-9a-f-]{36}", "".join(answers.values())))
+    wrong += [f"transfer {row['id']} has no key" for row in made if row["id"] not in told]
+    return wrong, answers, callers
 
 
 class Running(NamedTuple):
@@ -130,6 +137,55 @@ def ready(ledger: Any, folder: Path, url: str) -> tuple[Running, float]:
             return Running(process, server), time.monotonic() - began
         time.sleep(0.01)
     raise RuntimeError("a server did not start")
+
+
+@dataclass
+class Request:
+    """What is asked once, however often it is sent, and what it changes if it is done."""
+
+    path: str
+    body: dict[str, Any]
+    effect: dict[str, int] = field(default_factory=dict)
+    method: str = "POST"
+    key: str = field(default_factory=lambda: str(uuid4()))
+    status: int = 0
+    answer: bytes = b""
+    refusal: bytes = b""
+    tries: list[tuple[int, float]] = field(default_factory=list)
+    """Each with its status, 0 for none, and how many seconds it took."""
+
+    def send(self, link: http.client.HTTPConnection) -> tuple[int, bytes, bool]:
+        """Send it; return the status, 0 for none, the answer, and whether it was a replay."""
+        headers = {"Content-Type": "application/json", "Idempotency-Key": self.key}
+        try:
+            link.request(self.method, self.path, json.dumps(self.body), headers)
+            response = link.getresponse()
+            return response.status, response.read(), "Idempotent-Replayed" in response.headers
+        except (OSError, http.client.HTTPException):
+            link.close()
+            return 0, b"", False
+
+    def ask(self, link: http.client.HTTPConnection) -> bool:
+        """Send it, and keep its answer if it is one: that the server cannot now is none."""
+        began = time.monotonic()
+        status, answer, _ = self.send(link)
+        self.tries.append((status, time.monotonic() - began))
+        if status not in (0, 503, 507):
+            self.status, self.answer = status, answer
+        else:
+            self.refusal = answer
+        return self.status != 0
+
+
+def send_again(server: Server, requests: list[Request]) -> None:
+    """Send what has no answer until it has one."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with closing(connect(server)) as link:
+        for request in requests:
+            while not request.status and not request.ask(link):
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{request.path} was not answered in time")
+                time.sleep(0.02)
 
 
 def run_watched(run: Callable[[Path, argparse.Namespace], int], options: argparse.Namespace) -> int:
