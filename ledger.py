@@ -5135,9 +5135,12 @@ MADE_HOLDS = """SELECT event.id AS event_id, hold.* FROM event JOIN hold ON hold
     (SELECT max(id) FROM hold AS made WHERE account_id = event.account_id AND made.id < event.id)
     WHERE event.id = ANY(:ids)"""
 OF_ACCOUNTS = f"SELECT * FROM event WHERE account_id = ANY(:ids) AND {NO_ENTRIES} ORDER BY id"  # noqa: S608
-# Of many transfers none may have been possible; keys from before events knew them are left out.
-DONE_KEYS = """status < 400 AND body NOT LIKE '{"succeeded"_0,%' AND ts >=
-    (SELECT ts FROM event WHERE key IS NOT NULL ORDER BY id LIMIT 1)"""
+# Of many transfers none may have been possible. Keys from before events knew them are left out, and
+# so are later ones of the same microsecond, which is one for long where a clock is behind.
+DONE_KEYS = """status < 400 AND body NOT LIKE '{"succeeded"_0,%' AND ts > (
+    SELECT COALESCE((SELECT max(ts) FROM event WHERE id < begun), -1)
+    FROM (SELECT min(id) AS begun FROM event WHERE key IS NOT NULL) AS known
+    WHERE begun IS NOT NULL)"""
 HOLDS_BY_STATUS = "SELECT status, count(*) AS n FROM hold GROUP BY status"
 NOT_DONE = f"""SELECT name FROM idempotency_key WHERE {DONE_KEYS}
     EXCEPT SELECT key FROM event WHERE key IS NOT NULL LIMIT 1"""  # noqa: S608

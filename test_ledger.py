@@ -7531,6 +7531,10 @@ def test_a_ledger_of_any_version_tells_what_it_told(
                 again = bank.post(path, key=key, **body)
                 assert (again.status_code, again.text) == (status, text)
                 assert again.headers["Idempotent-Replayed"] == "true"
+            # It goes on in the microsecond of its last event, as where a clock is behind.
+            ledger.utc_now = lambda: 0
+            bank.given(late=5)
+            assert bank.wrong() == []
 
 
 def test_an_upgrade_brings_names_into_one_form(new_database: "NewDatabase") -> None:

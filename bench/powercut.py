@@ -175,14 +175,12 @@ def load(server: Server, ids: list[str], seconds: float) -> None:
     end = time.monotonic() + seconds
 
     def act(many: int) -> None:
-        ends = {"source_account_id": ids[many % 7], "dest_account_id": ids[7]}
-        body = {**ends, "amount": 1}
-        asked: Any = ("/transfers/bulk", {"transfers": [body] * many})
-        if many < 9:
-            asked = ("/transfers", body)
+        one = {"source_account_id": ids[many % 7], "dest_account_id": ids[7], "amount": 1}
+        body = {"transfers": [one] * many} if many > 9 else one
+        path = "/transfers/bulk" if many > 9 else "/transfers"
         with closing(connect(server)) as link:
             while time.monotonic() < end:
-                call(link, "POST", *asked, server.api_key)
+                call(link, "POST", path, body, server.api_key)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(act, [1, 2, 3, 300]))
