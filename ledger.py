@@ -4921,10 +4921,12 @@ REFERENCES = [
     for here, there in [(k.parent, k.column) for t in TABLES.values() for k in t.foreign_keys]
 ]
 # The credit limit of an entry's account at its time, and of an account now, as events have set it.
-LIMIT_THEN = """COALESCE((SELECT credit_limit FROM event WHERE event.account_id = account.id
+LIMIT_THEN = """COALESCE((SELECT credit_limit FROM event WHERE event.account_id = entry.account_id
     AND event.id < entry.transaction_id AND credit_limit IS NOT NULL
     ORDER BY event.id DESC LIMIT 1), 0)"""
 LIMIT_NOW = LIMIT_THEN.replace("AND event.id < entry.transaction_id", "")
+LIMIT_NOW = LIMIT_NOW.replace("entry.account_id", "account.id")
+IDENTIFIED, NO_UUID = ("account", "event", "hold"), "OR trim(id, '0123456789abcdef-') <> ''"
 TRANSACTION_KINDS = TypeAdapter(TransactionKind).json_schema()["enum"]
 # Each rule with the rows that it is for, and the queries that find one that breaks it.
 CHECKS = {
@@ -4940,8 +4942,8 @@ CHECKS = {
             FROM entry WINDOW following AS (PARTITION BY account_id ORDER BY seq)
         ) AS numbered WHERE seq <> place OR balance <> expected OR NOT rises""",
         f"""SELECT 'account ' || account_id || ': entry ' || seq || ' leaves a customer at '
-        || entry.balance AS wrong FROM entry JOIN account ON account.id = account_id
-        WHERE entry.balance < 0 AND kind = 'CUSTOMER' AND entry.balance + {LIMIT_THEN} < 0""",  # noqa: S608
+        || balance AS wrong FROM entry WHERE balance < 0 AND balance + {LIMIT_THEN} < 0
+        AND (SELECT kind FROM account WHERE id = account_id) = 'CUSTOMER'""",  # noqa: S608
         """SELECT 'entry ' || id || ' stands twice' AS wrong FROM entry
         GROUP BY id HAVING count(*) > 1""",
     ),
@@ -5020,8 +5022,8 @@ CHECKS = {
         "event",
         *[
             f"SELECT '{table} ' || id || ' has no UUID for its id' AS wrong FROM {table} "  # noqa: S608
-            "WHERE length(id) <> 36 OR trim(id, '0123456789abcdef-') <> ''"
-            for table in ("account", "event", "entry", "hold")
+            f"WHERE length(id) <> 36 {more}"
+            for table, more in (("entry", ""), *dict.fromkeys(IDENTIFIED, NO_UUID).items())
         ],
         """SELECT 'key ' || name || ' was refused otherwise' AS wrong FROM idempotency_key
         WHERE status >= 400 AND body NOT LIKE '%"status"_ ' || CAST(status AS text) || ',%'""",
@@ -5109,7 +5111,7 @@ def portions(
 # ----- Seals
 # What happened as lines that never change, the hashes over them, and whether all rows say the same.
 
-SEAL_EVENTS, SEAL_EVENTS_MAX, AFTER_ALL = 1_000, 5_000, "~"
+SEAL_EVENTS, SEAL_EVENTS_MAX, READ_KEYS, AFTER_ALL = 1_000, 5_000, 1_000, "~"
 NO_SEAL: Row = {"id": 0, "ts": 0, "until": "", "events": 0, "hash": "0" * 64}
 NEWEST_SEAL = "SELECT * FROM seal ORDER BY id DESC LIMIT 1"
 # What a line has; a member that a later version adds stands where it is something, and else not,
@@ -5160,6 +5162,13 @@ def read_lines(connection: SqliteConnection, after: str, until: str, limit: int)
         # No text looks like this, because in JSON it has no quote of its own.
         row["line"] = row["line"].replace(f'"{name}":null,', "")
     return rows
+
+
+def parse_lines(lines: list[Row]) -> list[Row]:
+    """Return the events that lines tell of, with their entries."""
+    text = ",".join([row["line"] for row in lines])
+    events: list[Row] = from_json(f"[{text}]", cache_strings="keys")
+    return events
 
 
 def next_seal(before: Row, lines: list[Row]) -> Row:
@@ -5228,7 +5237,7 @@ def check_history(connection: SqliteConnection, known: str) -> Iterator[tuple[st
         if seal and not wrong:
             end, found = seal["until"], found or seal["hash"] == known
         before = seal or before
-        history.take([from_json(row["line"]) for row in lines])
+        history.take(parse_lines(lines))
         show_progress(f"event: {history.events:,} rows")
     yield "seals are those of the events, in their order", before["id"], wrong
     if known:
@@ -5236,6 +5245,9 @@ def check_history(connection: SqliteConnection, known: str) -> Iterator[tuple[st
         yield "what the given seal covers is here", 1, [] if found else lost
     for accounts in portions(connection, "account"):
         history.take_accounts(accounts)
+    history.take_answers()
+    for _, lines in sealed_lines(connection) if history.marks else ():
+        history.find_answers(parse_lines(lines))
     history.end()
     yield "rows are what the events tell", history.events, history.wrong
 
@@ -5246,6 +5258,7 @@ class History:
     def __init__(self, connection: SqliteConnection) -> None:
         self.connection, self.wrong = connection, list[str]()
         self.events, self.ts, self.counts = 0, 0, Counter[str]()
+        self.marks, self.key = 0, None  # Of what events and keys both tell: they come to 0.
         self.keys: dict[str, Row] = {}
         self.accounts: dict[str, Row] = {}
 
@@ -5275,14 +5288,16 @@ class History:
         for event in events:
             event["told"] = parse_told(event["arguments"])
         self.find_accounts(events)
-        answers = self.find("idempotency_key", (event["key"] for event in events))
         holds = self.find("hold", (event["told"].get("hold_id") for event in events))
         made = [event["id"] for event in events if event["kind"] == "hold"]
         holds |= {row["event_id"]: row for row in self.connection.rows(MADE_HOLDS, ids=made)}
         self.take_metadata(events)
-        self.counts["answers"] += len(answers)
         for event in events:
-            rules = self.of_time_and_caller(event) | of_answer(event, answers.get(event["key"]))
+            if event["key"] not in (None, self.key):  # One of many is like those before it.
+                asked = sha256(event["arguments"])
+                self.marks += mark(event["key"], event["answer"], event["ts"], asked)
+            self.key = event["key"]
+            rules = self.of_time_and_caller(event)
             if event["entries"] or event["kind"].isupper():
                 rules |= of_entries(event, self.accounts)
             if event["kind"] in ("hold", "void", "expire", "CAPTURE"):
@@ -5290,6 +5305,24 @@ class History:
             if not all(rules.values()):
                 what = "transaction" if event["kind"].isupper() else "event"
                 self.judge(f"{what} {event['id']}", rules)
+
+    def take_answers(self) -> None:
+        """Compare all answers with what the events know of them, in the order of the rows."""
+        place = "rowid" if self.connection.engine == "sqlite" else "name"
+        query = f"SELECT {place} AS place, idempotency_key.* FROM idempotency_key WHERE {DONE_KEYS}"  # noqa: S608
+        order, after = f"ORDER BY {place} LIMIT {READ_KEYS}", f"AND {place} > :place"
+        rows = self.connection.rows(f"{query} {order}")
+        while rows:
+            for row in rows:
+                answer = Answer(row["status"], row["body"], row["location"]).hash()
+                self.marks -= mark(row["name"], answer, row["ts"], row["fingerprint"])
+            rows = self.connection.rows(f"{query} {after} {order}", place=rows[-1]["place"])
+
+    def find_answers(self, events: list[Row]) -> None:
+        """Say which answers are not those that events know of."""
+        answers = self.find("idempotency_key", (event["key"] for event in events))
+        for event in events:
+            self.judge(f"event {event['id']}", of_answer(event, answers.get(event["key"])))
 
     def of_time_and_caller(self, event: Row) -> Row:
         """Return whether times rise, and callers' keys were there."""
@@ -5359,8 +5392,7 @@ class History:
         self.judge("of holds,", {"there are others than events tell of": found == told})
         [notes] = rows("SELECT count(*) AS n FROM note")
         self.judge("of metadata,", {"more is indexed than there is": notes["n"] == counts["notes"]})
-        [done] = rows(f"SELECT count(*) AS n FROM idempotency_key WHERE {DONE_KEYS}")  # noqa: S608
-        for key in rows(NOT_DONE) if done["n"] != counts["answers"] else ():
+        for key in rows(NOT_DONE) if self.marks else ():
             self.judge(f"key {key['name']}", {"has an answer to what was not done": False})
 
 
@@ -5431,19 +5463,26 @@ def of_entries(event: Row, accounts: Mapping[str, Row]) -> Row:
     return rules
 
 
+def mark(key: str, answer: str | None, ts: int, asked: str) -> int:
+    """Return a number for an answer, which nobody can foresee; `asked` is the arguments' hash."""
+    return hash((key, answer, ts, None if is_part(key) else asked))
+
+
+def is_part(key: str) -> bool:
+    """Tell whether an event under a key tells of a part of what was asked, or of more."""
+    return any(operation in key for operation in ("|POST /transfers/bulk|", "|PATCH /"))
+
+
 def of_answer(event: Row, stored: Row | None) -> Row:
     """Return whether the answer that a key has is the one that was given."""
-    key, told = event["key"], event["told"]
+    key, asked = event["key"], sha256(event["arguments"])
     if key is None or stored is None:
         return {"was done under a key that is gone": key is None}
-    told_answer = f"{stored['status']}\n{stored['location'] or ''}\n{stored['body']}"
-    # An event that tells more than was asked, or one of many, is not all that the key was for.
-    is_part = "before" in told or key.split("|")[1].endswith("/bulk")
+    answer = Answer(stored["status"], stored["body"], stored["location"])
     return {
-        "was answered otherwise than its key says": sha256(told_answer) == event["answer"],
+        "was answered otherwise than its key says": answer.hash() == event["answer"],
         "has another time than its key": stored["ts"] == event["ts"],
-        "is not what its key was used for": is_part
-        or stored["fingerprint"] == sha256(event["arguments"]),
+        "is not what its key was used for": is_part(key) or stored["fingerprint"] == asked,
     }
 
 

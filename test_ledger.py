@@ -7065,8 +7065,10 @@ def edited(database: str, *statements: str) -> Iterator[ledger.SqliteConnection]
         if database.startswith("sqlite"):
             for _, made in triggers:
                 driver.execute(made)
-        yield connection
-        driver.rollback()
+        try:
+            yield connection
+        finally:
+            driver.rollback()
 
 
 FIRST = "(SELECT min(id) FROM event WHERE kind = '{}')"
