@@ -2915,7 +2915,7 @@ def test_a_cursor_that_was_never_given_is_refused(untouched: "Bank") -> None:
     good = forged("0_g")
     assert untouched.get("/audit", cursor=good).status_code == 200
     strange = ["", "x", good + "0", "9" + good, good.upper() + "=", "\u0661" + good]
-    strange += map(forged, ("-1_g", "9" * 400 + "_g", "x_g", "1.5_g", "1", "_", "1_\u0661", "1_G"))
+    strange += map(forged, ("-1_g", "9" * 400 + "_g", "x_g", "1.5_g", "1", "_", "1_\u0661", "1_+"))
     for cursor in strange:
         refused = untouched.get("/audit", cursor=cursor)
         assert refusal(refused) == (400, "invalid_cursor"), cursor
@@ -9621,7 +9621,7 @@ def test_a_copy_of_a_broken_ledger_is_refused_as_a_whole(
     bank.tamper_freely("UPDATE account SET balance = 6 WHERE owner_name = 'alice'")
     url = f"sqlite:///{tmp_path}/copy.db"
     assert ledger.main(["copy", "--from", bank.database, "--to", url]) == 1
-    assert "nothing was copied: account" in capsys.readouterr().err
+    assert "nothing was done: account" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
