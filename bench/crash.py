@@ -232,9 +232,7 @@ def run(folder: Path, url: str, options: Any) -> int:
     os.environ["PRELOAD_ACCOUNTS"] = FIRST_ACCOUNTS
     ledger = load_ledger(folder, options.broken)
     story, end = Story(random.Random(options.seed)), time.monotonic() + options.seconds  # noqa: S311
-    wrong: list[str] = []
-    counts: Counter[str] = Counter()
-    times: list[float] = []
+    wrong, counts, times = list[str](), Counter[str](), list[float]()
     begin = partial(ready, ledger, folder, url)
     servers = [begin()[0] for _ in range(options.servers)]
     try:
@@ -253,15 +251,11 @@ def run(folder: Path, url: str, options: Any) -> int:
                 times.append(seconds)
             send_again(servers[-1].server, story.requests)
             wrong = differences(ledger, url, servers[0].server, story)
-            counts["cycles"] += 1
-            counts["requests"] += len(story.requests)
-            counts["again"] += sum(len(request.tries) > 1 for request in story.requests)
-            if counts["cycles"] % 20 == 0:
-                tell(f"{counts['cycles']} cycles, {counts['requests']:,} requests")
+            again = sum(len(request.tries) > 1 for request in story.requests)
+            counts.update(cycles=1, requests=len(story.requests), again=again)
     finally:
         for running in servers:
-            running.process.terminate()
-            running.process.join()
+            running.stop()
     wrong += look(ledger, url, make=True)[0]
     print(*wrong[:10], sep="\n", end="\n" if wrong else "")
     print(

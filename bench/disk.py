@@ -9,6 +9,7 @@ import errno
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -18,7 +19,6 @@ from typing import Any
 from crash import FIRST_ACCOUNTS, Story, differences, load, move_cash, open_all, stored_balances
 from powercut import Disk, read_log
 from proof import (
-    Running,
     load_ledger,
     look,
     read_options,
@@ -47,33 +47,30 @@ CASES = {
     "syncs take 1 s": (SYNC, 0, 3, 1_000),
     "a sync takes 30 s": (SYNC, 0, 1, 30_000),
 }
-
-
 MEANINGS = {0: "without an answer", 200: "done", 400: "refused", 503: "503", 507: "507"}
 
 
 class Watched:
-    """The disk as it is recorded, and what a power cut would leave of it."""
+    """A server, its disk as it is recorded, and what a power cut would leave of that."""
 
     def __init__(self, ledger: Any, folder: Path, dice: random.Random) -> None:
-        """Begin to watch; servers that begin from now on are."""
         self.ledger, self.folder, self.dice = ledger, folder, dice
         self.inside, self.disk, self.done = watch(folder), Disk(), 0
         self.url = f"sqlite:///{self.inside}/ledger.db"
+        self.running, _ = ready(ledger, folder, self.url)
 
     def losses(self, story: Story) -> list[str]:
-        """Kill the server, or cut the power; return what is wrong, or lost of what was answered."""
+        """Return what would be wrong, or lost of what was answered, after a kill or a power cut."""
         image, wrong = self.folder / "image", []
         for what in ("kill", "power cut"):
-            if what == "kill":
-                image.mkdir()
-                for name in ("ledger.db", "ledger.db-wal"):
-                    shutil.copy(self.inside / name, image)
-            else:
-                records, self.done = read_log(self.folder / "log", self.done)
-                for record in records:
-                    self.disk.do(record)
-                self.disk.cut(str(self.inside), image, self.dice)
+            os.kill(self.running.process.pid, signal.SIGSTOP)
+            records, self.done = read_log(self.folder / "log", self.done)
+            for record in records:
+                self.disk.do(record)
+            self.disk.cut(str(self.inside), image, self.dice)
+            for name in ("ledger.db", "ledger.db-wal") if what == "kill" else ():
+                shutil.copy(self.inside / name, image)
+            os.kill(self.running.process.pid, signal.SIGCONT)
             found, known, _ = look(self.ledger, f"sqlite:///{image}/ledger.db", make=True)
             shutil.rmtree(image)
             wrong += found
@@ -86,12 +83,12 @@ class Watched:
         return wrong
 
 
-def play(case: str, story: Story, running: Running, watched: Watched, options: Any) -> list[str]:
+def play(case: str, story: Story, watched: Watched, options: Any) -> list[str]:
     """Let the disk fail in one way; print what callers saw, and return what was wrong."""
     calls, error, count, ms = CASES[case]
     story.requests = []
     set_faults(watched.folder, calls, error, max(count, ALWAYS), min(ms, options.slowest))
-    with load([running], story):
+    with load([watched.running], story):
         time.sleep(options.each / 2)
         if count == FOR_A_WHILE:
             set_faults(watched.folder)
@@ -100,12 +97,11 @@ def play(case: str, story: Story, running: Running, watched: Watched, options: A
     tries = [each for request in story.requests for each in request.tries]
     set_faults(watched.folder)
     began = time.monotonic()
-    for request in [next(move_cash(story)), *story.requests]:
-        send_again(running.server, [request])
-        if request not in story.requests:
-            story.requests.append(request)
-            resumed = time.monotonic() - began
-    wrong += differences(watched.ledger, watched.url, running.server, story)
+    story.requests.insert(0, next(move_cash(story)))
+    send_again(watched.running.server, story.requests[:1])
+    resumed = time.monotonic() - began
+    send_again(watched.running.server, story.requests)
+    wrong += differences(watched.ledger, watched.url, watched.running.server, story)
     wrong += watched.losses(story)
     statuses = Counter(status - status % 100 if status < 500 else status for status, _ in tries)
     seen = ", ".join(f"{n:,} {MEANINGS.get(each, each)}" for each, n in sorted(statuses.items()))
@@ -121,18 +117,16 @@ def run(folder: Path, options: Any) -> int:
     end, ledger = time.monotonic() + options.seconds, load_ledger(folder, options.broken)
     dice, counts = random.Random(options.seed), Counter[str]()  # noqa: S311
     story, watched = Story(dice), Watched(ledger, folder / "disk", dice)
-    running, _ = ready(ledger, folder, watched.url)
     try:
-        open_all(running.server, story)
+        open_all(watched.running.server, story)
         story.balances = stored_balances(ledger, watched.url)
         for case in dice.sample([*CASES], min(options.cases, len(CASES))):
             if time.monotonic() < end and not counts["wrong"]:
-                counts["wrong"] += len(play(case, story, running, watched, options))
-                counts["again"] += sum(len(request.tries) > 1 for request in story.requests)
-                counts.update(cases=1, requests=len(story.requests))
+                counts.update(cases=1, wrong=len(play(case, story, watched, options)))
+                again = sum(len(request.tries) > 1 for request in story.requests)
+                counts.update(requests=len(story.requests), again=again)
     finally:
-        running.process.terminate()
-        running.process.join()
+        watched.running.stop()
     print(
         f"disk: {counts['cases']} of {len(CASES)} cases, {counts['requests']:,} requests, "
         f"{counts['again']:,} sent again; {counts['wrong']} wrong"

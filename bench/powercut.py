@@ -1,10 +1,9 @@
 """Record what a server writes, syncs and answers; cut the power at many places, and look.
 
-For each place, files are built as a power cut there may leave them: all that was synced, and of
-what came after the last sync nothing, all, a beginning with a torn write, or any of it, by writes
-or by sectors; names in a folder that was not synced are there up to any of them. Then the ledger
-is opened and checked, and must know every answer that was sent before. A backup is whole if it is
-there, and it is there once it was told.
+Files are built as a power cut may leave them: all that was synced, and of what came later nothing,
+all, a beginning with a torn write, or any of it, by writes or by sectors; names in a folder up to
+any of those that were not synced. Then the ledger is opened and checked, and must know every answer
+that was sent before. A backup is whole if it is there, and it is there once it was told.
 """
 
 import json
@@ -33,8 +32,8 @@ HEAD = struct.Struct("4q")
 
 
 class Record(NamedTuple):
-    """What was done to a file: Created, Written, Truncated, Synced, Renamed, Unlinked; a sync that
-    was Lost, an Answer that was sent, or a Mark of what was told to be done."""
+    """By its first letter: what was Created, Written, Truncated, Synced, Lost as a sync failed,
+    Renamed, Unlinked, Answered, or Marked by us."""
 
     kind: str
     name: str
@@ -190,8 +189,8 @@ def record(ledger: Any, folder: Path, seconds: float) -> list[Record]:
     """Run a server from its first start to its second end, with commands beside it."""
     inside, log = folder / "inside", folder / "log"
     url, ids = f"sqlite:///{inside}/ledger.db", []
-    (process, server), _ = ready(ledger, folder, url)
-    server = replace(server, api_key=os.environ["LEDGER_ADMIN_KEY"])
+    first, _ = ready(ledger, folder, url)
+    server = replace(first.server, api_key=os.environ["LEDGER_ADMIN_KEY"])
     with closing(connect(server)) as link:
         for number in range(8):
             owner = {"owner_name": f"owner {number}"}
@@ -209,12 +208,10 @@ def record(ledger: Any, folder: Path, seconds: float) -> list[Record]:
         load(server, ids, seconds)
         command.join()
         mark(log, "done", name)
-    process.terminate()
-    process.join()
-    (process, later), _ = ready(ledger, folder, url)
-    load(replace(later, api_key=server.api_key), ids, seconds)
-    process.terminate()
-    process.join()
+    first.stop()
+    second, _ = ready(ledger, folder, url)
+    load(replace(second.server, api_key=server.api_key), ids, seconds)
+    second.stop()
     return read_log(log)[0]
 
 
@@ -246,7 +243,7 @@ def look_before(file: Path) -> tuple[int, Set[str]]:
     """Return the version of a ledger that nothing has upgraded, and the answers that it knows."""
     with closing(sqlite3.connect(file)) as connection:
         [version] = connection.execute("SELECT max(version) FROM schema_version").fetchone()
-        return version, {body for (body,) in connection.execute("SELECT body FROM idempotency_key")}
+        return version, {body for [body] in connection.execute("SELECT body FROM idempotency_key")}
 
 
 def places(records: list[Record], count: int, dice: random.Random) -> list[int]:
@@ -281,8 +278,7 @@ def play(ledger: Any, folder: Path, options: Any, cuts: int, old: str = "") -> C
         disk.cut(str(inside), target, dice)
         wrong = losses(ledger, target, told)
         shutil.rmtree(target)
-        for line in wrong[:3] if counts["losing"] < 3 else []:
-            print(f"place {place}: {line}")
+        print(*(f"place {place}: {line}\n" for line in wrong[:3]), sep="", end="")
         counts.update(cuts=1, losing=bool(wrong))
     return counts
 

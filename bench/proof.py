@@ -111,6 +111,11 @@ class Running(NamedTuple):
     process: Any
     server: Server
 
+    def stop(self) -> None:
+        """End it, as its operator does."""
+        self.process.terminate()
+        self.process.join()
+
 
 def fork(ledger: Any, said: Path, *arguments: object) -> Any:
     """Begin what `python ledger.py ARGUMENTS` does, in a process that has the program already."""
