@@ -4527,6 +4527,8 @@ class SqliteDatabase(Database):
         # The log first, because another server may just give one to a ledger that was restored.
         logs = [log for log in self._logs if os.path.exists(log) and os.path.getsize(log)]
         size, links = 0, 0
+        if self.path.is_dir():
+            raise StartupError(f"cannot open {self.path}: Is a directory")
         with suppress(FileNotFoundError):
             size, links = self.path.stat().st_size, self.path.stat().st_nlink
         for rest in (*logs, *[self.path] * links) if not size else ():
