@@ -1107,12 +1107,15 @@ def find_asset(book: Book, code: str) -> AssetPublic:
 
 def add_asset(book: Book, **columns: Any) -> AssetPublic:
     """Add an asset of one's own, for ever, with its system accounts, or raise AssetExists."""
-    asset = AssetPublic.of(columns)
+    asset, exists = AssetPublic.of(columns), AssetExists("There is an asset of this code already")
     if book.ask("SELECT code FROM asset WHERE code = :code", code=asset.code):
-        raise AssetExists(f"There is an asset {asset.code} already")
+        raise exists
     book.insert("asset", columns)
-    for name, code in sorted(system_accounts([asset])):
-        book.open("system", code, name, kind="SYSTEM")
+    try:
+        for name, code in sorted(system_accounts([asset])):
+            book.open("system", code, name, kind="SYSTEM")
+    except AccountExists:  # Another server has added it since that look.
+        raise exists from None
     book.record("add_asset", None)
     return asset
 
