@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import Server, call, connect, tell
+from harness import Server, call, connect
 from postgres import find_programs, new_postgres
 from proof import Request, Running, load_ledger, look, read_options, ready, send_again
 
@@ -267,15 +267,12 @@ def run(folder: Path, url: str, options: Any) -> int:
 
 
 def main() -> int:
-    """Read the options and run."""
     options = read_options(__doc__, cycles=25, servers=2, postgresql=False, database_url="")
     with tempfile.TemporaryDirectory(prefix="ledger-crash-") as name, ExitStack() as stack:
         folder, url = Path(name), options.database_url or f"sqlite:///{name}/ledger.db"
         if options.postgresql:
-            programs = find_programs()
-            if programs is None:
-                tell("PostgreSQL is missing; get it with: apt-get install postgresql")
-                return 2
+            if not (programs := find_programs()):
+                raise SystemExit("PostgreSQL is missing: apt-get install postgresql")
             folder.chmod(0o755)  # It runs as another user where this is root.
             url = stack.enter_context(new_postgres(programs, folder / "postgresql")).url
         return run(folder, url, options)

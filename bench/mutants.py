@@ -166,10 +166,8 @@ def run(folder: Path, options: Any) -> int:
             by = suite.seen_by(mutant, nearby=options.nearby)
             tried, seen = tried + 1, seen + bool(by)
             print(f"{'seen' if by else 'NOT SEEN':8}  {mutant}  {by}", flush=True)
-    print(
-        f"mutants: {tried} of {len(found):,} by the seed {options.seed}: "
-        f"{seen} seen, {tried - seen} not seen"
-    )
+    among = f"{tried} of {len(found):,} by the seed {options.seed}"
+    print(f"mutants: {among}: {seen} seen, {tried - seen} not seen")
     return int(100 * seen < options.least * tried)
 
 
