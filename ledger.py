@@ -2349,10 +2349,10 @@ def paths_beside(routes: Iterable[Any], path: str) -> list[str]:
     *before, _ = path.split("/")
     found = []
     for route in routes:
-        *parts, _ = route.path.split("/")
+        *parts, _ = route.path.split("/") if isinstance(route, LedgerRoute) else [""]
         pairs = zip(parts, before, strict=False)
         fits = all(part == given or part.startswith("{") for part, given in pairs)
-        if fits and len(parts) == len(before) and isinstance(route, LedgerRoute):
+        if fits and len(parts) == len(before):
             found.append(route.path_format)
     return list(dict.fromkeys(found))
 
