@@ -112,8 +112,10 @@ class Running(NamedTuple):
     server: Server
 
     def stop(self) -> None:
-        """End it, as its operator does."""
+        """End it, by force if it does not listen."""
         self.process.terminate()
+        self.process.join(20)
+        self.process.kill()
         self.process.join()
 
 
