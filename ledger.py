@@ -1124,8 +1124,11 @@ def open_account(
     book: Book, *, owner_name: str, asset: str, name: str | None = None, **columns: Any
 ) -> Account:
     """Open an empty account for a customer."""
-    if find_asset(book, asset).closed_loop and asset in ASSETS:
-        raise AssetClosedLoop(f"The accounts of {asset} are opened as wallets")
+    if find_asset(book, asset).closed_loop:
+        if asset in ASSETS:
+            raise AssetClosedLoop(f"The accounts of {asset} are opened as wallets")
+        if columns.get("credit_limit"):
+            raise AssetClosedLoop(f"{asset} is issued, and nobody owes it: leave credit_limit out")
     account = book.open(owner_name, asset, name, **columns)
     book.record("open_account", account, credit_limit=account.credit_limit or None)
     return account
@@ -1387,6 +1390,8 @@ def change_account(book: Book, reference: str, **changes: Any) -> Account:
     account, event = book.account(reference), Row()
     if (limit := changes.get("credit_limit")) is not None:
         require_open_loop(book, account)
+        if account.status == "CLOSED":
+            require_active(account)
         require_limit(account, limit)
         before = {"before": {"credit_limit": account.credit_limit}}
         told = json.dumps(json.loads(book.asked["arguments"]) | before)
@@ -1940,7 +1945,10 @@ UNSEEN = (
     r"\U000e0000-\U000e0fff]*$"
 )
 NOT_BLANK = partial(refuse_text, UNSEEN, "Text should have something that can be seen")
-NFC = AfterValidator(partial(unicodedata.normalize, "NFC"))
+# Before anything else: what a text may hold, and how long it may be, is of the form that is kept.
+NFC = BeforeValidator(
+    lambda given: unicodedata.normalize("NFC", given) if isinstance(given, str) else given
+)
 # Python takes more for an integer than anybody writes as one.
 NOT_PLAIN = r"^(?!-?[0-9]{1,40}\Z)"
 PLAIN_DIGITS = BeforeValidator(partial(refuse_text, NOT_PLAIN, "Input should be a valid integer"))
@@ -1978,7 +1986,8 @@ SplitBy = Annotated[
 ]
 # The parameters `metadata[NAME]=VALUE`, which all must hold.
 MetadataFilter = Annotated[tuple[tuple[NoteName, NoteText], ...], pydantic.Field(max_length=50)]
-Moment = Annotated[int, BeforeValidator(parse_time), TIME_SCHEMA]
+InTime = pydantic.Field(ge=-(10**17), le=10**18)  # What a program gives, in microseconds.
+Moment = Annotated[int, InTime, BeforeValidator(parse_time), TIME_SCHEMA]
 EffectiveTime = Annotated[int, BeforeValidator(parse_effective), AS_TIME, TIME_SCHEMA]
 
 
@@ -2680,7 +2689,7 @@ class AccountChange(RequestBody):
 
 
 @api.patch("/accounts/{account_id}", tags=["accounts"])
-@allow(SERVICES, raises=(AssetClosedLoop, CreditLimitInUse))
+@allow(SERVICES, raises=(AssetClosedLoop, AccountClosed, CreditLimitInUse))
 def update_account(book: Book, account_id: AccountId, body: AccountChange) -> AccountPublic:
     """Change an owner's name, the notes about an account, or, as an admin, its credit limit."""
     changes = {name: value for name, value in vars(body).items() if value is not None}
@@ -3495,6 +3504,8 @@ def open_ledger(database_url: str, *, caller: str = "local") -> Books:
     What is due by the clock is credited now, and holds end; later, a server does that, or who opens
     it next.
     """
+    if not is_name(caller):
+        raise StartupError("the caller's name must be 1 to 200 printable characters")
     database = database_at(database_url)
     try:
         database.open(make=True)
@@ -6814,6 +6825,20 @@ def run_webhook_list(settings: Settings, options: argparse.Namespace) -> None:
                 print(f"{'':24}  last error: {row['last_error']}")
 
 
+def plain_number(given: str) -> int:
+    """Return a number that is written as one is; Python takes more for one."""
+    if not re.fullmatch("[0-9]{1,9}", given):
+        raise argparse.ArgumentTypeError("it must be a plain number")
+    return int(given)
+
+
+def seal_hash(given: str) -> str:
+    """Return the hash of a seal; nothing is none, where a script has lost it."""
+    if not re.fullmatch("[0-9a-fA-F]{64}", given):
+        raise argparse.ArgumentTypeError("a seal's hash has 64 hexadecimal digits")
+    return given.lower()
+
+
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line's options; without a command, it serves."""
 
@@ -6834,7 +6859,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     serving.add_argument("--no-demo", dest="demo", action="store_false", help=without)
     known = "the hash of a seal that was kept: is what it covers still there?"
     checking = add_command(commands, "check", run_check)
-    checking.add_argument("--seal", default="", metavar="HASH", help=known)
+    checking.add_argument("--seal", type=seal_hash, default="", metavar="HASH", help=known)
     add_command(commands, "seal", run_seal)
     add_command(commands, "seed", run_seed)
     upgrading = add_command(commands, "upgrade", run_upgrade)
@@ -6867,7 +6892,7 @@ def add_groups(commands: Any) -> None:
     adding = add_command(assets, "add", run_asset_add)
     adding.add_argument("code", metavar="CODE")
     adding.add_argument("--name", required=True, type=utf8)
-    adding.add_argument("--exponent", required=True, type=int, metavar="DIGITS")
+    adding.add_argument("--exponent", required=True, type=plain_number, metavar="DIGITS")
     adding.add_argument("--closed-loop", action="store_true", help="it is issued, given and spent")
     key_help = "make, show and end the API keys of callers"
     keys = commands.add_parser("key", help=key_help).add_subparsers(required=True)

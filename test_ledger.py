@@ -1009,6 +1009,8 @@ def test_a_closed_loop_asset_of_ones_own_is_issued_given_and_spent(bank: "Bank")
         ("BONUS", "bonus"),
         ("TOP_UP", "top-up"),
     ]
+    owing = bank.post("/accounts", owner_name="eve", asset="MILES", credit_limit=5)
+    assert refusal(owing) == (409, "asset_closed_loop")
     refused = move("spend", 51)
     assert (*refusal(refused), refused.json()["requested"]) == (409, "insufficient_funds", 51)
     for answer in (
@@ -2672,6 +2674,8 @@ def test_a_credit_limit_is_an_admins_to_give(secured: "BankInside") -> None:
     assert change(admin, "alice", credit_limit=5).json()["available"] == 5
     opened = admin.post("/accounts", owner_name="bob", credit_limit=5)
     assert opened.json()["credit_limit"] == 5
+    admin.step("alice", "close")
+    assert refusal(change(admin, "alice", credit_limit=9)) == (409, "account_closed")
 
 
 # ----- Requests
@@ -5828,6 +5832,19 @@ def test_text_of_which_nothing_can_be_seen_is_refused(untouched: "Bank", text: s
 COMPOSED, DECOMPOSED = "Zo\u00eb", "Zoe\u0308"
 
 
+def test_a_name_may_be_as_long_as_it_is_kept(demo: "Bank") -> None:
+    # It has three characters as it is kept, for each that is sent.
+    for count, status in ((67, 422), (66, 201)):
+        name = "\U0001d160" * count
+        opened = demo.post("/bank/accounts", timestamp=1, account_id=name)
+        assert opened.status_code == status
+    kept_as = opened.json()["account_id"]
+    assert len(kept_as) == 198
+    deposit = demo.post("/bank/deposits", timestamp=2, account_id=kept_as, amount=5)
+    assert deposit.json() == {"balance": 5}
+    assert len(demo.get("/accounts", owner_name=kept_as).json()["items"]) == 1
+
+
 def test_names_that_look_alike_are_the_same(demo: "Bank") -> None:
     opened = demo.post("/accounts", owner_name=DECOMPOSED, external_id=DECOMPOSED).json()
     assert (opened["owner_name"], opened["external_id"]) == (COMPOSED, DECOMPOSED)
@@ -7328,6 +7345,9 @@ def test_what_was_sealed_is_found_by_a_hash_that_was_kept(bank: "BankInside") ->
     newest = printed(bank.database, "seal").splitlines()[-1]
     assert re.fullmatch(r"seal 2  [0-9T:.-]+Z  [0-9a-f]{64}", newest)
     assert newest in printed(bank.database, "check", "--seal", kept)
+    assert newest in printed(bank.database, "check", "--seal", kept.upper())
+    with pytest.raises(SystemExit, match="2"):  # As where a script has lost it.
+        ledger.main(["check", "--seal", "", "--database-url", bank.database])
     assert printed(bank.database, "check", "--seal", newest.split()[-1])
     # Its end is cut off, as whoever can write to the database can do it.
     last = "(SELECT max(id) FROM event)"
@@ -8392,6 +8412,14 @@ async def ask_inside(app: FastAPI, *request: Any, **options: Any) -> httpx.Respo
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         return await client.request(*request, **options)
+
+
+def test_a_program_is_told_what_it_does_not_say_well(books: ledger.Books, database: str) -> None:
+    with pytest.raises(ledger.InvalidRequest):
+        books.transactions(from_=10**30)
+    for caller in ("", None, "a\0b", 5):
+        with pytest.raises(ledger.StartupError, match="the caller's name must be"):
+            ledger.open_ledger(database, caller=caller)  # type: ignore[arg-type]
 
 
 def test_two_ledgers_live_in_one_process(new_database: "NewDatabase") -> None:
