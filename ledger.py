@@ -6520,7 +6520,7 @@ def listen(host: str, port: str) -> socket.socket:
 def run_check(settings: Settings, options: argparse.Namespace) -> int:
     """Print what each check counted and the first row that is wrong; return 1 if any is."""
     with opened(settings) as database, database.read() as connection:
-        results, beside = list(check(connection, options.seal)), sorted(others_of(connection))
+        results, beside = list(check(connection, options.seal or "")), sorted(others_of(connection))
         newest = connection.rows(NEWEST_SEAL)
     for rule, row_count, wrong in results:
         print(f"{'WRONG' if wrong else 'ok':5}  {row_count:>9,}  {rule}")
@@ -6859,7 +6859,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     serving.add_argument("--no-demo", dest="demo", action="store_false", help=without)
     known = "the hash of a seal that was kept: is what it covers still there?"
     checking = add_command(commands, "check", run_check)
-    checking.add_argument("--seal", type=seal_hash, default="", metavar="HASH", help=known)
+    checking.add_argument("--seal", type=seal_hash, metavar="HASH", help=known)
     add_command(commands, "seal", run_seal)
     add_command(commands, "seed", run_seed)
     upgrading = add_command(commands, "upgrade", run_upgrade)
