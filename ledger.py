@@ -4410,12 +4410,16 @@ class Database:
                 log.error("the database refused: %s", str(error).partition("\n")[0])
             raise failure from error
         finally:
-            # A connection that is lost cannot roll back, and is not used again.
-            with suppress(*DRIVER_ERRORS):
-                if connection:
-                    self._busy.remove(connection)
-                    connection.driver.rollback()
-                    idle.append(connection)
+            if connection:
+                self._take_back(connection, idle)
+
+    def _take_back(self, connection: SqliteConnection, idle: list[SqliteConnection]) -> None:
+        self._busy.remove(connection)
+        try:
+            connection.driver.rollback()
+            idle.append(connection)
+        except DRIVER_ERRORS:  # One that is lost cannot, and is not used again.
+            connection.driver.close()
 
 
 def translate_error(error: Any) -> LedgerError:

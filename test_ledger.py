@@ -882,7 +882,7 @@ watching = pytest.mark.skipif(
 
 @watching
 def test_a_power_cut_loses_nothing_that_was_answered() -> None:
-    assert "; 0 lost something" in prove("powercut.py", "--cuts", "24", "--load", "0.05")
+    assert "; 0 lost something" in prove("powercut.py", "--cuts", "12", "--load", "0.05")
 
 
 @watching
