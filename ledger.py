@@ -6440,11 +6440,24 @@ class Log(logging.Handler):
 # What the operator types.
 
 RECEIVER_URL = r"(?ia)https?://(\w[\w.-]*|\[[0-9a-f:.]+\])(?::(\d{1,5}))?([/?][!-~]*)?"
-OTHER_PORT = "choose another with --port"
+KEY_MODE = "keys: every caller needs an API key or a token"
 OPEN_MODE = "open: every caller on this machine may do everything"
 VERSIONS = f"ledger.py {__version__}, tables of version {SCHEMA_VERSION}, "
 VERSIONS += f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
-KEY_MODE = "keys: every caller needs an API key or a token"
+
+
+@contextmanager
+def opened(settings: Settings, *, make: bool = False, older: bool = False) -> Iterator[Database]:
+    """Open a ledger for a command, which never makes one by mistake; an `older` one stays so."""
+    database = database_at(settings.database_url)
+    if not make and isinstance(database, SqliteDatabase) and not database.path.exists():
+        raise StartupError(f"there is no ledger at {database.name}")
+    with closing(database):
+        database.open(make=make, older=older)
+        if database.news:
+            print(database.news, file=sys.stderr)
+        yield database
+        database.require_present(to_write=True)
 
 
 def serve(settings: Settings, options: argparse.Namespace) -> None:
@@ -6453,7 +6466,9 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     listener = listen(options.host, options.port)
     if not re.fullmatch("(/[!-.0-~]+)*", options.root_path):
         raise StartupError(f"the root path must be like /money, not {options.root_path!r}")
-    settings = replace(settings, root_path=options.root_path, demo=settings.demo and options.demo)
+    settings = replace(
+        settings, root_path=options.root_path, demo=settings.demo and not options.no_demo
+    )
     app = create_app(settings, for_others=not is_local(options.host))
     app.state.alone = True
     app.state.log.form = options.log or ("text" if sys.stderr.isatty() else "json")
@@ -6492,22 +6507,9 @@ def layer_warning(database: Database) -> str:
     return ""
 
 
-@contextmanager
-def opened(settings: Settings, *, make: bool = False, older: bool = False) -> Iterator[Database]:
-    """Open a ledger for a command, which never makes one by mistake; an `older` one stays so."""
-    database = database_at(settings.database_url)
-    if not make and isinstance(database, SqliteDatabase) and not database.path.exists():
-        raise StartupError(f"there is no ledger at {database.name}")
-    with closing(database):
-        database.open(make=make, older=older)
-        if database.news:
-            print(database.news, file=sys.stderr)
-        yield database
-        database.require_present(to_write=True)
-
-
-def listen(host: str, port: str) -> socket.socket:
+def listen(host: str, port: str | None) -> socket.socket:
     """Return a listening socket, or raise StartupError where the port is none or is taken."""
+    port = (os.environ.get("PORT") or "8000") if port is None else port
     if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
         raise StartupError(f"the port must be a number from 0 to 65535, not {port!r}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -6517,13 +6519,21 @@ def listen(host: str, port: str) -> socket.socket:
         raise StartupError(f"there is no host {host!r}") from None
     except OSError as error:
         is_name = isinstance(error, socket.gaierror)
-        why = error.strerror if is_name else f"{os.strerror(error.errno or 0)}; {OTHER_PORT}"
+        taken = f"{os.strerror(error.errno or 0)}; choose another with --port"
+        why = error.strerror if is_name else taken
         raise StartupError(f"cannot serve on {host}:{port}: {why}") from None
 
 
-def run_check(settings: Settings, options: argparse.Namespace) -> int:
+def seal_hash(given: str) -> str:
+    """Return the hash of a seal; nothing is none, where a script has lost it."""
+    if not re.fullmatch("[0-9a-fA-F]{64}", given):
+        raise argparse.ArgumentTypeError("a seal's hash has 64 hexadecimal digits")
+    return given.lower()
+
+
+def run_check(database: Database, options: argparse.Namespace) -> int:
     """Print what each check counted and the first row that is wrong; return 1 if any is."""
-    with opened(settings) as database, database.read() as connection:
+    with database.read() as connection:
         results, beside = list(check(connection, options.seal or "")), sorted(others_of(connection))
         newest = connection.rows(NEWEST_SEAL)
     for rule, row_count, wrong in results:
@@ -6537,16 +6547,15 @@ def run_check(settings: Settings, options: argparse.Namespace) -> int:
     return int(count > 0)
 
 
-def run_upgrade(settings: Settings, options: argparse.Namespace) -> None:
+def run_upgrade(database: Database, options: argparse.Namespace) -> None:
     """Bring a ledger of an earlier version to this one, or say what that would do."""
-    with opened(settings, older=True) as database:
-        if not options.dry_run:
-            said = upgrade(database)
-            database.open(make=False)
-            print(said or f"{database.name} is a ledger of version {SCHEMA_VERSION} already")
-            return
-        with database.read() as connection:
-            version, stored = stored_version(connection), connection.rows(connection.size)[0]
+    if not options.dry_run:
+        said = upgrade(database)
+        database.open(make=False)
+        print(said or f"{database.name} is a ledger of version {SCHEMA_VERSION} already")
+        return
+    with database.read() as connection:
+        version, stored = stored_version(connection), connection.rows(connection.size)[0]
     print(f"{database.name} is of version {version}, and this program's is {SCHEMA_VERSION}")
     for later in range(version + 1, SCHEMA_VERSION + 1):
         brought = BROUGHT.get(later, {}).items()
@@ -6561,26 +6570,31 @@ def seal_text(seal: Row) -> str:
     return f"seal {seal['id']}  {utc_text(seal['ts'])}  {seal['hash']}\n"
 
 
-def run_seal(settings: Settings, options: argparse.Namespace) -> None:
+def run_seal(database: Database, options: argparse.Namespace) -> None:
     """Seal what is not sealed yet, and print the newest seal: keep it elsewhere."""
-    with opened(settings) as database:
-        asyncio.run(seal_events(Ledger(database)))
-        with database.read() as connection:
-            print("".join(map(seal_text, connection.rows(NEWEST_SEAL))), end="")
+    asyncio.run(seal_events(Ledger(database)))
+    with database.read() as connection:
+        print("".join(map(seal_text, connection.rows(NEWEST_SEAL))), end="")
 
 
-def run_backup(settings: Settings, options: argparse.Namespace) -> None:
+def run_seed(settings: Settings, options: argparse.Namespace) -> None:
+    """Open the first accounts and wallets that are missing: the demo or PRELOAD_ACCOUNTS."""
+    with opened(settings, make=True) as database:
+        open_first_accounts(Ledger(database), settings, DIALECTS, caller="cli", demo=True)
+    print(f"the first accounts and wallets are in {database.name}")
+
+
+def run_backup(database: Database, options: argparse.Namespace) -> None:
     """Copy the ledger's file into a new one while it is in use."""
-    with opened(settings, older=True) as database:
-        if not isinstance(database, SqliteDatabase):
-            raise StartupError(f"{database.name} is no file: back it up with pg_dump")
-        database.copy_to(options.file)
+    if not isinstance(database, SqliteDatabase):
+        raise StartupError(f"{database.name} is no file: back it up with pg_dump")
+    database.copy_to(options.file)
     print(f"copied {database.name} to {options.file}")
 
 
 def run_copy(settings: Settings, options: argparse.Namespace) -> None:
     """Copy a whole ledger into an empty database of either engine, and check it there."""
-    target = database_at(options.target)
+    target = database_at(options.to)
     place: Any = target.new() if isinstance(target, SqliteDatabase) else closing(target)
     old = replace(settings, database_url=options.source)
     with opened(old, older=True) as source, place as new:
@@ -6610,16 +6624,6 @@ def copy_all(source: Database, target: Database) -> dict[str, int]:
             # Without statistics it would read whole tables, until its own program comes round.
             new.execute("ANALYZE")
     return counts
-
-
-def run_export(settings: Settings, options: argparse.Namespace) -> None:
-    """Write transactions, for hledger or a spreadsheet, to a new file or to the output."""
-    with opened(settings) as database, database.read() as connection:
-        if options.account:
-            options.account = find_account(connection, options.account)["id"]
-        place: Any = new_file(options.file) if options.file else nullcontext(os.dup(1))
-        with place as file, open(file, "w", encoding="utf-8", newline="") as out:
-            EXPORTS[options.format](connection, chosen_events(connection, options), out)
 
 
 def chosen_events(connection: Connection, options: argparse.Namespace) -> Iterator[list[Row]]:
@@ -6740,41 +6744,41 @@ def write_seals(connection: Connection, events: Iterable[list[Row]], out: TextIO
 EXPORTS = {"csv": write_csv, "hledger": write_hledger, "jsonl": write_jsonl, "seals": write_seals}
 
 
-def run_asset_add(settings: Settings, options: argparse.Namespace) -> None:
+def run_export(database: Database, options: argparse.Namespace) -> None:
+    """Write transactions, for hledger or a spreadsheet, to a new file or to the output."""
+    with database.read() as connection:
+        if options.account:
+            options.account = find_account(connection, options.account)["id"]
+        place: Any = new_file(options.file) if options.file else nullcontext(os.dup(1))
+        with place as file, open(file, "w", encoding="utf-8", newline="") as out:
+            EXPORTS[options.format](connection, chosen_events(connection, options), out)
+
+
+def run_asset_add(database: Database, options: argparse.Namespace) -> None:
     """Add an asset for ever: its code, its name and the digits of its minor unit."""
     columns = {name: getattr(options, name) for name in AssetCreate.model_fields}
-    with opened(settings) as database:
-        Books(Ledger(database), "cli").add_asset(**columns)
+    Books(Ledger(database), "cli").add_asset(**columns)
     print(f"{options.code} is in {database.name}, for ever")
 
 
-def run_seed(settings: Settings, options: argparse.Namespace) -> None:
-    """Open the first accounts and wallets that are missing: the demo or PRELOAD_ACCOUNTS."""
-    with opened(settings, make=True) as database:
-        open_first_accounts(Ledger(database), settings, DIALECTS, caller="cli", demo=True)
-    print(f"the first accounts and wallets are in {database.name}")
-
-
-def run_key_add(settings: Settings, options: argparse.Namespace) -> None:
+def run_key_add(database: Database, options: argparse.Namespace) -> None:
     """Make an API key, and print it this once: what is stored is its hash."""
     if not is_name(options.name):
         raise StartupError("the name must be 1 to 200 printable characters")
     prefix = f"{KEY_PREFIX}{secrets.token_hex(4)}"
     key = f"{prefix}_{secrets.token_urlsafe(32)}"
     added = {"name": options.name, "role": options.role, "hash": key_hash(key.encode())}
-    with opened(settings, make=True) as database:
-        administer(database, add_key, **added, prefix=prefix)
-        print(key, flush=True)
-        print(f"key {options.name!r} is in {database.name}, and shown this once", file=sys.stderr)
-        if isinstance(database, SqliteDatabase):
-            with suppress(DatabaseBusy, *DRIVER_ERRORS):
-                retry_while_busy(partial(database.move_pages, "FULL"))
+    administer(database, add_key, **added, prefix=prefix)
+    print(key, flush=True)
+    print(f"key {options.name!r} is in {database.name}, and shown this once", file=sys.stderr)
+    if isinstance(database, SqliteDatabase):
+        with suppress(DatabaseBusy, *DRIVER_ERRORS):
+            retry_while_busy(partial(database.move_pages, "FULL"))
 
 
-def run_key_revoke(settings: Settings, options: argparse.Namespace) -> None:
+def run_key_revoke(database: Database, options: argparse.Namespace) -> None:
     """End an API key: running servers refuse it within a second."""
-    with opened(settings) as database:
-        administer(database, revoke_key, name=options.name)
+    administer(database, revoke_key, name=options.name)
     print(f"revoked {options.name}")
 
 
@@ -6786,41 +6790,39 @@ def administer(database: Database, run: Callable[..., None], **arguments: Any) -
         asyncio.run(seal_events(Ledger(database)))
 
 
-def run_key_list(settings: Settings, options: argparse.Namespace) -> None:
+def run_key_list(database: Database, options: argparse.Namespace) -> None:
     """Show the API keys, revoked ones too, by the prefixes that are no secret."""
     line = "{:11}  {:7}  {:27}  {:27}  {}"
     print(line.format("prefix", "role", "created", "revoked", "name"))
-    with opened(settings) as database, database.read() as connection:
+    with database.read() as connection:
         for key in connection.rows("SELECT * FROM api_key ORDER BY created_at"):
             times = [utc_text(key[at]) if key[at] else "-" for at in ("created_at", "revoked_at")]
             print(line.format(key["prefix"], key["role"], *times, key["name"]))
 
 
-def run_webhook_add(settings: Settings, options: argparse.Namespace) -> None:
+def run_webhook_add(database: Database, options: argparse.Namespace) -> None:
     """Post what happens from now on to a URL; print the secret that signs it, this once."""
     parts = re.fullmatch(RECEIVER_URL, options.url)
     if not parts or not 0 < int(parts[2] or 1) < 65_536:
         raise StartupError("the URL must be like https://example.com/receipts")
     secret = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
     add = partial(add_webhook, secret=secret)  # Which no event tells.
-    with opened(settings) as database:
-        administer(database, add, url=options.url, account_id=options.account)
+    administer(database, add, url=options.url, account_id=options.account)
     print(secret, flush=True)
     where = f"{parts[1]} leads, inside your own network too: see deploy/README.md, Receivers"
     print(f"receipts go from this machine to wherever {where}", file=sys.stderr)
 
 
-def run_webhook_remove(settings: Settings, options: argparse.Namespace) -> None:
+def run_webhook_remove(database: Database, options: argparse.Namespace) -> None:
     """Post no more receipts to a URL."""
-    with opened(settings) as database:
-        administer(database, remove_webhook, url=options.url)
+    administer(database, remove_webhook, url=options.url)
     print(f"removed {options.url}")
 
 
-def run_webhook_list(settings: Settings, options: argparse.Namespace) -> None:
+def run_webhook_list(database: Database, options: argparse.Namespace) -> None:
     """Show the receivers, how far behind each is, and why and until when it waits."""
     print(f"number  behind  failures  {'next try':27}  {'account':36}  url")
-    with opened(settings) as database, database.read() as connection:
+    with database.read() as connection:
         for row in connection.rows(NUMBERED.format(f"{BEHIND_BY} AS behind") + " ORDER BY id"):
             due = utc_text(row["due_at"]) if row["failures"] else "now"
             line = f"{row['number']:6}  {row['behind']:6}  {row['failures']:8}  {due:27}  "
@@ -6829,98 +6831,83 @@ def run_webhook_list(settings: Settings, options: argparse.Namespace) -> None:
                 print(f"{'':24}  last error: {row['last_error']}")
 
 
-def plain_number(given: str) -> int:
-    """Return a number that is written as one is; Python takes more for one."""
-    if not re.fullmatch("[0-9]{1,9}", given):
-        raise argparse.ArgumentTypeError("it must be a plain number")
-    return int(given)
+def moment(given: str) -> int:
+    """Return a time as it is stored; a mistake is told by this name."""
+    return parse_time(given)
 
 
-def seal_hash(given: str) -> str:
-    """Return the hash of a seal; nothing is none, where a script has lost it."""
-    if not re.fullmatch("[0-9a-fA-F]{64}", given):
-        raise argparse.ArgumentTypeError("a seal's hash has 64 hexadecimal digits")
-    return given.lower()
+def utf8(name: str) -> str:
+    """Return a name as it was typed, also where the locale is of other bytes."""
+    return name.encode(errors="surrogateescape").decode(errors="surrogateescape")
+
+
+FLAG = {"action": "store_true"}
+TIME = {"type": moment, "metavar": "TIME"}
+NAME = {"required": True, "type": utf8}
+URL = {"required": True, "metavar": "URL"}
+older = partial(opened, older=True)
+# By its words what a command runs, what it is lent for that, and its options as argparse has them.
+COMMANDS: dict[str, tuple[Callable[[Any, argparse.Namespace], int | None], Any, Row]] = {
+    "serve": (serve, nullcontext, {
+        "--host": {"default": "127.0.0.1"},
+        "--port": {"help": "default: $PORT, or 8000"},
+        "--root-path": {"default": "", "metavar": "PATH", "help": "a proxy's, such as /money"},
+        "--log": {"choices": ("text", "json", "off"), "help": "default: by the terminal"},
+        "--no-demo": {**FLAG, "help": "open no demonstration accounts, as LEDGER_DEMO=0 does"},
+    }),
+    "check": (run_check, opened, {
+        "--seal": {"type": seal_hash, "metavar": "HASH", "help": "is what it covers still there?"},
+    }),
+    "seal": (run_seal, opened, {}),
+    "seed": (run_seed, nullcontext, {}),
+    "upgrade": (run_upgrade, older, {"--dry-run": {**FLAG, "help": "say what it would do"}}),
+    "backup": (run_backup, older, {"file": {"type": Path}}),
+    "copy": (run_copy, nullcontext, {"--from": {**URL, "dest": "source"}, "--to": URL}),
+    "export": (run_export, opened, {
+        "--format": {"required": True, "choices": EXPORTS},
+        "--from": {**TIME, "default": -math.inf, "dest": "start"},
+        "--to": {**TIME, "default": math.inf},
+        "--account": {"metavar": "ID", "help": "only what touched this account"},
+        "file": {"type": Path, "nargs": "?"},
+    }),
+    "asset add": (run_asset_add, opened, {
+        "code": {},
+        "--name": NAME,
+        "--exponent": {"required": True, "type": int, "metavar": "DIGITS"},
+        "--closed-loop": {**FLAG, "help": "it is issued, given and spent"},
+    }),
+    "key add": (run_key_add, partial(opened, make=True), {
+        "--name": NAME, "--role": {"required": True, "choices": ROLES},
+    }),
+    "key list": (run_key_list, opened, {}),
+    "key revoke": (run_key_revoke, opened, {"name": {"type": utf8}}),
+    "webhook add": (run_webhook_add, opened, {
+        "--url": URL,
+        "--account": {"metavar": "ID", "help": "post only what is about this account"},
+    }),
+    "webhook list": (run_webhook_list, opened, {}),
+    "webhook remove": (run_webhook_remove, opened, {"url": {}}),
+}  # fmt: skip
 
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line's options; without a command, it serves."""
-
-    def moment(given: str) -> int:
-        """Return a time as it is stored; a mistake is told by this name."""
-        return parse_time(given)
-
     parser = argparse.ArgumentParser(prog="ledger.py", description="A double-entry ledger.")
-    commands = parser.add_subparsers(title="commands")
-    serving = add_command(commands, "serve", serve)
-    serving.add_argument("--host", default="127.0.0.1")
-    port = os.environ.get("PORT") or "8000"
-    serving.add_argument("--port", default=port, help="default: $PORT, or 8000")
-    prefix = "what a proxy puts before every path, such as /money"
-    serving.add_argument("--root-path", default="", metavar="PATH", help=prefix)
-    serving.add_argument("--log", choices=("text", "json", "off"), help="default: by the terminal")
-    without = "open no accounts with demonstration money in a new ledger, as LEDGER_DEMO=0 does"
-    serving.add_argument("--no-demo", dest="demo", action="store_false", help=without)
-    known = "the hash of a seal that was kept: is what it covers still there?"
-    checking = add_command(commands, "check", run_check)
-    checking.add_argument("--seal", type=seal_hash, metavar="HASH", help=known)
-    add_command(commands, "seal", run_seal)
-    add_command(commands, "seed", run_seed)
-    upgrading = add_command(commands, "upgrade", run_upgrade)
-    upgrading.add_argument("--dry-run", action="store_true", help="say what it would do")
-    add_command(commands, "backup", run_backup).add_argument("file", type=Path, metavar="FILE")
-    copying = add_command(commands, "copy", run_copy)
-    copying.add_argument("--from", dest="source", required=True, metavar="URL")
-    copying.add_argument("--to", dest="target", required=True, metavar="URL")
-    exporting = add_command(commands, "export", run_export)
-    exporting.add_argument("--format", required=True, choices=EXPORTS)
-    exporting.add_argument("--from", dest="start", type=moment, default=-math.inf, metavar="TIME")
-    exporting.add_argument("--to", type=moment, default=math.inf, metavar="TIME")
-    exporting.add_argument("--account", metavar="ID", help="only what touched this account")
-    exporting.add_argument("file", type=Path, nargs="?", metavar="FILE")
-    add_groups(commands)
     parser.add_argument("--version", action="version", version=VERSIONS)
-    of_all = ("-h", "--help", "--version")
-    named = arguments and (not arguments[0].startswith("-") or arguments[0] in of_all)
+    groups = {"": parser.add_subparsers(title="commands")}
+    default = "default: $LEDGER_DATABASE_URL, $DATABASE_URL or sqlite:///ledger.db"
+    for words, (run, lend, options) in COMMANDS.items():
+        group, _, name = words.rpartition(" ")
+        if group not in groups:
+            all_of_it = groups[""].add_parser(group, help=f"the {group}s of this ledger")
+            groups[group] = all_of_it.add_subparsers(required=True)
+        command = groups[group].add_parser(name, help=run.__doc__)
+        command.add_argument("--database-url", metavar="URL", help=default)
+        command.set_defaults(run=run, lend=lend)
+        for option, how in options.items():
+            command.add_argument(option, **how)
+    named = arguments and (arguments[0][:1] != "-" or arguments[0] in ("-h", "--help", "--version"))
     return parser.parse_args(arguments if named else ["serve", *arguments])
-
-
-def add_groups(commands: Any) -> None:
-    """Add the commands about assets, keys and receivers."""
-
-    def utf8(name: str) -> str:
-        """Return a name as it was typed, also where the locale is of other bytes."""
-        return name.encode(errors="surrogateescape").decode(errors="surrogateescape")
-
-    assets = commands.add_parser("asset", help="what is counted").add_subparsers(required=True)
-    adding = add_command(assets, "add", run_asset_add)
-    adding.add_argument("code", metavar="CODE")
-    adding.add_argument("--name", required=True, type=utf8)
-    adding.add_argument("--exponent", required=True, type=plain_number, metavar="DIGITS")
-    adding.add_argument("--closed-loop", action="store_true", help="it is issued, given and spent")
-    key_help = "make, show and end the API keys of callers"
-    keys = commands.add_parser("key", help=key_help).add_subparsers(required=True)
-    adding = add_command(keys, "add", run_key_add)
-    adding.add_argument("--name", required=True, type=utf8)
-    adding.add_argument("--role", required=True, choices=ROLES)
-    add_command(keys, "list", run_key_list)
-    add_command(keys, "revoke", run_key_revoke).add_argument("name", metavar="NAME", type=utf8)
-    receivers = commands.add_parser("webhook", help="the receivers of what happens")
-    webhooks = receivers.add_subparsers(required=True)
-    adding = add_command(webhooks, "add", run_webhook_add)
-    adding.add_argument("--url", required=True)
-    adding.add_argument("--account", metavar="ID", help="post only what is about this account")
-    add_command(webhooks, "list", run_webhook_list)
-    add_command(webhooks, "remove", run_webhook_remove).add_argument("url", metavar="URL")
-
-
-def add_command(commands: Any, name: str, run: Callable[..., Any]) -> argparse.ArgumentParser:
-    """Add a command, and the option that all of them have."""
-    command: argparse.ArgumentParser = commands.add_parser(name, help=run.__doc__)
-    default = "$LEDGER_DATABASE_URL, $DATABASE_URL or sqlite:///ledger.db"
-    command.add_argument("--database-url", metavar="URL", help=f"default: {default}")
-    command.set_defaults(run=run)
-    return command
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -6936,7 +6923,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options = parse_options(arguments)
         settings = Settings.read(os.environ, database_url=options.database_url)
-        status = options.run(settings, options) or 0
+        with options.lend(settings) as lent:
+            status = options.run(lent, options) or 0
         sys.stdout.flush()
     except (StartupError, LedgerError, OSError, UnicodeError, *DRIVER_ERRORS) as refusal:
         show_progress()
