@@ -2023,9 +2023,10 @@ OF_WRITES = (
     StorageFull,
 )  # fmt: skip
 MOVING = (
-    AccountNotFound, AccountFrozen, AccountClosed, InsufficientFunds, BalanceLimit,
-    AssetClosedLoop, ExternalIdExists,
+    AccountNotFound, AccountFrozen, AccountClosed, InsufficientFunds, BalanceLimit, AssetClosedLoop,
 )  # fmt: skip
+OTHER_TAGS = dict.fromkeys(("audit", "events", "seals"), "audit and events")
+OTHER_TAGS |= dict.fromkeys(("health", "balances", "totals", "metrics"), "operations")
 SECURITY = {
     "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     "Bearer": {"type": "http", "scheme": "bearer", "description": "A key, or a JWT"},
@@ -2043,37 +2044,33 @@ METADATA_PARAMETER = {
     "description": "metadata[NAME]=VALUE finds what has this member; of several, all must hold",
     "schema": {"type": "object", "additionalProperties": {"type": "string"}},
 }
-F = TypeVar("F", bound=Callable[..., Any])
 Overrides = Mapping[type[LedgerError], tuple[int, str]]
 """How a dialect words some errors: the status, and a template over the error's members."""
 
 
 class Policy(NamedTuple):
-    """Who may call a function over HTTP, and what a call needs and gets.
-
-    `location` is a template over the result, and a `long` read has no bound.
-    """
+    """Who may call a function over HTTP, and what a call needs; a `long` read has no bound."""
 
     roles: Sequence[str]
     key: Literal["required", "optional"] = "optional"
-    location: str = ""
     errors: Overrides | None = None
     long: bool = False
     body_bytes_max: int = BODY_BYTES_MAX
-    raises: Sequence[type[LedgerError]] = ()  # What its operation refuses besides.
 
 
-POLICIES: dict[Callable[..., Any], Policy] = {}
+# By whom a book is written, which takes a key where it counts that it is done once, or is read.
+ByService = Annotated[Book, Policy(SERVICES)]
+OnceByService = Annotated[Book, Policy(SERVICES, key="required")]
+ByAdmin = Annotated[Book, Policy(ADMINS)]
+OnceByAdmin = Annotated[Book, Policy(ADMINS, key="required")]
+ByReader = Annotated[Connection, Policy(READERS)]
+LongByReader = Annotated[Connection, Policy(READERS, long=True)]
+ByAuditor = Annotated[Connection, Policy(AUDITORS)]
 
 
-def allow(roles: Sequence[str], **others: Any) -> Callable[[F], F]:
-    """Declare who may call a function over HTTP; no route takes one without this."""
-
-    def declare(function: F) -> F:
-        POLICIES[function] = Policy(roles, **others)
-        return function
-
-    return declare
+def refuses(*kinds: type[LedgerError]) -> dict[int | str, Row]:
+    """Return as a route's `responses` what it refuses besides what all routes of its kind do."""
+    return {kind.code: {} for kind in kinds}
 
 
 class LedgerRoute(APIRoute):
@@ -2085,7 +2082,7 @@ class LedgerRoute(APIRoute):
     requests are committed together. This is the only way from HTTP to an operation.
 
     The function's first parameter is an open book (a write), a connection (a read) or the database
-    (several reads); the others are the caller's to give.
+    (several reads), with the policy of the route; the others are the caller's to give.
     """
 
     errors: ClassVar[Overrides] = {}
@@ -2101,10 +2098,11 @@ class LedgerRoute(APIRoute):
         signature = inspect.signature(endpoint)
         first, *others = signature.parameters.values()
         name = endpoint.__name__
-        if endpoint not in POLICIES:
-            raise TypeError(f"@allow must say who may call {name}")
-        self.function, self.policy = endpoint, POLICIES[endpoint]
-        self.writes = first.annotation is Book
+        books: Any = first.annotation
+        if not hasattr(books, "__metadata__"):
+            raise TypeError(f"the first parameter of {name} must say who may call it")
+        self.policy: Policy = books.__metadata__[0]
+        self.function, self.writes = endpoint, books.__origin__ is Book
         self.reworded = {**self.errors, **(self.policy.errors or {})}
         fields: Any = {
             p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in others
@@ -2123,13 +2121,17 @@ class LedgerRoute(APIRoute):
             extra["parameters"].append(METADATA_PARAMETER)
         if self.policy.roles:
             extra["security"] = [{scheme: []} for scheme in SECURITY]
-        self.documented = {self.reword(kind()) for kind in self.refusals(path)}
+        kinds = self.refusals(path) | {LedgerError.kinds[code] for code in options["responses"]}
+        self.documented = {self.reword(kind()) for kind in kinds}
         roles = ", ".join(self.policy.roles) or "anyone"
         options["summary"] = (endpoint.__doc__ or "").partition(".\n")[0].rstrip(".")
         options["name"] = options["operation_id"] = options["operation_id"] or name
         options["description"] = f"Roles: {roles}."
         options["responses"] = described_problems(self.documented)
         options["openapi_extra"] = extra
+        # What it is about: the first part of its path, or what the dialect says.
+        self.about = path.split("/")[1]
+        options["tags"] = options["tags"] or [OTHER_TAGS.get(self.about, self.about)]
         # What keys belong to: the method and the template of the path.
         self.operation = f"{options['methods'][0]} {path}"
         super().__init__(path, documented, **options)
@@ -2137,10 +2139,10 @@ class LedgerRoute(APIRoute):
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
 
     def refusals(self, path: str) -> set[type[LedgerError]]:
-        kinds = {*self.policy.raises, *OF_ALL, *(OF_CALLERS if self.policy.roles else ())}
-        # What a parameter of the path names may not be there.
-        missing = [f"{name}_not_found" for name in re.findall("{([a-z]+)_id}", path)]
-        kinds |= {LedgerError.kinds[code] for code in missing}
+        kinds: set[type[LedgerError]] = {*OF_ALL, *(OF_CALLERS if self.policy.roles else ())}
+        # What a parameter of the path names may not be there; whole paths name accounts.
+        missing = re.findall("{([a-z]+)_id}", path) + ["account"] * (":path}" in path)
+        kinds |= {LedgerError.kinds[f"{name}_not_found"] for name in missing}
         kinds |= set(OF_WRITES) if self.writes else set()
         fields = self.arguments.model_fields
         kinds |= {InvalidRequest} if fields or not self.lenient else set()
@@ -2148,6 +2150,7 @@ class LedgerRoute(APIRoute):
             body: Any = fields["body"].annotation
             kinds |= {UnsupportedMediaType}
             kinds |= set(MOVING) if {"amount", "entries"} & body.model_fields.keys() else set()
+            kinds |= {ExternalIdExists} if "external_id" in body.model_fields else set()
         kinds |= {InvalidCursor} if {"cursor", "after"} & fields.keys() else set()
         kinds |= {IdempotencyKeyMissing} if self.policy.key == "required" else set()
         return kinds
@@ -2283,7 +2286,9 @@ class LedgerRoute(APIRoute):
 
     def show(self, result: Any) -> Answer:
         body = self.result.dump_json(result, by_alias=True).decode()
-        location = self.policy.location.format(result) if self.policy.location else None
+        location = None
+        if self.status_code == 201 and isinstance(result, Public):
+            location = f"/{self.about}/{getattr(result, 'id', None) or result.code}"
         return Answer(self.status_code or 200, body, location)
 
     def reword(self, error: LedgerError) -> LedgerError:
@@ -2430,9 +2435,8 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-@api.get("/health", tags=["operations"])
-@allow(ANYONE)
-async def get_health(database: "Database") -> Health:
+@api.get("/health")
+async def get_health(database: Annotated["Database", Policy(ANYONE)]) -> Health:
     """Tell whether the server and its database answer, and the last write was stored."""
     [found] = await database.run_read(lambda books: books.rows(books.is_writable))
     if not found["yes"]:
@@ -2465,10 +2469,10 @@ class Effective(RequestBody):
     effective_at: EffectiveTime | None = None
 
 
-class MovementCreate(AmountCreate, Effective): ...
+class Movement(AmountCreate, Effective): ...
 
 
-class TransferCreate(MovementCreate):
+class TransferCreate(Movement):
     """A transfer between two accounts of one asset."""
 
     source_account_id: AccountId
@@ -2488,9 +2492,8 @@ class TransferPublic(BaseModel):
     dest: AccountPublic
 
 
-@api.post("/transfers", tags=["transfers"])
-@allow(SERVICES, key="required", raises=(SameAccount, AssetMismatch))
-def create_transfer(book: Book, body: TransferCreate) -> TransferPublic:
+@api.post("/transfers", responses=refuses(SameAccount, AssetMismatch))
+def create_transfer(book: OnceByService, body: TransferCreate) -> TransferPublic:
     """Move money between two customers' accounts, at once and as a whole."""
     transfer_id = transfer(book, **vars(body))
     source, dest = book.account(body.source_account_id), book.account(body.dest_account_id)
@@ -2499,39 +2502,34 @@ def create_transfer(book: Book, body: TransferCreate) -> TransferPublic:
     return TransferPublic(**shown, amount=body.amount, memo=body.memo, source=source, dest=dest)
 
 
-@api.post("/accounts/{account_id}/deposit", tags=["accounts"])
-@allow(SERVICES, key="required")
-def create_deposit(book: Book, account_id: AccountId, body: MovementCreate) -> AccountPublic:
+@api.post("/accounts/{account_id}/deposit")
+def create_deposit(book: OnceByService, account_id: AccountId, body: Movement) -> AccountPublic:
     """Take money in for an account."""
     return deposit(book, account_id, **vars(body))
 
 
-@api.post("/accounts/{account_id}/withdraw", tags=["accounts"])
-@allow(ADMINS, key="required")
-def create_withdrawal(book: Book, account_id: AccountId, body: MovementCreate) -> AccountPublic:
+@api.post("/accounts/{account_id}/withdraw")
+def create_withdrawal(book: OnceByAdmin, account_id: AccountId, body: Movement) -> AccountPublic:
     """Pay money out of an account."""
     return withdraw(book, account_id, **vars(body))
 
 
-@api.post("/accounts/{account_id}/top-up", tags=["accounts"])
-@allow(SERVICES, key="required", raises=(AssetOpenLoop,))
-def top_up_account(book: Book, account_id: AccountId, body: MovementCreate) -> AccountPublic:
+@api.post("/accounts/{account_id}/top-up", responses=refuses(AssetOpenLoop))
+def top_up_account(book: OnceByService, account_id: AccountId, body: Movement) -> AccountPublic:
     """Issue credits of a closed-loop asset that were bought."""
     move_credits(book, account_id, kind="TOP_UP", **vars(body))
     return book.account(account_id)
 
 
-@api.post("/accounts/{account_id}/bonus", tags=["accounts"])
-@allow(SERVICES, key="required", raises=(AssetOpenLoop,))
-def give_bonus(book: Book, account_id: AccountId, body: MovementCreate) -> AccountPublic:
+@api.post("/accounts/{account_id}/bonus", responses=refuses(AssetOpenLoop))
+def give_bonus(book: OnceByService, account_id: AccountId, body: Movement) -> AccountPublic:
     """Issue credits of a closed-loop asset that are a present."""
     move_credits(book, account_id, kind="BONUS", **vars(body))
     return book.account(account_id)
 
 
-@api.post("/accounts/{account_id}/spend", tags=["accounts"])
-@allow(SERVICES, key="required", raises=(AssetOpenLoop,))
-def spend_credits(book: Book, account_id: AccountId, body: MovementCreate) -> AccountPublic:
+@api.post("/accounts/{account_id}/spend", responses=refuses(AssetOpenLoop))
+def spend_credits(book: OnceByService, account_id: AccountId, body: Movement) -> AccountPublic:
     """Take credits of a closed-loop asset back for a service."""
     move_credits(book, account_id, kind="SPEND", **vars(body) | {"amount": -body.amount})
     return book.account(account_id)
@@ -2546,26 +2544,23 @@ class AssetCreate(RequestBody):
     closed_loop: Annotated[bool, pydantic.Field(strict=True)] = False
 
 
-@api.post("/assets", status_code=201, tags=["assets"])
-@allow(ADMINS, location="/assets/{0.code}", raises=(AssetExists,))
-def create_asset(book: Book, body: AssetCreate) -> AssetPublic:
+@api.post("/assets", status_code=201, responses=refuses(AssetExists))
+def create_asset(book: ByAdmin, body: AssetCreate) -> AssetPublic:
     """Add an asset of your own, with its system accounts."""
     return add_asset(book, **vars(body) | {"closed_loop": int(body.closed_loop)})
 
 
-@api.get("/assets", tags=["assets"])
-@allow(READERS)
+@api.get("/assets")
 def list_assets(
-    connection: Connection, limit: Limit = PAGE_SIZE, cursor: Cursor = None
+    connection: ByReader, limit: Limit = PAGE_SIZE, cursor: Cursor = None
 ) -> Page[AssetPublic]:
     """List all assets, by their codes."""
     query = "SELECT asset.*, code AS id FROM asset WHERE code > :id ORDER BY code"
     return Page[AssetPublic].read(connection, "assets", query, (limit, cursor), OLDEST_FIRST)
 
 
-@api.get("/assets/{code}", tags=["assets"])
-@allow(READERS, raises=(AssetNotFound,))
-def get_asset(connection: Connection, code: str) -> AssetPublic:
+@api.get("/assets/{code}", responses=refuses(AssetNotFound))
+def get_asset(connection: ByReader, code: str) -> AssetPublic:
     """Show an asset."""
     for row in connection.rows("SELECT * FROM asset WHERE code = :code", code=code):
         return AssetPublic.of(row)
@@ -2580,19 +2575,15 @@ class AccountCreate(Named):
     credit_limit: CreditLimit | None = None
 
 
-@api.post("/accounts", status_code=201, tags=["accounts"])
-@allow(
-    SERVICES, location="/accounts/{0.id}", raises=(AssetNotFound, AssetClosedLoop, ExternalIdExists)
-)
-def create_account(book: Book, body: AccountCreate) -> AccountPublic:
+@api.post("/accounts", status_code=201, responses=refuses(AssetNotFound, AssetClosedLoop))
+def create_account(book: ByService, body: AccountCreate) -> AccountPublic:
     """Open an account for a customer; a credit limit is an admin's to give."""
     return open_account(book, **vars(body) | {"credit_limit": body.credit_limit or 0})
 
 
-@api.get("/accounts", tags=["accounts"])
-@allow(READERS)
+@api.get("/accounts")
 def list_accounts(
-    connection: Connection,
+    connection: ByReader,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     owner_name: Annotated[Printable, NFC] | None = None,
@@ -2610,9 +2601,8 @@ def list_accounts(
     return Page[AccountPublic].read(connection, "accounts", query, part, OLDEST_FIRST, **values)
 
 
-@api.get("/accounts/{account_id}", tags=["accounts"])
-@allow(READERS)
-def get_account(connection: Connection, account_id: AccountId) -> AccountPublic:
+@api.get("/accounts/{account_id}")
+def get_account(connection: ByReader, account_id: AccountId) -> AccountPublic:
     """Show an account."""
     return AccountPublic.of(find_account(connection, account_id))
 
@@ -2688,31 +2678,32 @@ class AccountChange(RequestBody):
     credit_limit: CreditLimit | None = None
 
 
-@api.patch("/accounts/{account_id}", tags=["accounts"])
-@allow(SERVICES, raises=(AssetClosedLoop, AccountClosed, CreditLimitInUse))
-def update_account(book: Book, account_id: AccountId, body: AccountChange) -> AccountPublic:
+@api.patch(
+    "/accounts/{account_id}", responses=refuses(AssetClosedLoop, AccountClosed, CreditLimitInUse)
+)
+def update_account(book: ByService, account_id: AccountId, body: AccountChange) -> AccountPublic:
     """Change an owner's name, the notes about an account, or, as an admin, its credit limit."""
     changes = {name: value for name, value in vars(body).items() if value is not None}
     return change_account(book, account_id, **changes)
 
 
-@api.post("/accounts/{account_id}/freeze", tags=["accounts"])
-@allow(ADMINS, raises=(InvalidStateTransition,))
-def freeze_account(book: Book, account_id: AccountId) -> AccountPublic:
+@api.post("/accounts/{account_id}/freeze", responses=refuses(InvalidStateTransition))
+def freeze_account(book: ByAdmin, account_id: AccountId) -> AccountPublic:
     """Let an account move no money, in or out, until it is unfrozen."""
     return change_status(book, account_id, "FROZEN")
 
 
-@api.post("/accounts/{account_id}/unfreeze", tags=["accounts"])
-@allow(ADMINS, raises=(InvalidStateTransition,))
-def unfreeze_account(book: Book, account_id: AccountId) -> AccountPublic:
+@api.post("/accounts/{account_id}/unfreeze", responses=refuses(InvalidStateTransition))
+def unfreeze_account(book: ByAdmin, account_id: AccountId) -> AccountPublic:
     """Let a frozen account move money again."""
     return change_status(book, account_id, "ACTIVE")
 
 
-@api.post("/accounts/{account_id}/close", tags=["accounts"])
-@allow(ADMINS, raises=(InvalidStateTransition, HoldsPending, AccountNotEmpty, CashbackPending))
-def close_account(book: Book, account_id: AccountId) -> AccountPublic:
+@api.post(
+    "/accounts/{account_id}/close",
+    responses=refuses(InvalidStateTransition, HoldsPending, AccountNotEmpty, CashbackPending),
+)
+def close_account(book: ByAdmin, account_id: AccountId) -> AccountPublic:
     """End an empty account for ever."""
     return change_status(book, account_id, "CLOSED")
 
@@ -2735,10 +2726,9 @@ ENTRIES = f"""SELECT entry.*, ts, {EFFECTIVE_AT} AS effective_at, memo AS ref, k
 ENTRIES_OF_ACCOUNT = f"{ENTRIES} WHERE entry.account_id = :account"
 
 
-@api.get("/accounts/{account_id}/statement", tags=["accounts"])
-@allow(READERS)
+@api.get("/accounts/{account_id}/statement")
 def get_statement(
-    connection: Connection,
+    connection: ByReader,
     account_id: AccountId,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
@@ -2781,10 +2771,9 @@ class BalancePublic(BaseModel):
     at: Timestamp
 
 
-@api.get("/accounts/{account_id}/balance", tags=["accounts"])
-@allow(READERS)
+@api.get("/accounts/{account_id}/balance")
 def get_balance(
-    connection: Connection, account_id: AccountId, at: Moment | None = None
+    connection: ByReader, account_id: AccountId, at: Moment | None = None
 ) -> BalancePublic:
     """Show a balance as it was at a time, or as it is now, with what is held and available."""
     account = find_account(connection, account_id)
@@ -2813,9 +2802,8 @@ class TrialBalance(BaseModel):
     items: list[AssetBalances]
 
 
-@api.get("/balances", tags=["operations"])
-@allow(READERS, long=True)
-def get_trial_balance(connection: Connection) -> TrialBalance:
+@api.get("/balances")
+def get_trial_balance(connection: LongByReader) -> TrialBalance:
     """Show the trial balance."""
     name = "CASE kind WHEN 'SYSTEM' THEN name END"
     # No sum leaves 64 bits: what all customers have is at most what one system account owes.
@@ -2860,10 +2848,9 @@ SUMS = ", ".join(
 )
 
 
-@api.get("/totals", tags=["operations"])
-@allow(READERS, long=True)
+@api.get("/totals")
 def get_totals(
-    books: Connection,
+    books: LongByReader,
     owner_name: Annotated[Printable, NFC] | None = None,
     asset: Printable | None = None,
     status: Literal["ACTIVE", "FROZEN", "CLOSED"] | None = None,
@@ -2903,9 +2890,8 @@ class TransactionPublic(TransactionPosted):
     reversed_by: str | None
 
 
-@api.get("/transactions/{transaction_id}", tags=["transactions"])
-@allow(READERS)
-def get_transaction(connection: Connection, transaction_id: Uuid) -> TransactionPublic:
+@api.get("/transactions/{transaction_id}")
+def get_transaction(connection: ByReader, transaction_id: Uuid) -> TransactionPublic:
     """Show a transaction with all of its entries."""
     return find_transaction(connection.rows, transaction_id)
 
@@ -2952,10 +2938,9 @@ def from_and_to(values: Row, prefix: str, start: int | None, to: int | None) -> 
     return condition
 
 
-@api.get("/transactions", tags=["transactions"])
-@allow(READERS)
+@api.get("/transactions")
 def list_transactions(
-    connection: Connection,
+    connection: ByReader,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     account_id: AccountId | None = None,
@@ -3015,11 +3000,8 @@ class TransactionCreate(EventCreate, Effective):
     entries: list[EntryCreate] = pydantic.Field(min_length=2, max_length=100, examples=[RENT_PAID])
 
 
-@api.post("/transactions", status_code=201, tags=["transactions"])
-@allow(
-    SERVICES, key="required", location="/transactions/{0.id}", raises=(Unbalanced, AccountRepeated)
-)
-def create_transaction(book: Book, body: TransactionCreate) -> TransactionPublic:
+@api.post("/transactions", status_code=201, responses=refuses(Unbalanced, AccountRepeated))
+def create_transaction(book: OnceByService, body: TransactionCreate) -> TransactionPublic:
     """Post entries between any number of accounts, at once and as a whole."""
     signs = {"DEBIT": -1, "CREDIT": +1}
     entries = [(entry.account_id, signs[entry.type] * entry.amount) for entry in body.entries]
@@ -3029,15 +3011,13 @@ def create_transaction(book: Book, body: TransactionCreate) -> TransactionPublic
 class ReversalCreate(EventCreate, Effective): ...
 
 
-@api.post("/transactions/{transaction_id}/reverse", status_code=201, tags=["transactions"])
-@allow(
-    ADMINS,
-    key="required",
-    location="/transactions/{0.id}",
-    raises=(*MOVING, AlreadyReversed, NotReversible, CashbackCredited),
+@api.post(
+    "/transactions/{transaction_id}/reverse",
+    status_code=201,
+    responses=refuses(*MOVING, AlreadyReversed, NotReversible, CashbackCredited),
 )
 def reverse_transaction(
-    book: Book, transaction_id: HoldOrTransactionId, body: ReversalCreate
+    book: OnceByAdmin, transaction_id: HoldOrTransactionId, body: ReversalCreate
 ) -> TransactionPublic:
     """Take a transaction back as a whole, once."""
     return find_transaction(book.ask, reverse(book, transaction_id, **vars(body)))
@@ -3064,9 +3044,11 @@ class BulkPublic(BaseModel):
     results: list[BulkResult]
 
 
-@api.post("/transfers/bulk", tags=["transfers"])
-@allow(SERVICES, key="required", body_bytes_max=8 * BODY_BYTES_MAX, raises=(BulkFailed,))
-def create_transfers(book: Book, body: BulkCreate) -> BulkPublic:
+@api.post("/transfers/bulk", responses=refuses(BulkFailed))
+def create_transfers(
+    book: Annotated[Book, Policy(SERVICES, key="required", body_bytes_max=8 * BODY_BYTES_MAX)],
+    body: BulkCreate,
+) -> BulkPublic:
     """Make many transfers in one commit."""
     transfers = [
         vars(each) | {"arguments": to_json(each, exclude_none=True).decode()}
@@ -3086,9 +3068,8 @@ class HoldCreate(AmountCreate):
     expires_in: Annotated[int, pydantic.Field(strict=True, ge=1, le=31_536_000)] = 604_800
 
 
-@api.post("/holds", status_code=201, tags=["holds"])
-@allow(SERVICES, key="required", location="/holds/{0.id}", raises=(SameAccount, AssetMismatch))
-def create_hold(book: Book, body: HoldCreate) -> HoldPublic:
+@api.post("/holds", status_code=201, responses=refuses(SameAccount, AssetMismatch))
+def create_hold(book: OnceByService, body: HoldCreate) -> HoldPublic:
     """Promise money to an account, until it is captured or voided, or expires."""
     return place_hold(book, **vars(body))
 
@@ -3099,33 +3080,31 @@ class CaptureCreate(Effective):
     amount: Amount | None = None
 
 
-@api.post("/holds/{hold_id}/capture", tags=["holds"])
-@allow(SERVICES, key="required", raises=(*HOLD_ENDS.values(), AmountExceedsHold))
-def capture_hold(book: Book, hold_id: HoldOrTransactionId, body: CaptureCreate) -> HoldPublic:
+@api.post("/holds/{hold_id}/capture", responses=refuses(*HOLD_ENDS.values(), AmountExceedsHold))
+def capture_hold(
+    book: OnceByService, hold_id: HoldOrTransactionId, body: CaptureCreate
+) -> HoldPublic:
     """Move what a hold promised, once."""
     return HoldPublic(**capture(book, hold_id, **vars(body)))
 
 
-@api.post("/holds/{hold_id}/void", tags=["holds"])
-@allow(SERVICES, raises=(*HOLD_ENDS.values(),))
-def void_hold(book: Book, hold_id: HoldOrTransactionId) -> HoldPublic:
+@api.post("/holds/{hold_id}/void", responses=refuses(*HOLD_ENDS.values()))
+def void_hold(book: ByService, hold_id: HoldOrTransactionId) -> HoldPublic:
     """Give up what a hold promised."""
     return HoldPublic(**void(book, hold_id))
 
 
-@api.get("/holds/{hold_id}", tags=["holds"])
-@allow(READERS)
-def get_hold(connection: Connection, hold_id: Uuid) -> HoldPublic:
+@api.get("/holds/{hold_id}")
+def get_hold(connection: ByReader, hold_id: Uuid) -> HoldPublic:
     """Show a hold."""
     for row in connection.rows(f"{HOLDS} WHERE id = :id", id=hold_id, now=utc_now()):
         return HoldPublic.of(row)
     raise HoldNotFound(f"There is no hold {hold_id}", hold_id)
 
 
-@api.get("/holds", tags=["holds"])
-@allow(READERS)
+@api.get("/holds")
 def list_holds(
-    connection: Connection,
+    connection: ByReader,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     account_id: AccountId | None = None,
@@ -3156,9 +3135,8 @@ class PaymentPublic(BaseModel):
     cashback: CashbackPublic
 
 
-@api.post("/payments", tags=["payments"])
-@allow(SERVICES, key="required")
-def create_payment(book: Book, body: PaymentCreate) -> PaymentPublic:
+@api.post("/payments")
+def create_payment(book: OnceByService, body: PaymentCreate) -> PaymentPublic:
     """Pay at once, and get 2 % back after 24 hours."""
     cashback = pay(book, **vars(body))
     return payment_public(cashback, book.account(body.account_id), at=book.now)
@@ -3178,9 +3156,8 @@ def is_received(cashback: Row, *, at: int) -> bool:
     return bool(is_due if cashback["amount"] == 0 else cashback["status"] == "CREDITED")
 
 
-@api.get("/payments/{payment_id}", tags=["payments"])
-@allow(READERS)
-def get_payment(connection: Connection, payment_id: Uuid) -> PaymentPublic:
+@api.get("/payments/{payment_id}")
+def get_payment(connection: ByReader, payment_id: Uuid) -> PaymentPublic:
     """Show a payment, the account as it is now, and where the cashback stands."""
     query = "SELECT * FROM scheduled_cashback WHERE payment_id = :id AND clock = 'SERVER'"
     for cashback in connection.rows(query, id=payment_id):
@@ -3233,10 +3210,9 @@ class AuditEventPublic(Public):
     details: Row
 
 
-@api.get("/audit", tags=["audit and events"])
-@allow(AUDITORS)
+@api.get("/audit")
 def list_audit_events(
-    connection: Connection,
+    connection: ByAuditor,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     account_id: AccountId | None = None,
@@ -3278,9 +3254,10 @@ def see_writes(connection: Connection) -> list[list[Row]]:
     return connection.all_rows(NEWEST, (connection.writes, {}))
 
 
-@api.get("/events", tags=["audit and events"])
-@allow(AUDITORS)
-async def list_events(database: "Database", limit: Limit = PAGE_SIZE, after: Next = None) -> Events:
+@api.get("/events")
+async def list_events(
+    database: Annotated["Database", Policy(AUDITORS)], limit: Limit = PAGE_SIZE, after: Next = None
+) -> Events:
     """List what happened, oldest first, for programs that follow along."""
     until = await newest_settled(database)
     rows = await database.run_read(find_events, after, until, limit)
@@ -3369,10 +3346,9 @@ class Seals(Page[SealPublic]):
     next: int | None = None
 
 
-@api.get("/seals", tags=["audit and events"])
-@allow(AUDITORS)
+@api.get("/seals")
 def list_seals(
-    connection: Connection,
+    connection: ByAuditor,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     after: SealNumber | None = None,
@@ -3390,9 +3366,8 @@ def list_seals(
     return Seals.model_construct(items=found, next_cursor=None, next=last)
 
 
-@api.get("/seals/{seal_id}", tags=["audit and events"])
-@allow(AUDITORS, raises=(SealNotFound,))
-def get_seal(connection: Connection, seal_id: SealNumber) -> SealPublic:
+@api.get("/seals/{seal_id}", responses=refuses(SealNotFound))
+def get_seal(connection: ByAuditor, seal_id: SealNumber) -> SealPublic:
     """Show a seal."""
     for row in connection.rows("SELECT * FROM seal WHERE id = :id", id=seal_id):
         return SealPublic.of(row)
@@ -3558,9 +3533,8 @@ class BankAccountCreated(BaseModel):
     created: bool = True
 
 
-@bank.post("/accounts", status_code=201)
-@allow(SERVICES, raises=(AccountExists,))
-def create_bank_account(book: Book, body: BankAccountCreate) -> BankAccountCreated:
+@bank.post("/accounts", status_code=201, responses=refuses(AccountExists))
+def create_bank_account(book: ByService, body: BankAccountCreate) -> BankAccountCreated:
     """Open an account under a name of the caller's own, unique for ever."""
     open_account(book, owner_name=body.account_id, asset="USD", name=f"bank:{body.account_id}")
     return BankAccountCreated(account_id=body.account_id)
@@ -3571,8 +3545,7 @@ class BankAccounts(BaseModel):
 
 
 @bank.get("/accounts")
-@allow(READERS, long=True)
-def list_bank_accounts(books: Connection) -> BankAccounts:
+def list_bank_accounts(books: LongByReader) -> BankAccounts:
     """List the names of all accounts."""
     return BankAccounts(accounts=list(named_balances(books, "bank")))
 
@@ -3590,9 +3563,8 @@ class BankAccountBalance(BaseModel):
 
 
 @bank.get("/accounts/{name:path}/balance")
-@allow(READERS, raises=(AccountNotFound,))
 def get_bank_balance(
-    books: Connection, name: str, timestamp: BankMoment | None = None
+    books: ByReader, name: str, timestamp: BankMoment | None = None
 ) -> BankAccountBalance:
     """Show a balance, after what is due by then was credited."""
     account = find_account(books, BANK_ACCOUNT.format(name))
@@ -3608,8 +3580,7 @@ class BankBalance(BaseModel):
 
 
 @bank.post("/deposits")
-@allow(SERVICES)
-def create_bank_deposit(book: Book, body: BankMovement) -> BankBalance:
+def create_bank_deposit(book: ByService, body: BankMovement) -> BankBalance:
     """Take money in for an account."""
     account = deposit(book, BANK_ACCOUNT.format(body.account_id), amount=body.amount)
     return BankBalance(balance=account.balance)
@@ -3622,9 +3593,10 @@ class BankTransfer(RequestBody):
     amount: Amount
 
 
-@bank.post("/transfers")
-@allow(SERVICES, errors=NOT_TRANSFERRED, raises=(SameAccount,))
-def create_bank_transfer(book: Book, body: BankTransfer) -> BankBalance:
+@bank.post("/transfers", responses=refuses(SameAccount))
+def create_bank_transfer(
+    book: Annotated[Book, Policy(SERVICES, errors=NOT_TRANSFERRED)], body: BankTransfer
+) -> BankBalance:
     """Move money, and show the balance of the source."""
     source = BANK_ACCOUNT.format(body.source_account_id)
     transfer(book, source, BANK_ACCOUNT.format(body.target_account_id), amount=body.amount)
@@ -3638,8 +3610,9 @@ class BankPayment(BaseModel):
 
 
 @bank.post("/payments")
-@allow(SERVICES, errors=NOT_PAID)
-def create_bank_payment(book: Book, body: BankMovement) -> BankPayment:
+def create_bank_payment(
+    book: Annotated[Book, Policy(SERVICES, errors=NOT_PAID)], body: BankMovement
+) -> BankPayment:
     """Pay, and get 2 % back after 24 hours of the caller's clock."""
     reference = BANK_ACCOUNT.format(body.account_id)
     cashback = pay(book, reference, amount=body.amount, payee="payments")
@@ -3653,9 +3626,8 @@ class BankPaymentStatus(BankPayment):
 
 
 @bank.get("/payments/{payment_id}")
-@allow(READERS)
 def get_bank_payment(
-    books: Connection, payment_id: str, account_id: Name, timestamp: BankMoment
+    books: ByReader, payment_id: str, account_id: Name, timestamp: BankMoment
 ) -> BankPaymentStatus:
     """Show where a payment of an account stands."""
     number = re.fullmatch("payment([1-9][0-9]{0,17})", payment_id)
@@ -3676,8 +3648,7 @@ class BankTopSpenders(BaseModel):
 
 
 @bank.get("/top-spenders")
-@allow(READERS, long=True)
-def get_bank_top_spenders(books: Connection, timestamp: BankMoment, n: Limit) -> BankTopSpenders:
+def get_bank_top_spenders(books: LongByReader, timestamp: BankMoment, n: Limit) -> BankTopSpenders:
     """List who has sent and paid the most, and then by name."""
     # The sum may leave 64 bits where no amount does, so it is taken in two parts.
     rows = books.rows(
@@ -3712,8 +3683,7 @@ class BankOperations(BaseModel):
 
 
 @bank.get("/accounts/{name:path}/transactions")
-@allow(READERS, raises=(AccountNotFound,))
-def list_bank_transactions(books: Connection, name: str, timestamp: BankMoment) -> BankOperations:
+def list_bank_transactions(books: ByReader, name: str, timestamp: BankMoment) -> BankOperations:
     """List everything that happened to an account, and the cashbacks that are to come."""
     account = find_account(books, BANK_ACCOUNT.format(name))
     if books.bound == "short" and account["last_seq"] > SHORT_ROWS_MAX:
@@ -3809,8 +3779,7 @@ class AtmWelcome(BaseModel):
 
 
 @atm.get("/")
-@allow(READERS, long=True)
-def get_atm_welcome(connection: Connection) -> AtmWelcome:
+def get_atm_welcome(connection: LongByReader) -> AtmWelcome:
     """Show all accounts with their balances."""
     return AtmWelcome(sample_accounts=named_balances(connection, "atm"))
 
@@ -3820,8 +3789,7 @@ class AtmHealth(Health):
 
 
 @atm.get("/health")
-@allow(READERS, long=True)
-def get_atm_health(connection: Connection) -> AtmHealth:
+def get_atm_health(connection: LongByReader) -> AtmHealth:
     """Tell whether the cash machine works, and for which accounts."""
     return AtmHealth(accounts=list(named_balances(connection, "atm")))
 
@@ -3832,8 +3800,7 @@ class AtmBalance(BaseModel):
 
 
 @atm.get("/accounts/{number:path}/balance")
-@allow(READERS, raises=(AccountNotFound,))
-def get_atm_balance(connection: Connection, number: AtmNumber) -> AtmBalance:
+def get_atm_balance(connection: ByReader, number: AtmNumber) -> AtmBalance:
     """Show a balance."""
     account = find_account(connection, ATM_ACCOUNT.format(number))
     return AtmBalance(account_number=number, balance=account["balance"])
@@ -3844,16 +3811,14 @@ class AtmMovement(RequestBody):
 
 
 @atm.post("/accounts/{number:path}/deposit")
-@allow(SERVICES)
-def create_atm_deposit(book: Book, number: AtmNumber, body: AtmMovement) -> AtmBalance:
+def create_atm_deposit(book: ByService, number: AtmNumber, body: AtmMovement) -> AtmBalance:
     """Take cash in."""
     account = deposit(book, ATM_ACCOUNT.format(number), amount=body.amount)
     return AtmBalance(account_number=number, balance=account.balance)
 
 
 @atm.post("/accounts/{number:path}/withdraw")
-@allow(ADMINS)
-def create_atm_withdrawal(book: Book, number: AtmNumber, body: AtmMovement) -> AtmBalance:
+def create_atm_withdrawal(book: ByAdmin, number: AtmNumber, body: AtmMovement) -> AtmBalance:
     """Give cash out."""
     account = withdraw(book, ATM_ACCOUNT.format(number), amount=body.amount)
     return AtmBalance(account_number=number, balance=account.balance)
@@ -3916,9 +3881,8 @@ class WalletBalance(BaseModel):
     asset_type_id: int
 
 
-@wallets.get("/users/{user:path}/balance")
-@allow(READERS, raises=(AccountNotFound, AssetNotFound))
-def get_wallet_balance(connection: Connection, user: str, asset_type_id: PlainInt) -> WalletBalance:
+@wallets.get("/users/{user:path}/balance", responses=refuses(AssetNotFound))
+def get_wallet_balance(connection: ByReader, user: str, asset_type_id: PlainInt) -> WalletBalance:
     """Show what a user has of an asset."""
     held = find_account(connection, wallet(user, asset_type_id))
     return WalletBalance(**held, account_id=held["id"], asset_type_id=asset_type_id)
@@ -3928,9 +3892,8 @@ class WalletUserCreate(RequestBody):
     external_user_id: Annotated[Name, names_account(*WALLETS)]
 
 
-@wallets.post("/users", status_code=201)
-@allow(SERVICES, raises=(AccountExists,))
-def create_wallet_user(book: Book, body: WalletUserCreate) -> WalletUserCreate:
+@wallets.post("/users", status_code=201, responses=refuses(AccountExists))
+def create_wallet_user(book: ByService, body: WalletUserCreate) -> WalletUserCreate:
     """Open a user's three wallets, all empty."""
     user = body.external_user_id
     open_wallets(book, owner_name=user, name=f"wallets:{user}")
@@ -3952,27 +3915,24 @@ class WalletMoved(BaseModel):
     new_balance: Credits
 
 
-@wallets.post("/users/{user:path}/top-up")
-@allow(SERVICES, raises=(AssetNotFound,))
-def create_top_up(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
+@wallets.post("/users/{user:path}/top-up", responses=refuses(AssetNotFound))
+def create_top_up(book: ByService, user: WalletOwner, body: WalletMovement) -> WalletMoved:
     """Add credits that were bought."""
     reference = wallet(user, body.asset_type_id)
     transaction_id = move_credits(book, reference, amount=+body.amount, kind="TOP_UP")
     return WalletMoved(transaction_id=transaction_id, new_balance=book.account(reference).balance)
 
 
-@wallets.post("/users/{user:path}/bonus")
-@allow(SERVICES, raises=(AssetNotFound,))
-def create_bonus(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
+@wallets.post("/users/{user:path}/bonus", responses=refuses(AssetNotFound))
+def create_bonus(book: ByService, user: WalletOwner, body: WalletMovement) -> WalletMoved:
     """Add credits that are a present."""
     reference = wallet(user, body.asset_type_id)
     transaction_id = move_credits(book, reference, amount=+body.amount, kind="BONUS")
     return WalletMoved(transaction_id=transaction_id, new_balance=book.account(reference).balance)
 
 
-@wallets.post("/users/{user:path}/spend")
-@allow(SERVICES, raises=(AssetNotFound,))
-def create_spend(book: Book, user: WalletOwner, body: WalletMovement) -> WalletMoved:
+@wallets.post("/users/{user:path}/spend", responses=refuses(AssetNotFound))
+def create_spend(book: ByService, user: WalletOwner, body: WalletMovement) -> WalletMoved:
     """Take credits for a service."""
     reference = wallet(user, body.asset_type_id)
     transaction_id = move_credits(book, reference, amount=-body.amount, kind="SPEND")
@@ -5953,8 +5913,7 @@ async def get_docs_asset(request: Request) -> Response:
 
 
 @api.get("/metrics", include_in_schema=False)
-@allow(AUDITORS)
-async def get_metrics(database: Database) -> Response:
+async def get_metrics(database: Annotated[Database, Policy(AUDITORS)]) -> Response:
     """Show what Prometheus asks for; no label is of a caller's making."""
     shown = prometheus.generate_latest(database.metrics)
     return Response(shown, headers={"content-type": prometheus.CONTENT_TYPE_LATEST})

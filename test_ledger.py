@@ -451,9 +451,8 @@ def dialect_that_overdraws(*, asks: bool) -> APIRouter:
     """Return a dialect of one operation, which deposits 5 and then withdraws far too much."""
     twice = APIRouter(prefix="/twice", route_class=ledger.LedgerRoute)
 
-    @twice.post("/{account_id}")
-    @ledger.allow(ledger.ADMINS, raises=ledger.MOVING)
-    def overdraw(book: ledger.Book, account_id: ledger.AccountId) -> ledger.AccountPublic:
+    @twice.post("/{account_id}", responses=ledger.refuses(*ledger.MOVING))
+    def overdraw(book: ledger.ByAdmin, account_id: ledger.AccountId) -> ledger.AccountPublic:
         """Post twice; with `asks`, the database is asked in between."""
         account = ledger.deposit(book, account_id, amount=5)
         if asks:
@@ -527,8 +526,7 @@ def test_a_command_that_the_database_refuses_sinks_alone(database: str) -> None:
     faults = ["a row that breaks a constraint"]
 
     @faulty.post("/{account_id}")
-    @ledger.allow(ledger.ADMINS)
-    def post_badly(book: ledger.Book, account_id: ledger.AccountId) -> ledger.AccountPublic:
+    def post_badly(book: ledger.ByAdmin, account_id: ledger.AccountId) -> ledger.AccountPublic:
         """Deposit, and write what no table takes, as long as there are faults."""
         for fault in faults:
             columns = ("name", "prefix", "hash", "role", "created_at", "revoked_at")
