@@ -7,6 +7,7 @@ then all. A test that fails must pass again on the ledger as it is, or it says n
 
 import ast
 import copy
+import importlib
 import multiprocessing
 import os
 import random
@@ -32,8 +33,8 @@ OTHER: dict[Any, Any] = {
     ast.And: ast.Or, ast.Or: ast.And, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add,
     ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
 }  # fmt: skip
-# Some modules are there already, which pytest would like to have loaded itself.
-QUIETLY = ["-q", "-x", "--tb=no", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+# What a failure shows is read by nobody, and to prepare for it takes longer than most tests.
+QUIETLY = ["-q", "-x", "--tb=no", "--assert=plain"]
 
 
 class Mutant(NamedTuple):
@@ -152,7 +153,8 @@ def run_pytest(folder: Path, said: Path, options: list[str]) -> None:
 
 def run(folder: Path, options: Any) -> int:
     """Try the mutants, and print the figures."""
-    load_ledger(folder, None)  # And with it all that the tests need, once.
+    load_ledger(folder, None)
+    importlib.import_module("test_ledger")  # And with it all that the tests need, once.
     suite, end, tried, seen = Suite(folder, options.each), time.monotonic() + options.seconds, 0, 0
     found = [
         mutant
