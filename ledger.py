@@ -123,7 +123,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
-from importlib import resources
 from io import TextIOWrapper
 from itertools import groupby, product
 from operator import attrgetter, itemgetter
@@ -151,6 +150,7 @@ from sqlmodel import Field, SQLModel
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.middleware import Middleware
 from starlette.routing import Match
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -5653,7 +5653,7 @@ ALL_HEADERS = {
     b"cache-control": b"no-store",
 }
 HEAD_BYTES_MAX, PART_BYTES = 65_536, 65_536
-REQUEST_SECONDS_MAX = SENDING_SECONDS_MAX = 60
+REQUEST_SECONDS_MAX = 60
 # More than most clients and proxies keep an idle connection: the side that closes it first should
 # be theirs, because a request that meets a closing connection gets no answer.
 KEEP_ALIVE_SECONDS = 75
@@ -5723,11 +5723,11 @@ class Observed:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = with_headers(asked, message["headers"])
-            body = message.get("body", b"")
-            if len(body) > PART_BYTES:
-                await send_parts(send, message)
-            else:
-                await send(message)
+            while len(body := message.get("body", b"")) > PART_BYTES:
+                # No faster than the caller reads it.
+                await send({**message, "body": body[:PART_BYTES], "more_body": True})
+                message["body"] = body[PART_BYTES:]
+            await send(message)
 
         try:
             await self.app(scope, receive, send_on)
@@ -5754,17 +5754,6 @@ def with_headers(asked: Asked, given: Iterable[tuple[bytes, bytes]]) -> list[tup
     return [*headers.items()]
 
 
-async def send_parts(send: Send, message: Message) -> None:
-    """Send a long answer as fast as the caller reads it, who is left if that takes too long."""
-    body = message["body"]
-    with suppress(TimeoutError):
-        async with asyncio.timeout(SENDING_SECONDS_MAX):
-            for start in range(0, len(body), PART_BYTES):
-                part = body[start : start + PART_BYTES]
-                await send({**message, "body": part, "more_body": True})
-            await send({**message, "body": b""})
-
-
 class HttpProtocol(HttpToolsProtocol):
     """HTTP/1.1 with bounds: on the size of a request's head, and on the time a request takes.
 
@@ -5775,7 +5764,6 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.head_bytes, self.url = 0, b""
         self.wait_for(REQUEST_SECONDS_MAX)
-        self.timer = self.loop.call_later(REQUEST_SECONDS_MAX, self.look_at_time)
         # Where there is no bound it is -1; Windows does not tell it.
         files_max = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
         kept = min(FILES_KEPT, files_max // 4)
@@ -5787,7 +5775,6 @@ class HttpProtocol(HttpToolsProtocol):
             min(idle, key=attrgetter("deadline")).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.timer.cancel()
         super().connection_lost(exc)
         # Uvicorn leaves its own where the connection was reset, and all that it leads to.
         self._unset_keepalive_if_required()
@@ -5795,16 +5782,6 @@ class HttpProtocol(HttpToolsProtocol):
     def wait_for(self, seconds: float) -> None:
         """Wait for a request, the rest of one, or an answer that is made and read, for so long."""
         self.deadline = self.loop.time() + seconds
-
-    def look_at_time(self) -> None:
-        """Leave who took too long; one timer serves a connection, and none is made anew."""
-        now = self.loop.time()
-        if now >= self.deadline:
-            self.transport.abort()
-            return
-        # A later deadline is never set to less than this.
-        seconds = min(self.deadline - now, REQUEST_SECONDS_MAX)
-        self.timer = self.loop.call_later(seconds, self.look_at_time)
 
     def is_idle(self) -> bool:
         """Tell whether nothing is asked for, or only a part of it has come."""
@@ -5838,12 +5815,8 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self.head_bytes = 0
         super().on_message_complete()
-        self.wait_for(2 * REQUEST_SECONDS_MAX)  # For the answer to be made, and to be read.
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        # Not more than the timer of uvicorn, which closes an idle connection, and waits for more.
-        self.wait_for(KEEP_ALIVE_SECONDS + 1)
+        # The answer is made, and read; then uvicorn's own timer closes an idle connection.
+        self.wait_for(REQUEST_SECONDS_MAX + KEEP_ALIVE_SECONDS)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         if not self.is_idle():
@@ -5868,6 +5841,13 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
+async def leave_late(connections: Iterable[Any]) -> None:
+    """Leave who took too long; to look at all now and then costs less than a timer for each."""
+    now = asyncio.get_running_loop().time()
+    for late in [c for c in connections if isinstance(c, HttpProtocol) and c.deadline < now]:
+        late.transport.abort()
+
+
 # What is the same for all is made once: who reads it slowly, or asks often, costs next to nothing.
 
 
@@ -5887,29 +5867,14 @@ def description(app: FastAPI, root_path: str) -> Response:
 @pages.get("/docs")
 async def get_docs(request: Request) -> Response:
     """Describe the API to people, who can try it there."""
-    place, assets = request.scope["root_path"], ("swagger-ui-bundle.js", "swagger-ui.css")
-    script, style = (f"{place}/docs/{name}" for name in assets)
+    place = request.scope["root_path"]
     return get_swagger_ui_html(
         openapi_url=f"{place}/openapi.json",
         title="ledger.py",
-        swagger_js_url=script,
-        swagger_css_url=style,
+        swagger_js_url=f"{place}/docs/swagger-ui-bundle.js",
+        swagger_css_url=f"{place}/docs/swagger-ui.css",
         swagger_favicon_url="data:,",
     )
-
-
-@lru_cache
-def docs_asset(name: str) -> Response:
-    """Return what the docs are made of, which a package brings along: they need no network."""
-    file, kind = resources.files("fastapi_offline") / "static" / name, name.rpartition(".")[2]
-    return Response(file.read_bytes(), media_type=f"text/{kind.replace('js', 'javascript')}")
-
-
-@pages.get("/docs/swagger-ui-bundle.js")
-@pages.get("/docs/swagger-ui.css")
-async def get_docs_asset(request: Request) -> Response:
-    """Serve the script or the style of the docs."""
-    return docs_asset(request.scope["path"].rpartition("/")[2])
 
 
 @api.get("/metrics", include_in_schema=False)
@@ -5984,6 +5949,8 @@ def application(
     for head in heads:  # It is GET whose body the server leaves out.
         head.methods, head.include_in_schema = {"HEAD"}, False
     app.router.routes[:] = [*own, *app.router.routes, *heads]
+    # What the docs are made of, a package brings along: they need no network.
+    app.mount("/docs", StaticFiles(packages=[("fastapi_offline", "static")]))
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
     return app
 
@@ -6452,9 +6419,12 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         http=HttpProtocol,
         timeout_graceful_shutdown=8,
+        timeout_notify=1,
     )
+    server = uvicorn.Server(config)
+    config.callback_notify = partial(leave_late, server.server_state.connections)
     with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
 
 
 def layer_warning(database: Database) -> str:
