@@ -1,13 +1,19 @@
 """Change a little in the ledger, one place at a time, and tell whether the suite sees it.
 
 The places are taken at random, by a seed, from all that is not text: comparisons, conditions,
-arithmetic, numbers, and statements that are left out. The tests of the same section run first, and
-then all. A test that fails must pass again on the ledger as it is, or it says nothing.
+arithmetic, numbers, and statements that are left out. At first all tests run once on a ledger whose
+statements note which test runs them, in whatever process. Then a change is tried with the tests
+that run its statement, the fastest first. A test that fails must pass again on the ledger as it is,
+or it says nothing.
 """
 
 import ast
 import copy
+import hashlib
 import importlib
+import itertools
+import json
+import mmap
 import multiprocessing
 import os
 import random
@@ -17,14 +23,15 @@ import signal
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import ChainMap, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from harness import PROGRAM
+from harness import PROGRAM, tell
 from proof import load_ledger, read_options
 
 OTHER: dict[Any, Any] = {
@@ -34,14 +41,26 @@ OTHER: dict[Any, Any] = {
     ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
 }  # fmt: skip
 # What a failure shows is read by nobody, and to prepare for it takes longer than most tests.
-QUIETLY = ["-q", "-x", "--tb=no", "--assert=plain"]
+QUIETLY = ["-q", "-n", "0", "--tb=no", "--assert=plain"]
+# A row of bytes for each test, one for each line; the first row begins with the present test.
+NOTING = """
+import mmap, os
+_ROWS = memoryview(mmap.mmap(os.open({place!r}, os.O_RDWR), 0))
+_PRESENT = _ROWS[:4].cast("I")
+def _ran(line): _ROWS[_PRESENT[0] * {width} + line] = 1
+"""
+ROWS, WIDTH = 5_000, 10_000
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+NO_START, OUT_OF_TIME = "no start", "out of time"
 
 
 class Mutant(NamedTuple):
-    """A part of the program, and what is written instead of it."""
+    """A part of the program, what is written instead of it, and the line of its statement."""
 
     node: Any
     text: str
+    line: int
+    """0 if it runs when the program is loaded."""
 
     def __str__(self) -> str:
         return f"line {self.node.lineno}: {ast.unparse(self.node)[:60]} -> {self.text[:60]}"
@@ -58,17 +77,51 @@ class Mutant(NamedTuple):
         return b"".join(lines)
 
 
-def mutants(node: ast.AST) -> Iterator[Mutant]:
-    """Return all small changes of a part of the program; what is text has none."""
-    if isinstance(node, ast.JoinedStr):
-        return
-    if isinstance(node, ast.If | ast.IfExp | ast.While):
-        yield Mutant(node.test, f"(not ({ast.unparse(node.test)}))")
-    for other in others(node):
-        text = ast.unparse(other)
-        yield Mutant(node, f"({text})" if isinstance(node, ast.expr) else text)
-    for child in ast.iter_child_nodes(node):
-        yield from mutants(child)
+def mutants(program: str) -> Iterator[Mutant]:
+    """Return all small changes of a program; what is text has none."""
+    for node, line in parts(ast.parse(program)):
+        if isinstance(node, ast.If | ast.IfExp | ast.While):
+            yield Mutant(node.test, f"(not ({ast.unparse(node.test)}))", line)
+        for other in others(node):
+            text = ast.unparse(other)
+            yield Mutant(node, f"({text})" if isinstance(node, ast.expr) else text, line)
+
+
+def parts(node: ast.AST, line: int = 0, *, is_called: bool = False) -> Iterator[tuple[Any, int]]:
+    """Return all parts of a program but text, each with the line of its statement in a function."""
+    yield node, line
+    for name, value in ast.iter_fields(node):
+        inside = is_called or (name == "body" and isinstance(node, FUNCTIONS))
+        for child in value if isinstance(value, list) else [value]:
+            if inside and may_follow_a_line(node, child):
+                yield from parts(child, first_line(child), is_called=True)
+            elif isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
+                yield from parts(child, line, is_called=inside)
+
+
+def may_follow_a_line(node: Any, child: Any) -> bool:
+    """Return whether a line fits before a part: it is a statement, but no text and no elif."""
+    match child:
+        case ast.Expr(value=ast.Constant()):
+            return False
+        case ast.If():
+            return child not in getattr(node, "orelse", []) or child.col_offset > node.col_offset
+    return isinstance(child, ast.stmt)
+
+
+def first_line(node: Any) -> int:
+    """Return the line where a statement begins."""
+    return min(int(each.lineno) for each in (node, *getattr(node, "decorator_list", ())))
+
+
+def noting(program: str, place: Path) -> str:
+    """Return the program with a note of its line before each statement of a function."""
+    lines, tree = program.splitlines(), ast.parse(program)
+    for line in sorted({line for _, line in parts(tree)} - {0}, reverse=True):
+        indent = len(lines[line - 1]) - len(lines[line - 1].lstrip())
+        lines.insert(line - 1, f"{' ' * indent}_ran({line})")
+    lines.insert(tree.body[0].end_lineno or 0, NOTING.format(place=str(place), width=WIDTH))
+    return "\n".join(lines)
 
 
 def others(node: Any) -> Iterator[ast.AST]:
@@ -96,85 +149,197 @@ def section_of(text: str, line: int) -> str:
     return titles[-1] if titles else ""
 
 
+class Run:
+    """A run of some tests, the first of them first, or of a share of all, as pytest tells of it."""
+
+    def __init__(self, place: Path, names: Sequence[str] = (), share: slice = slice(None)) -> None:
+        self.place, self.names, self.share = place, names, share
+        self.seconds: dict[str, float] = {}
+        self.rows: Any = mmap.mmap(-1, 4)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Keep what is asked for, but leave to the end what needs another server."""
+        ranks = {name: rank for rank, name in enumerate(self.names)}
+        if ranks:
+            items[:] = [item for item in items if item.nodeid in ranks]
+            items.sort(key=lambda item: (*server_of(item), ranks[item.nodeid]))
+        items[:] = items[self.share]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: Any) -> Any:
+        """Say which test runs, and note how long."""
+        (self.place / "present").write_text(item.nodeid)
+        began, self.rows[:4] = time.monotonic(), (len(self.seconds) + 1).to_bytes(4, sys.byteorder)
+        result = yield
+        self.seconds[item.nodeid] = time.monotonic() - began
+        return result
+
+    def told(self) -> dict[str, tuple[float, list[int]]]:
+        """Return how long each test took, and the lines that it has run."""
+        rows = (self.rows[place : place + WIDTH] for place in itertools.count(WIDTH, WIDTH))
+        return {
+            name: (seconds, [line for line, byte in enumerate(row) if byte])
+            for (name, seconds), row in zip(self.seconds.items(), rows, strict=False)
+        }
+
+
+def server_of(item: Any) -> tuple[bool, int]:
+    """Return which of the expensive fixtures a test needs."""
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    return given.get("engine") == "postgresql", given.get("servers", 0)
+
+
 class Suite:
-    """A copy of the project, whose ledger is changed and tested."""
+    """The tests of copies of the project, in which the ledger is changed: one for each process."""
 
-    def __init__(self, folder: Path, seconds: float) -> None:
-        self.folder, self.seconds, self.program = folder / "copy", seconds, PROGRAM.read_text()
-        left = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", ".hypothesis", "*.db*")
-        shutil.copytree(PROGRAM.parent, self.folder, ignore=left)
-        text = PROGRAM.with_name("test_ledger.py").read_text()
-        self.sections, self.left_out = defaultdict[str, list[str]](list), list[str]()
-        for node in ast.parse(text).body:
-            if (name := getattr(node, "name", "")).startswith("test_"):
-                self.sections[section_of(text, node.lineno)].append(f"test_ledger.py::{name}")
+    def __init__(self, folder: Path, options: Any) -> None:
+        self.folder, self.options, self.program = folder, options, PROGRAM.read_text()
+        self.end = time.monotonic() + options.seconds
 
-    def run(self, program: bytes, *options: str) -> str:
-        """Test a program; return the first test that fails, "" for none, or that time is over."""
-        (self.folder / "ledger.py").write_bytes(program)
-        given = (self.folder, said := self.folder.with_name("said"), [*QUIETLY, *options])
-        process = multiprocessing.get_context("fork").Process(target=run_pytest, args=given)
+    def place(self) -> Path:
+        """Return the folder of this process, with its copy."""
+        place = self.folder / str(os.getpid())
+        if not place.exists():
+            left = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", ".hypothesis", "*.db*")
+            shutil.copytree(PROGRAM.parent, place / "copy", ignore=left)
+        return place
+
+    def run(self, program: str | bytes, run: Run, *options: str, patience: float = 60.0) -> str:
+        """Test a program; return "" or the first test that fails or hangs, or why there is none."""
+        changed, present = run.place / "copy" / "ledger.py", run.place / "present"
+        later = changed.stat().st_mtime + 1  # What Python keeps of it is told apart by its second.
+        changed.write_bytes(program if isinstance(program, bytes) else program.encode())
+        os.utime(changed, (later, later))
+        present.write_text(NO_START)
+        fork, given = multiprocessing.get_context("fork"), (run, [*QUIETLY, *options])
+        process = fork.Process(target=run_pytest, args=given)
         process.start()
-        process.join(self.seconds)
-        is_over = process.exitcode is None
+        end = time.monotonic() + self.options.each
+        while process.is_alive() and time.time() < present.stat().st_mtime + patience:
+            process.join(1)
+            if time.monotonic() > end:
+                present.write_text(OUT_OF_TIME)
+                break
+        is_fine = process.exitcode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
         with suppress(ProcessLookupError):  # With the servers that it has left.
             os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
-        found = re.search(r"^(?:FAILED|ERROR) (\S+)", said.read_text(), re.MULTILINE)
-        if is_over or not process.exitcode:
-            return "no end" if is_over else ""
-        return found[1] if found else "no start"
+        return "" if is_fine else present.read_text()
 
-    def seen_by(self, mutant: Mutant, *, nearby: bool) -> str:
+    def seen_by(self, mutant: Mutant, names: Sequence[str]) -> str:
         """Return the test that sees a change, or nothing."""
-        section = section_of(self.program, mutant.node.lineno)
-        runs = [["-n", "0", *self.sections[section]], ["-n", "3"]]
-        for options in runs[: 1 if nearby else 2]:
-            while failed := self.run(mutant.within(self.program), *options, *self.left_out):
-                again = ["-n", "0", failed if "::" in failed else "--collect-only"]
-                if failed == "no end" or not self.run(self.program.encode(), *again):
-                    return failed
-                self.left_out.append(f"--deselect={failed}")  # It fails on the ledger as it is.
-        return ""
+        place = self.place()
+        while names and time.monotonic() < self.end:
+            failed = self.run(mutant.within(self.program), Run(place, names), "-x")
+            if failed in ("", NO_START, OUT_OF_TIME):
+                return failed
+            if not self.run(self.program, Run(place, [failed])):
+                return failed
+            names = [name for name in names if name != failed]  # It fails on the ledger as it is.
+        return OUT_OF_TIME if names else ""
+
+    def learn(self, share: slice) -> dict[str, tuple[float, list[int]]]:
+        """Run some of the tests; return how long each took, and the lines that it ran."""
+        run = Run(self.place(), share=share)
+        with (run.place / "rows").open("w+b") as file:
+            file.truncate(ROWS * WIDTH)
+            run.rows = mmap.mmap(file.fileno(), 0)
+        program, only = noting(self.program, run.place / "rows"), ("-k", self.options.tests)
+        self.run(program, run, *only, patience=self.options.each)
+        told: dict[str, tuple[float, list[int]]] = json.loads((run.place / "told").read_text())
+        return told
 
 
-def run_pytest(folder: Path, said: Path, options: list[str]) -> None:
+def run_pytest(run: Run, options: list[str]) -> None:
     """Run tests in a process of its own, which loads the ledger anew."""
     os.setsid()
-    os.chdir(folder)
-    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.chdir(run.place / "copy")
+    output = os.open(run.place / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     for name in ("ledger", "test_ledger"):
         sys.modules.pop(name, None)
-    sys.path.insert(0, str(folder))
-    os._exit(pytest.main(options))
+    sys.path.insert(0, str(run.place / "copy"))
+    sys.dont_write_bytecode = False
+    status = pytest.main(options, [run])
+    (run.place / "told").write_text(json.dumps(run.told()))
+    os._exit(status)
+
+
+class Known(NamedTuple):
+    """What is known of the tests: how long each takes, its section, and what runs a line."""
+
+    program: str
+    seconds: dict[str, float]
+    sections: dict[str, str]
+    by_line: dict[int, set[str]]
+
+    def tests(self, mutant: Mutant) -> list[str]:
+        """Return the tests that may see a change, the fastest first, and those of its section soon.
+
+        What runs a statement can see it, and what its section tests; of what runs when the program
+        is loaded, any can.
+        """
+        section = section_of(self.program, mutant.node.lineno)
+        near = {name for name, of in self.sections.items() if of == section}
+        ran = self.by_line[mutant.line] if mutant.line else near
+
+        def rank(name: str) -> tuple[bool, float]:
+            return name not in ran, self.seconds[name] * (1 if name in near else 3)
+
+        return sorted(ran | (near if mutant.line else self.seconds.keys()), key=rank)
+
+
+def known(suite: Suite, pool: ProcessPoolExecutor) -> Known:
+    """Run all tests once, unless it was done for the same program and tests."""
+    at_once = suite.options.at_once
+    tests = PROGRAM.with_name("test_ledger.py").read_text()
+    name = hashlib.sha256((suite.program + tests + suite.options.tests).encode()).hexdigest()[:16]
+    kept = Path(tempfile.gettempdir(), f"ledger-mutants-{name}.json")
+    if not kept.exists():
+        tell("which tests run which lines? All run once.")
+        shares = pool.map(suite.learn, [slice(first, None, at_once) for first in range(at_once)])
+        kept.write_text(json.dumps(dict(ChainMap(*shares))))
+    told, by_line = json.loads(kept.read_text()), defaultdict[int, set[str]](set)
+    for name, (_, lines) in told.items():
+        for line in lines:
+            by_line[line].add(name)
+    seconds = {name: seconds for name, (seconds, _) in told.items()}
+    begins = {
+        getattr(node, "name", ""): section_of(tests, node.lineno) for node in ast.parse(tests).body
+    }
+    sections = {name: begins[re.split("::|\\[", name)[1]] for name in seconds}
+    return Known(suite.program, seconds, sections, by_line)
 
 
 def run(folder: Path, options: Any) -> int:
     """Try the mutants, and print the figures."""
-    load_ledger(folder, None)
-    importlib.import_module("test_ledger")  # And with it all that the tests need, once.
-    suite, end, tried, seen = Suite(folder, options.each), time.monotonic() + options.seconds, 0, 0
+    load_ledger(folder, None)  # And with it all that the tests need, once.
+    importlib.import_module("test_ledger")
+    suite, tried, seen = Suite(folder, options), 0, 0
     found = [
         mutant
-        for mutant in mutants(ast.parse(suite.program))
+        for mutant in mutants(suite.program)
         if options.only in str(mutant)
         and options.section in ("", section_of(suite.program, mutant.node.lineno))
     ]
     dice = random.Random(options.seed)  # noqa: S311
-    for mutant in dice.sample(found, min(options.mutants, len(found))):
-        if time.monotonic() < end:
-            by = suite.seen_by(mutant, nearby=options.nearby)
-            tried, seen = tried + 1, seen + bool(by)
-            print(f"{'seen' if by else 'NOT SEEN':8}  {mutant}  {by}", flush=True)
+    chosen = dice.sample(found, min(options.mutants, len(found)))
+    with ProcessPoolExecutor(options.at_once, multiprocessing.get_context("fork")) as pool:
+        tests = known(suite, pool)
+        answers = pool.map(suite.seen_by, chosen, map(tests.tests, chosen))
+        for mutant, by in zip(chosen, answers, strict=True):
+            is_seen = by not in ("", OUT_OF_TIME)
+            tried, seen = tried + 1, seen + is_seen
+            print(f"{'seen' if is_seen else 'NOT SEEN':8}  {mutant}  {by}", flush=True)
     among = f"{tried} of {len(found):,} by the seed {options.seed}"
     print(f"mutants: {among}: {seen} seen, {tried - seen} not seen")
     return int(100 * seen < options.least * tried)
 
 
 if __name__ == "__main__":
-    bounds = {"mutants": 100, "least": 95, "each": 900.0}
-    given = read_options(__doc__, section="", only="", nearby=False, **bounds)
+    bounds = {"mutants": 100, "least": 95, "each": 900.0, "at_once": 2}
+    given = read_options(__doc__, section="", only="", tests="", **bounds)
     with tempfile.TemporaryDirectory(prefix="ledger-mutants-") as place:
         sys.exit(run(Path(place), given))
