@@ -203,9 +203,7 @@ def utc_now() -> int:
 def random_digits() -> Iterator[str]:
     """Yield 15 digits at a time, of which the system is asked for many at once: it takes long."""
     while True:
-        drawn = secrets.token_hex(120)
-        for start in range(0, 240, 15):
-            yield drawn[start : start + 15]
+        yield from re.findall(".{15}", secrets.token_hex(120))
 
 
 def time_of_id(given: str) -> int:
@@ -297,28 +295,12 @@ def utc_text(microseconds: int) -> str:
     return moment.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
-def as_enum(*values: str) -> pydantic.WithJsonSchema:
-    """Describe text that is one of some values, which the database sees to."""
-    return pydantic.WithJsonSchema({"type": "string", "enum": list(values)})
-
-
 TIME_SCHEMA = pydantic.WithJsonSchema({"type": "string", "format": "date-time"})
 AS_TIME = pydantic.PlainSerializer(utc_text, return_type=str)
 Timestamp = Annotated[int, BeforeValidator(lambda given: parse_time(given)), AS_TIME, TIME_SCHEMA]
 SCHEMA_VERSION = 4
 STRICT = {"sqlite_strict": True}
 NO_ROWID = STRICT | {"sqlite_with_rowid": False}
-TransactionKind = Literal[
-    "DEPOSIT", "WITHDRAWAL", "TRANSFER", "PAYMENT", "CASHBACK", "TOP_UP", "BONUS", "SPEND",
-    "JOURNAL", "CAPTURE", "REVERSAL",
-]  # fmt: skip
-EVENT_TYPES = {
-    "open_account": "account.opened", "open_wallets": "account.opened", "freeze": "account.frozen",
-    "update_account": "account.updated", "unfreeze": "account.unfrozen", "close": "account.closed",
-    "hold": "hold.created", "void": "hold.voided", "add_key": "key.added",
-    "revoke_key": "key.revoked", "add_webhook": "webhook.added",
-    "remove_webhook": "webhook.removed", "add_asset": "asset.added", "expire": "hold.expired",
-}  # fmt: skip
 # Capitals, which the kinds of transactions have, come before.
 IS_TRANSACTION, NO_ENTRIES = "kind < 'a'", "kind >= 'a'"
 HAS_EXTERNAL_ID = "external_id IS NOT NULL"
@@ -327,12 +309,11 @@ HAS_EXTERNAL_ID = "external_id IS NOT NULL"
 AS_OBJECT = pydantic.PlainSerializer(lambda text: json.loads(text) if text else {}, dict[str, str])
 AS_TEXT = BeforeValidator(lambda given: json.dumps(given) if isinstance(given, dict) else given)
 StoredMetadata = Annotated[str | None, AS_TEXT, AS_OBJECT, pydantic.Field(alias="metadata")]
-
-
-AccountStatus = Annotated[str, as_enum("ACTIVE", "FROZEN", "CLOSED")]
-EntryType = Annotated[str, as_enum("DEBIT", "CREDIT")]
-HoldStatus = Annotated[str, as_enum("PENDING", "CAPTURED", "VOIDED", "EXPIRED")]
-CashbackStatus = Annotated[str, as_enum("SCHEDULED", "CREDITED", "CANCELLED")]
+AS_COLUMN = Field(sa_type=sa.Text)  # SQLModel knows none for a Literal.
+AccountStatus = Annotated[Literal["ACTIVE", "FROZEN", "CLOSED"], AS_COLUMN]
+EntryType = Annotated[Literal["DEBIT", "CREDIT"], AS_COLUMN]
+HoldStatus = Annotated[Literal["PENDING", "CAPTURED", "VOIDED", "EXPIRED"], AS_COLUMN]
+CashbackStatus = Annotated[Literal["SCHEDULED", "CREDITED", "CANCELLED"], AS_COLUMN]
 
 
 def partial_index(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
@@ -514,9 +495,7 @@ class Connection(Protocol):
     def rows(self, statement: str, **values: Any) -> list[Row]: ...
     def all_rows(self, *queries: tuple[str, Row]) -> list[list[Row]]: ...
     def update(self, table: str, columns: Sequence[str], rows: list[Row]) -> None: ...
-    def save(
-        self, inserts: Mapping[str, list[Row]], updates: Mapping[str, dict[int, Row]]
-    ) -> None: ...
+    def save(self, inserts: Any, updates: Any) -> None: ...
 
 
 class Leg(NamedTuple):
@@ -544,8 +523,8 @@ class Book:
         self.assets: dict[str, Any] = {}  # Those of one's own that were looked for.
         self.inserts: dict[str, list[Row]] = defaultdict(list)
         self.updates: dict[str, dict[int, Row]] = defaultdict(dict)
+        self._written: Any = None  # What was gathered when that command first wrote.
         self._undo: list[Callable[[], Any]] = []
-        self._savepoints = 0
 
     def post(self, kind: str, legs: Sequence[Leg], **event: Any) -> str:
         """Turn legs into entries, move the balances, and return the transaction's id.
@@ -585,7 +564,6 @@ class Book:
         row |= {"reverses": None, "credit_limit": None, "answer": None, **event}
         self.insert("event", row)
         self.events.append(row)
-        self._undo.append(self.events.pop)
         self.index_metadata(row)
         return str(row["id"])
 
@@ -647,12 +625,11 @@ class Book:
         self.release_expired([row["id"] for row in loaded if row["held"]])
         return found
 
-    def release_expired(self, account_ids: list[str]) -> None:
+    def release_expired(self, ids: list[str]) -> None:
         """Make available what expired holds still hold of accounts that were just loaded."""
-        if account_ids:
+        if ids:
             query = f"SELECT * FROM hold WHERE account_id = ANY(:ids) AND {IS_OVER} LIMIT :limit"  # noqa: S608
-            among: Row = {"ids": account_ids, "now": self.now, "limit": EXPIRED_MAX + 1}
-            expired = self.connection.rows(query, **among)
+            expired = self.connection.rows(query, ids=ids, now=self.now, limit=EXPIRED_MAX + 1)
             self.is_tidy = len(expired) <= EXPIRED_MAX
             for hold in expired[:EXPIRED_MAX]:
                 self.release(hold, status="EXPIRED")
@@ -719,43 +696,38 @@ class Book:
 
     def write(self) -> None:
         """Write what was gathered, after a savepoint, so that a refusal can still undo it."""
-        inserts, updates = self.inserts, self.updates
-
-        def take_back() -> None:
-            self.connection.execute("ROLLBACK TO SAVEPOINT gathered")
-            self.connection.execute("RELEASE SAVEPOINT gathered")
-            self.inserts, self.updates = inserts, updates
-            self._savepoints -= 1
-
-        self.connection.execute("SAVEPOINT gathered")
-        self.connection.save(inserts, updates)
+        if not self._written:
+            self.connection.execute("SAVEPOINT gathered")
+            self._written = self.inserts, self.updates
+        self.connection.save(self.inserts, self.updates)
         self.inserts, self.updates = defaultdict(list), defaultdict(dict)
-        self._undo.append(take_back)
-        self._savepoints += 1
+
+    def begin(self, command: "Command") -> None:
+        """Note whose turn it is; what was done before it stays."""
+        self.asked = {"caller": command.caller, "arguments": command.arguments}
+        self.asked |= {"effective_at": command.effective_at, "key": command.key}
+        self.events, self._undo = [], []
 
     def keep(self, answer: "Answer") -> None:
-        """Let what a command has done stay: savepoints in savepoints would slow the others down."""
-        hashed = ""
+        """Let what the command has done stay; its events know what it was answered."""
+        hashed = self.asked["key"] and answer.hash()
         for event in self.events:
             if event["key"]:
-                event["answer"] = hashed = hashed or answer.hash()
-                if self._savepoints:  # It may be written already.
+                event["answer"] = hashed
+                if self._written:  # The event too, maybe.
                     self.updates["event"][id(event)] = event
-        self.events = []
-        for _ in range(self._savepoints):
+        if self._written:
             self.connection.execute("RELEASE SAVEPOINT gathered")
-        self._savepoints = 0
-        self._undo.clear()
+            self._written = None
 
-    def attempt(self, run: Callable[..., T], **arguments: Any) -> T:
-        """Do a part of the batch as a whole: if it is refused, nothing of it stays."""
-        mark = len(self._undo)
-        try:
-            return run(self, **arguments)
-        except LedgerError:
-            while len(self._undo) > mark:
-                self._undo.pop()()
-            raise
+    def take_back(self) -> None:
+        """Take back all that the command has done."""
+        if self._written:
+            self.connection.execute("ROLLBACK TO SAVEPOINT gathered")
+            self.connection.execute("RELEASE SAVEPOINT gathered")
+            (self.inserts, self.updates), self._written = self._written, None
+        while self._undo:
+            self._undo.pop()()
 
 
 ACCOUNTS_OF = "of:"  # Before the id of a hold or of a transaction: the accounts that it is about.
@@ -789,8 +761,6 @@ def require_balanced(legs: Sequence[Leg]) -> None:
             debits = -sum(amount for amount in given if amount < 0)
             sums = {"asset": asset, "debits": debits, "credits": sum(given) + debits}
             raise Unbalanced(f"The debits of {asset} must equal its credits", **sums)
-    if not legs:
-        raise Unbalanced("There must be entries")
 
 
 def require_active(account: Account) -> None:
@@ -827,7 +797,7 @@ NEWEST: tuple[str, Row] = (
     {},
 )
 Loop = asyncio.AbstractEventLoop
-Pending = asyncio.Future["Answer"]
+Pending = asyncio.Future[Any]  # The answer, or the exception that there was instead.
 
 
 class Answer(NamedTuple):
@@ -888,13 +858,13 @@ def execute_command(command: Command, book: Book, known: dict[str, Row]) -> Answ
         if stored["fingerprint"] == fingerprint:
             return Answer(stored["status"], stored["body"], stored["location"], replayed=True)
         return IdempotencyKeyReused("This key was used for something else").to_answer()
-    book.asked = {"caller": command.caller, "arguments": command.arguments}
-    book.asked |= {"effective_at": command.effective_at, "key": command.key}
+    book.begin(command)
     try:
-        answer = book.attempt(command.run) or DONE
+        answer = command.run(book) or DONE
         book.keep(answer)
     except LedgerError as refusal:
         # No error of the database: inside a write that is the driver's still, and ends it.
+        book.take_back()
         answer = refusal.to_answer()
     if command.key is not None:
         # In the same commit as what it did: both are on disk, or neither is.
@@ -915,7 +885,7 @@ class Ledger:
         self.database = database
         self._waiting: defaultdict[Loop, list[tuple[Command, Pending]]] = defaultdict(list)
         self._writing: dict[Loop, asyncio.Task[None]] = {}
-        self._crediting: dict[Loop, asyncio.Task[Answer]] = {}
+        self._crediting: defaultdict[Loop, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def commit(self, commands: Sequence[Command]) -> list[Answer]:
         """Execute commands in one write, or raise: none was then, unless DatabaseLost.
@@ -965,11 +935,12 @@ class Ledger:
             self._waiting[loop].append((command, answer))
             if loop not in self._writing:
                 self._writing[loop] = loop.create_task(self._write_batches(loop))
-            try:
-                return await (answer if self.database.inline else in_time(answer))
-            except DatabaseBusy:
-                if time.monotonic() > deadline:
-                    raise
+            outcome = await (answer if self.database.inline else in_time(answer))
+            if isinstance(outcome, Answer):
+                return outcome
+            if not isinstance(outcome, DatabaseBusy) or time.monotonic() > deadline:
+                is_ours = isinstance(outcome, LedgerError)  # Else the log tells where.
+                raise outcome.with_traceback(None) if is_ours else outcome
             await asyncio.sleep(BUSY_RETRY_SECONDS)
 
     async def _write_batches(self, loop: Loop) -> None:
@@ -993,32 +964,20 @@ class Ledger:
             commands = [command for command, _ in batch]
             outcomes = await self.database.run_write(self.commit_or_split, commands)
             for (_, answer), outcome in zip(batch, outcomes, strict=True):
-                if answer.done():
-                    continue  # It was told 503 meanwhile; what was done stays done.
-                if isinstance(outcome, Exception):
-                    is_ours = isinstance(outcome, LedgerError)  # Else the log tells where.
-                    answer.set_exception(outcome.with_traceback(None) if is_ours else outcome)
-                else:
+                if not answer.done():  # Else it was told 503 meanwhile; what was done stays done.
                     answer.set_result(outcome)
         del self._writing[loop]
 
     async def credit_due(self, clock: str, until: int, caller: str = "system") -> None:
         """Credit what is due by a clock; one pass at a time serves all who wait for it."""
-        loop, run = asyncio.get_running_loop(), partial(credit_cashbacks, clock=clock, until=until)
         due = {"clock": clock, "until": until, "limit": 1}
-        while True:
-            last = self._crediting.get(loop)
-            is_running = last is not None and not last.done()
-            look = self.database.run_read(
-                lambda books: books.rows(DUE_CASHBACKS, **due), urgent=True
-            )
-            if not await look:
-                return
-            # A pass that began or ended while we looked may have credited what we saw.
-            if not is_running and self._crediting.get(loop) is last:
-                crediting = self.submit(Command(caller, "{}", run))
-                self._crediting[loop] = loop.create_task(crediting)
-            await asyncio.shield(self._crediting[loop])
+        run = partial(credit_cashbacks, clock=clock, until=until)
+        look = partial(self.database.run_read, lambda books: books.rows(DUE_CASHBACKS, **due))
+        while await look(urgent=True):
+            async with self._crediting[asyncio.get_running_loop()]:
+                # A pass that has ended meanwhile may have credited what we saw.
+                if await look(urgent=True):
+                    await self.submit(Command(caller, "{}", run))
 
 
 # ----- Operations
@@ -1096,9 +1055,7 @@ SYSTEM_ACCOUNTS = system_accounts(ASSETS.values()) | {("payments", "USD")}
 def find_asset(book: Book, code: str) -> AssetPublic:
     """Return an asset, or raise AssetNotFound; it never changes, so it is looked for once."""
     if not (known := ASSETS.get(code) or book.assets.get(code)):
-        added = [row for row in book.inserts["asset"] if row["code"] == code]
-        query = "SELECT * FROM asset WHERE code = :code"
-        for row in added or book.connection.rows(query, code=code):
+        for row in book.ask("SELECT * FROM asset WHERE code = :code", code=code):
             known = book.assets[code] = AssetPublic.of(row)
     if not known:
         raise AssetNotFound(f"There is no asset {code}: GET /assets lists all")
@@ -1343,9 +1300,8 @@ REVERSED_BY = "(SELECT id FROM event AS later WHERE later.reverses = event.id) A
 
 def reverse(book: Book, transaction_id: str, **event: Any) -> str:
     """Take a transaction back as a whole: the same entries, turned round, and only once."""
-    entries = book.ask("SELECT * FROM entry WHERE transaction_id = :id", id=transaction_id)
     # Its accounts first, as everywhere: while they are locked, nobody else reverses it.
-    book.lock([entry["account_id"] for entry in entries])
+    book.lock([ACCOUNTS_OF + transaction_id])
     query = f"SELECT kind, {REVERSED_BY} FROM event WHERE id = :id AND {IS_TRANSACTION}"  # noqa: S608
     found = book.ask(query, id=transaction_id)
     if not found:
@@ -1359,7 +1315,8 @@ def reverse(book: Book, transaction_id: str, **event: Any) -> str:
     if kind == "PAYMENT":
         cancel_cashback(book, transaction_id)
     signs = {"DEBIT": +1, "CREDIT": -1}
-    entries.sort(key=itemgetter("id"))
+    query = "SELECT * FROM entry WHERE transaction_id = :id ORDER BY id"
+    entries = book.ask(query, id=transaction_id)
     legs = [Leg(book.accounts[e["account_id"]], signs[e["type"]] * e["amount"]) for e in entries]
     return book.post("REVERSAL", legs, reverses=transaction_id, **event)
 
@@ -1392,7 +1349,10 @@ def change_account(book: Book, reference: str, **changes: Any) -> Account:
         require_open_loop(book, account)
         if account.status == "CLOSED":
             require_active(account)
-        require_limit(account, limit)
+        if available(account) - account.credit_limit + limit < 0:
+            why = f"Account {account.id} uses more than a credit limit of {limit} allows"
+            sums = {"balance": account.balance, "held": account.held}
+            raise CreditLimitInUse(why, account.id, **sums, available=available(account))
         before = {"before": {"credit_limit": account.credit_limit}}
         told = json.dumps(json.loads(book.asked["arguments"]) | before)
         event = {"credit_limit": limit, "arguments": told}
@@ -1404,14 +1364,6 @@ def change_account(book: Book, reference: str, **changes: Any) -> Account:
         book.connection.execute("DELETE FROM note WHERE owner_id = :id", id=account.id)
         book.index_metadata(vars(account))
     return account
-
-
-def require_limit(account: Account, limit: int) -> None:
-    """Refuse a credit limit below what is in use."""
-    if available(account) - account.credit_limit + limit < 0:
-        why = f"Account {account.id} uses more than a credit limit of {limit} allows"
-        sums = {"balance": account.balance, "held": account.held, "available": available(account)}
-        raise CreditLimitInUse(why, account.id, **sums)
 
 
 def transfer_many(book: Book, transfers: Iterable[Row], *, atomic: bool) -> list[Row]:
@@ -1514,11 +1466,9 @@ def void(book: Book, hold_id: str) -> Row:
 
 def pending_hold(book: Book, hold_id: str) -> Row:
     """Return a hold that can still be captured or voided."""
-    query = "SELECT * FROM hold WHERE id = :id"
-    for hold in book.ask(query, id=hold_id):
-        # Its accounts first, as everywhere: while they are locked, nobody else changes it.
-        book.lock([hold["account_id"], hold["dest_account_id"]])
-    found = book.ask(query, id=hold_id)
+    # Its accounts first, as everywhere: while they are locked, nobody else changes it.
+    book.lock([ACCOUNTS_OF + hold_id])
+    found = book.ask("SELECT * FROM hold WHERE id = :id", id=hold_id)
     if not found:
         raise HoldNotFound(f"There is no hold {hold_id}", hold_id)
     [hold] = found
@@ -2853,7 +2803,7 @@ def get_totals(
     books: LongByReader,
     owner_name: Annotated[Printable, NFC] | None = None,
     asset: Printable | None = None,
-    status: Literal["ACTIVE", "FROZEN", "CLOSED"] | None = None,
+    status: AccountStatus | None = None,
     by: SplitBy | None = None,
     metadata: MetadataFilter = (),
 ) -> Totals:
@@ -2938,6 +2888,12 @@ def from_and_to(values: Row, prefix: str, start: int | None, to: int | None) -> 
     return condition
 
 
+TransactionKind = Literal[
+    "DEPOSIT", "WITHDRAWAL", "TRANSFER", "PAYMENT", "CASHBACK", "TOP_UP", "BONUS", "SPEND",
+    "JOURNAL", "CAPTURE", "REVERSAL",
+]  # fmt: skip
+
+
 @api.get("/transactions")
 def list_transactions(
     connection: ByReader,
@@ -2984,7 +2940,7 @@ class EntryCreate(RequestBody):
     """An entry of a transaction: a DEBIT takes from the account, a CREDIT adds to it."""
 
     account_id: AccountId
-    type: Literal["DEBIT", "CREDIT"]
+    type: EntryType
     amount: Amount
 
 
@@ -3108,7 +3064,7 @@ def list_holds(
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     account_id: AccountId | None = None,
-    status: Literal["PENDING", "CAPTURED", "VOIDED", "EXPIRED"] | None = None,
+    status: HoldStatus | None = None,
 ) -> Page[HoldPublic]:
     """List holds, newest first; those of an account on either side."""
     where = f"id < :id{f' AND {HOLD_STATUS} = :status' if status else ''}"
@@ -3144,7 +3100,7 @@ def create_payment(book: OnceByService, body: PaymentCreate) -> PaymentPublic:
 
 def payment_public(cashback: Row, account: AccountPublic, *, at: int) -> PaymentPublic:
     """Return a payment as callers see it; what waits for a frozen account is SCHEDULED to them."""
-    status = "CREDITED" if is_received(cashback, at=at) else "SCHEDULED"
+    status: CashbackStatus = "CREDITED" if is_received(cashback, at=at) else "SCHEDULED"
     status = "CANCELLED" if cashback["status"] == "CANCELLED" else status
     shown = CashbackPublic(amount=cashback["amount"], due_at=cashback["due_at"], status=status)
     return PaymentPublic(payment_id=cashback["payment_id"], account=account, cashback=shown)
@@ -3277,6 +3233,15 @@ async def newest_settled(database: "Database") -> str:
         _, later = await database.run_read(see_writes)
         writes = [[write for write in writes[0] if write in later]]
     return "" if any(writes) else newest[0]["id"] or ""
+
+
+EVENT_TYPES = {
+    "open_account": "account.opened", "open_wallets": "account.opened", "freeze": "account.frozen",
+    "update_account": "account.updated", "unfreeze": "account.unfrozen", "close": "account.closed",
+    "hold": "hold.created", "void": "hold.voided", "add_key": "key.added",
+    "revoke_key": "key.revoked", "add_webhook": "webhook.added",
+    "remove_webhook": "webhook.removed", "add_asset": "asset.added", "expire": "hold.expired",
+}  # fmt: skip
 
 
 def find_events(connection: Connection, after: str | None, until: str, limit: int) -> list[Row]:
@@ -4793,8 +4758,7 @@ TRIGGERS = {
     for (table, change), refused in REFUSED.items()
 }
 for name in TABLES.keys() - {"note"}:
-    changing = CHANGING_COLUMNS.get(name, ()) + NAMING_COLUMNS.get(name, ())
-    fixed = [column.name for column in TABLES[name].columns if column.name not in changing]
+    fixed = [c.name for c in TABLES[name].columns if c.name not in CHANGEABLE.get(name, ())]
     never = {f"what {name} holds is for ever": "TRUE"}
     TRIGGERS[f"{name}_unchanged"] = (f"BEFORE UPDATE OF {', '.join(fixed)} ON {name}", never)
     TRIGGERS[f"{name}_kept"] = (f"BEFORE DELETE ON {name}", never)

@@ -358,7 +358,7 @@ def book_of(**balances: int) -> tuple[ledger.Book, dict[str, ledger.Account]]:
             owner_name=name,
             asset="EUR" if name == "euros" else "USD",
             kind="SYSTEM" if name == "cash" else "CUSTOMER",
-            status=name.upper() if name in ("frozen", "closed") else "ACTIVE",
+            status={"frozen": "FROZEN", "closed": "CLOSED"}.get(name, "ACTIVE"),  # type: ignore[arg-type]
             balance=balance,
             last_seq=1,
             created_at=0,
