@@ -49,7 +49,6 @@ The way of a change, from its caller to the disk and back:
     caller          POST /transfers   POST /transfers   POST /accounts/{id}/deposit  ...
                           |                 |                 |
     LedgerRoute     caller, key, strict JSON, schema -> Command (who, what, which accounts)
-                          |                 |                 |
     Ledger.submit         +--------> commands that wait <-----+
                                             |     while more arrives, some turns of the event loop
     Ledger.commit                   BEGIN IMMEDIATE
@@ -58,7 +57,6 @@ The way of a change, from its caller to the disk and back:
                                                     new       -> Book.post: check all, then change
                                     insert what is new, update what has changed
                                     COMMIT                        (one sync to disk)
-                          |                 |                 |
     caller            answer 1          answer 2          answer 3
 
 Contents. Who stops after part one knows why a retry cannot pay twice.
@@ -304,8 +302,7 @@ NO_ROWID = STRICT | {"sqlite_with_rowid": False}
 # Capitals, which the kinds of transactions have, come before.
 IS_TRANSACTION, NO_ENTRIES = "kind < 'a'", "kind >= 'a'"
 HAS_EXTERNAL_ID = "external_id IS NOT NULL"
-# The caller's own metadata is stored as JSON, in columns called notes, because SQLModel's classes
-# have something else that is called metadata; callers see an object.
+# A caller's metadata is stored as JSON, as notes: SQLModel's classes have another metadata.
 AS_OBJECT = pydantic.PlainSerializer(lambda text: json.loads(text) if text else {}, dict[str, str])
 AS_TEXT = BeforeValidator(lambda given: json.dumps(given) if isinstance(given, dict) else given)
 StoredMetadata = Annotated[str | None, AS_TEXT, AS_OBJECT, pydantic.Field(alias="metadata")]
@@ -479,10 +476,10 @@ IS_OVER = f"{PENDING} AND expires_at <= :now"
 
 
 class Connection(Protocol):
-    """What a batch or a read needs of a database, whose statements are the same on both engines.
+    """What a batch or a read needs of a database; part three has a class for each engine.
 
-    In these `:name` stands for a value, `= ANY(:names)` holds for each of a list, and FOR UPDATE
-    locks rows where the engine has such locks. Part three has one class for each engine.
+    In statements, which are the same on both, `:name` stands for a value, `= ANY(:names)` holds for
+    each of a list, and FOR UPDATE locks rows where the engine has such locks.
     """
 
     engine: str
@@ -658,10 +655,7 @@ class Book:
         self.last_time = max(self.last_time, (self.now << 12) // 1_000 - 1, *times)
 
     def new_id(self) -> str:
-        """Return a version 7 UUID (RFC 9562): 60 bits of time in 2^-12 ms, and 60 nobody can guess.
-
-        Times rise from id to id, whoever has written the last one: what belongs together lies so.
-        """
+        """Return a version 7 UUID (RFC 9562): 60 bits of time, which rises, and 60 to be drawn."""
         self.last_time += 1
         head, drawn = (self.last_time << 4).to_bytes(8).hex(), next(self.random)
         return f"{head[:8]}-{head[8:12]}-7{head[12:15]}-8{drawn[:3]}-{drawn[3:]}"
@@ -876,10 +870,7 @@ def execute_command(command: Command, book: Book, known: dict[str, Row]) -> Answ
 
 
 class Ledger:
-    """The one function that executes commands, and the way to it for many callers at once.
-
-    They may be on several event loops: what waits, and who writes or credits it, is by loop.
-    """
+    """The one function that executes commands, and the way to it, from any event loop."""
 
     def __init__(self, database: "Database") -> None:
         self.database = database
@@ -910,16 +901,13 @@ class Ledger:
         return answers
 
     def commit_or_split(self, commands: Sequence[Command], attempt: int = 1) -> list[Any]:
-        """Commit a batch, or else each command alone, so that no mistake sinks its neighbours.
-
-        One that met another server's is tried again: none of it was committed, it is a function
-        of its commands alone, and a key that the other has used is replayed.
-        """
+        """Commit a batch, or else each command alone, so that no mistake sinks its neighbours."""
         try:
             return self.commit(commands)
         except Exception as error:
             if isinstance(error, DatabaseConflict) and attempt < ATTEMPTS_MAX:
-                time.sleep(random.getrandbits(6) * attempt / 1_000)  # Let the other one finish.
+                # Nothing was committed, and a key that the other server has used is replayed.
+                time.sleep(random.getrandbits(6) * attempt / 1_000)
                 return self.commit_or_split(commands, attempt + 1)
             of_all = isinstance(error, DatabaseLost) or type(error) is DatabaseBusy
             if of_all or len(commands) == 1:
@@ -1151,10 +1139,7 @@ class CashbackPublic(Public):
 
 
 class ScheduledCashback(CashbackPublic, table=True):
-    """A promise, by the server's clock or by the caller's; it is WAITING for a frozen account.
-
-    `transaction_id` is what credited it, and `number` counts the payments by the caller's clock.
-    """
+    """A promise, by the server's clock or by the caller's; it is WAITING for a frozen account."""
 
     __tablename__ = "scheduled_cashback"
     __table_args__ = (
@@ -1169,8 +1154,8 @@ class ScheduledCashback(CashbackPublic, table=True):
     payment_id: str = Field(primary_key=True, foreign_key="event.id")
     account_id: str = Field(foreign_key="account.id")
     clock: str
-    number: int | None = Field(default=None, unique=True)
-    transaction_id: str | None = Field(default=None, foreign_key="event.id")
+    number: int | None = Field(default=None, unique=True)  # Of the payments by a caller's clock.
+    transaction_id: str | None = Field(default=None, foreign_key="event.id")  # Which credited it.
 
 
 def pay(book: Book, account_id: str, *, amount: int, payee: str = "merchants", **event: Any) -> Row:
@@ -1205,10 +1190,7 @@ DUE_CASHBACKS = f"""
 
 
 def credit_cashbacks(book: Book, *, clock: str, until: int) -> None:
-    """Credit up to 500 that are due by a clock, oldest first: DEBIT cashback, CREDIT the account.
-
-    What an account cannot take, as a frozen one, waits, and is not looked at until it is unfrozen.
-    """
+    """Credit up to 500 that are due by a clock, oldest first: DEBIT cashback, CREDIT the account."""
     among: Row = {"clock": clock, "until": until, "limit": 500}
     # Their accounts first, as everywhere: what another server has credited then, is no more due.
     book.lock({row["account_id"] for row in book.ask(DUE_CASHBACKS, **among)})
@@ -1225,7 +1207,7 @@ def credit_cashbacks(book: Book, *, clock: str, until: int) -> None:
             credited = book.post("CASHBACK", legs, memo=row["payment_id"], **event)
             changes = {"status": "CREDITED", "transaction_id": credited}
         except LedgerError:
-            changes = {"status": "WAITING"}
+            changes = {"status": "WAITING"}  # Until the account is unfrozen.
         book.change("scheduled_cashback", row, **changes)
 
 
