@@ -1190,7 +1190,7 @@ DUE_CASHBACKS = f"""
 
 
 def credit_cashbacks(book: Book, *, clock: str, until: int) -> None:
-    """Credit up to 500 that are due by a clock, oldest first: DEBIT cashback, CREDIT the account."""
+    """Credit up to 500 that are due by a clock, in order: DEBIT cashback, CREDIT the account."""
     among: Row = {"clock": clock, "until": until, "limit": 500}
     # Their accounts first, as everywhere: what another server has credited then, is no more due.
     book.lock({row["account_id"] for row in book.ask(DUE_CASHBACKS, **among)})
