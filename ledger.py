@@ -2327,7 +2327,8 @@ class Page(BaseModel, Generic[P]):
             return f"{place}.{hashlib.sha256(checked.encode()).hexdigest()[:16]}"
 
         limit, cursor = part
-        place = (start or NEWEST_FIRST) if cursor is None else cursor.rpartition(".")[0]
+        start = start or (NEWEST_FIRST if query.endswith("DESC") else OLDEST_FIRST)
+        place = start if cursor is None else cursor.rpartition(".")[0]
         is_given = cursor in (None, lead_to(place))
         if not (is_given and re.fullmatch("[0-9]{1,18}_[0-9A-Za-z._-]*", place)):
             raise InvalidCursor("Invalid cursor")
@@ -2484,17 +2485,17 @@ def create_asset(book: ByAdmin, body: AssetCreate) -> AssetPublic:
 
 @api.get("/assets")
 def list_assets(
-    connection: ByReader, limit: Limit = PAGE_SIZE, cursor: Cursor = None
+    books: ByReader, limit: Limit = PAGE_SIZE, cursor: Cursor = None
 ) -> Page[AssetPublic]:
     """List all assets, by their codes."""
     query = "SELECT asset.*, code AS id FROM asset WHERE code > :id ORDER BY code"
-    return Page[AssetPublic].read(connection, "assets", query, (limit, cursor), OLDEST_FIRST)
+    return Page[AssetPublic].read(books, "assets", query, (limit, cursor))
 
 
 @api.get("/assets/{code}", responses=refuses(AssetNotFound))
-def get_asset(connection: ByReader, code: str) -> AssetPublic:
+def get_asset(books: ByReader, code: str) -> AssetPublic:
     """Show an asset."""
-    for row in connection.rows("SELECT * FROM asset WHERE code = :code", code=code):
+    for row in books.rows("SELECT * FROM asset WHERE code = :code", code=code):
         return AssetPublic.of(row)
     raise AssetNotFound(f"There is no asset {code}")
 
@@ -2515,7 +2516,7 @@ def create_account(book: ByService, body: AccountCreate) -> AccountPublic:
 
 @api.get("/accounts")
 def list_accounts(
-    connection: ByReader,
+    books: ByReader,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     owner_name: Annotated[Printable, NFC] | None = None,
@@ -2527,24 +2528,23 @@ def list_accounts(
     """List the customers' accounts, oldest first; `metadata[NAME]=VALUE` finds by notes."""
     columns = {"owner_name": owner_name, "name": name, "external_id": external_id}
     joins, where, row_id, values = filtered(metadata, "account", **columns)
-    where += begins(connection, search, values, "owner_name", "account.name", "external_id")
+    where += begins(books, search, values, "owner_name", "account.name", "external_id")
     query = f"{ACCOUNTS}{joins} WHERE kind = 'CUSTOMER'{where} AND {row_id} > :id ORDER BY {row_id}"
-    part = (limit, cursor)
-    return Page[AccountPublic].read(connection, "accounts", query, part, OLDEST_FIRST, **values)
+    return Page[AccountPublic].read(books, "accounts", query, (limit, cursor), **values)
 
 
 @api.get("/accounts/{account_id}")
-def get_account(connection: ByReader, account_id: AccountId) -> AccountPublic:
+def get_account(books: ByReader, account_id: AccountId) -> AccountPublic:
     """Show an account."""
-    return AccountPublic.of(find_account(connection, account_id))
+    return AccountPublic.of(find_account(books, account_id))
 
 
-def find_account(connection: Connection, reference: str) -> Row:
+def find_account(books: Connection, reference: str) -> Row:
     """Return an account of any kind by its id, or a dialect's by its name@ASSET."""
     name, _, asset = reference.rpartition("@")
     where = "name = :name AND asset = :asset" if name else "id = :asset"
     among = {"name": name, "asset": asset, "now": utc_now()}
-    for row in connection.rows(f"{ACCOUNTS} WHERE {where}", **among):
+    for row in books.rows(f"{ACCOUNTS} WHERE {where}", **among):
         return row
     raise AccountNotFound(f"There is no account {reference}", reference)
 
@@ -2563,11 +2563,11 @@ HOLD_STATUS = f"CASE WHEN {IS_OVER_NOW} THEN 'EXPIRED' ELSE status END"
 HOLDS = f"SELECT hold.*, {HOLD_STATUS} AS status FROM hold"  # noqa: S608
 
 
-def read_clocks(connection: Connection) -> Row:
+def read_clocks(books: Connection) -> Row:
     """Return the ledger's own time, how far this clock is behind the others, and the version."""
     version = "(SELECT max(version) FROM schema_version) AS version"
-    query = f"SELECT {NOW} AS now, {BEHIND.format(connection.clock)}, {version}"
-    return connection.rows(query, now=utc_now())[0]
+    query = f"SELECT {NOW} AS now, {BEHIND.format(books.clock)}, {version}"
+    return books.rows(query, now=utc_now())[0]
 
 
 def filtered(metadata: MetadataFilter, table: str, **columns: Any) -> tuple[str, str, str, Row]:
@@ -2588,12 +2588,12 @@ def filtered(metadata: MetadataFilter, table: str, **columns: Any) -> tuple[str,
     return joins, condition, row_id, values
 
 
-def begins(connection: Connection, search: str | None, values: Row, *columns: str) -> str:
+def begins(books: Connection, search: str | None, values: Row, *columns: str) -> str:
     """Return what must hold where a column begins with a text, whatever the case; add its value."""
     if not search:
         return ""
     # By Python's own tables: what an engine knows of cases depends on how it was set up.
-    on_server = connection.engine == "postgresql"
+    on_server = books.engine == "postgresql"
     escape = re.escape if on_server else glob.escape
     cased = [("".join(sorted({char.lower(), char.upper()})), char) for char in search]
     pattern = "".join(f"[{both}]" if len(both) == 2 else escape(char) for both, char in cased)
@@ -2660,7 +2660,7 @@ ENTRIES_OF_ACCOUNT = f"{ENTRIES} WHERE entry.account_id = :account"
 
 @api.get("/accounts/{account_id}/statement")
 def get_statement(
-    connection: ByReader,
+    books: ByReader,
     account_id: AccountId,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
@@ -2668,23 +2668,22 @@ def get_statement(
     to: Moment | None = None,
 ) -> Page[EntryPublic]:
     """List an account's entries, newest first: from a time on, and before another."""
-    account = find_account(connection, account_id)
-    after = last_before(connection, account, start)["seq"] if start is not None else 0
-    before = last_before(connection, account, to)["seq"] + 1
+    account = find_account(books, account_id)
+    after = last_before(books, account, start)["seq"] if start is not None else 0
+    before = last_before(books, account, to)["seq"] + 1
     query = f"{ENTRIES_OF_ACCOUNT} AND seq < :seq AND seq > :after ORDER BY seq DESC"
     values = {"account": account_id, "from": start, "after": after, "to": to}
-    part = (limit, cursor)
-    return Page[EntryPublic].read(connection, "entries", query, part, f"{before}_", **values)
+    return Page[EntryPublic].read(books, "entries", query, (limit, cursor), f"{before}_", **values)
 
 
-def last_before(connection: Connection, account: Row, moment: int | None) -> Row:
+def last_before(books: Connection, account: Row, moment: int | None) -> Row:
     """Return an account's last entry before a time, by bisection: within it, times rise."""
     if moment is None:
         return account | {"seq": account["last_seq"]}
     query = f"{ENTRIES_OF_ACCOUNT} AND seq = :seq"
 
     def entry(seq: int) -> Row:
-        return connection.rows(query, account=account["id"], seq=seq)[0]
+        return books.rows(query, account=account["id"], seq=seq)[0]
 
     numbers = range(1, account["last_seq"] + 1)
     seq = bisect_left(numbers, moment, key=lambda number: entry(number)["ts"])
@@ -2704,15 +2703,13 @@ class BalancePublic(BaseModel):
 
 
 @api.get("/accounts/{account_id}/balance")
-def get_balance(
-    connection: ByReader, account_id: AccountId, at: Moment | None = None
-) -> BalancePublic:
+def get_balance(books: ByReader, account_id: AccountId, at: Moment | None = None) -> BalancePublic:
     """Show a balance as it was at a time, or as it is now, with what is held and available."""
-    account = find_account(connection, account_id)
-    moment = read_clocks(connection)["now"] if at is None else at
+    account = find_account(books, account_id)
+    moment = read_clocks(books)["now"] if at is None else at
     if at is not None and at < account["created_at"]:
         raise AccountNotFound(f"There was no account {account_id} yet", account_id)
-    last = last_before(connection, account, None if at is None else at + 1)
+    last = last_before(books, account, None if at is None else at + 1)
     shown = {"account_id": account_id, "asset": account["asset"], "at": moment}
     if at is None:  # What was held before nobody knows who does not look at each hold since.
         shown |= AccountPublic(**account).model_dump(include={"held", "available"})
@@ -2735,13 +2732,13 @@ class TrialBalance(BaseModel):
 
 
 @api.get("/balances")
-def get_trial_balance(connection: LongByReader) -> TrialBalance:
+def get_trial_balance(books: LongByReader) -> TrialBalance:
     """Show the trial balance."""
     name = "CASE kind WHEN 'SYSTEM' THEN name END"
     # No sum leaves 64 bits: what all customers have is at most what one system account owes.
     query = f"SELECT asset, {name} AS name, CAST(SUM(balance) AS bigint) AS balance FROM account"  # noqa: S608
     balances_of: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for row in connection.rows(f"{query} GROUP BY asset, {name} ORDER BY asset, {name}"):
+    for row in books.rows(f"{query} GROUP BY asset, {name} ORDER BY asset, {name}"):
         balances_of[row["asset"]][row["name"] or ""] = row["balance"]
     items = []
     for asset, balances in balances_of.items():
@@ -2823,9 +2820,9 @@ class TransactionPublic(TransactionPosted):
 
 
 @api.get("/transactions/{transaction_id}")
-def get_transaction(connection: ByReader, transaction_id: Uuid) -> TransactionPublic:
+def get_transaction(books: ByReader, transaction_id: Uuid) -> TransactionPublic:
     """Show a transaction with all of its entries."""
-    return find_transaction(connection.rows, transaction_id)
+    return find_transaction(books.rows, transaction_id)
 
 
 def find_transaction(rows: Callable[..., list[Row]], transaction_id: str) -> TransactionPublic:
@@ -2878,7 +2875,7 @@ TransactionKind = Literal[
 
 @api.get("/transactions")
 def list_transactions(
-    connection: ByReader,
+    books: ByReader,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     account_id: AccountId | None = None,
@@ -2893,7 +2890,7 @@ def list_transactions(
 ) -> Page[TransactionPublic]:
     """List transactions, newest first; `metadata[NAME]=VALUE` finds by notes."""
     joins, where, row_id, values = filtered(metadata, "event", external_id=external_id, kind=kind)
-    where += begins(connection, search, values, "memo", "external_id")
+    where += begins(books, search, values, "memo", "external_id")
     source, seq, order = "event", "0", row_id
     if account_id is not None:
         source, seq, order = "entry JOIN event ON event.id = transaction_id", "entry.seq", "seq"
@@ -2912,9 +2909,8 @@ def list_transactions(
             ORDER BY event.id || '' DESC LIMIT :limit) AS labelled UNION ALL SELECT * FROM ({query}
             AND effective_at IS NULL{of_ts} ORDER BY {order} DESC LIMIT :limit) AS others
             ORDER BY id DESC"""  # noqa: S608
-    part = (limit, cursor)
-    page = Page[TransactionPublic].read(connection, "transactions", query, part, **values)
-    with_entries(connection.rows, [vars(transaction) for transaction in page.items])
+    page = Page[TransactionPublic].read(books, "transactions", query, (limit, cursor), **values)
+    with_entries(books.rows, [vars(transaction) for transaction in page.items])
     return page
 
 
@@ -3033,16 +3029,16 @@ def void_hold(book: ByService, hold_id: HoldOrTransactionId) -> HoldPublic:
 
 
 @api.get("/holds/{hold_id}")
-def get_hold(connection: ByReader, hold_id: Uuid) -> HoldPublic:
+def get_hold(books: ByReader, hold_id: Uuid) -> HoldPublic:
     """Show a hold."""
-    for row in connection.rows(f"{HOLDS} WHERE id = :id", id=hold_id, now=utc_now()):
+    for row in books.rows(f"{HOLDS} WHERE id = :id", id=hold_id, now=utc_now()):
         return HoldPublic.of(row)
     raise HoldNotFound(f"There is no hold {hold_id}", hold_id)
 
 
 @api.get("/holds")
 def list_holds(
-    connection: ByReader,
+    books: ByReader,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     account_id: AccountId | None = None,
@@ -3058,7 +3054,7 @@ def list_holds(
         query = " UNION ALL ".join(part % side for side in sides)
     among: Row = {"account": account_id, "status": status}
     query += " ORDER BY id DESC"
-    return Page[HoldPublic].read(connection, "holds", query, (limit, cursor), **among)
+    return Page[HoldPublic].read(books, "holds", query, (limit, cursor), **among)
 
 
 class PaymentCreate(AmountCreate):
@@ -3095,12 +3091,12 @@ def is_received(cashback: Row, *, at: int) -> bool:
 
 
 @api.get("/payments/{payment_id}")
-def get_payment(connection: ByReader, payment_id: Uuid) -> PaymentPublic:
+def get_payment(books: ByReader, payment_id: Uuid) -> PaymentPublic:
     """Show a payment, the account as it is now, and where the cashback stands."""
     query = "SELECT * FROM scheduled_cashback WHERE payment_id = :id AND clock = 'SERVER'"
-    for cashback in connection.rows(query, id=payment_id):
-        account = AccountPublic(**find_account(connection, cashback["account_id"]))
-        return payment_public(cashback, account, at=read_clocks(connection)["now"])
+    for cashback in books.rows(query, id=payment_id):
+        account = AccountPublic(**find_account(books, cashback["account_id"]))
+        return payment_public(cashback, account, at=read_clocks(books)["now"])
     raise PaymentNotFound(f"There is no payment {payment_id}", payment_id)
 
 
@@ -3150,7 +3146,7 @@ class AuditEventPublic(Public):
 
 @api.get("/audit")
 def list_audit_events(
-    connection: ByAuditor,
+    books: ByAuditor,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     account_id: AccountId | None = None,
@@ -3158,7 +3154,7 @@ def list_audit_events(
     """List what was done, newest first; of one account, all that touched it."""
     query = AUDIT_OF_ACCOUNT if account_id else AUDIT_OF_ALL
     among: Row = {"account_id": account_id}
-    page = Page[AuditEventPublic].read(connection, "audit", query, (limit, cursor), **among)
+    page = Page[AuditEventPublic].read(books, "audit", query, (limit, cursor), **among)
     for row in map(vars, page.items):
         row["action"] = ACTIONS.get(row["kind"], row["kind"].lower())
         row["details"] = parse_details(row["arguments"])
@@ -3187,9 +3183,9 @@ class Events(BaseModel):
     seal: int | None  # The newest that covers the last of them.
 
 
-def see_writes(connection: Connection) -> list[list[Row]]:
+def see_writes(books: Connection) -> list[list[Row]]:
     """Return the newest event, and the writes that are under way."""
-    return connection.all_rows(NEWEST, (connection.writes, {}))
+    return books.all_rows(NEWEST, (books.writes, {}))
 
 
 @api.get("/events")
@@ -3226,26 +3222,26 @@ EVENT_TYPES = {
 }  # fmt: skip
 
 
-def find_events(connection: Connection, after: str | None, until: str, limit: int) -> list[Row]:
+def find_events(books: Connection, after: str | None, until: str, limit: int) -> list[Row]:
     """Return the events after one, each with what it is about, or raise InvalidCursor."""
     known = "SELECT id FROM event WHERE id = :id"
     # PostgreSQL cannot even ask for a NUL.
-    if after is not None and not connection.rows(known, id=after.replace("\0", "-")):
+    if after is not None and not books.rows(known, id=after.replace("\0", "-")):
         raise InvalidCursor("Invalid cursor")
     query = f"""SELECT event.*, {ENTRY_COUNT}, CASE kind WHEN 'hold' THEN
         (SELECT max(id) FROM hold WHERE account_id = event.account_id AND id < event.id)
         ELSE account_id END AS about FROM event WHERE id > :after AND id <= :until
         ORDER BY id LIMIT :limit"""  # noqa: S608
-    rows = within_bounds(connection.rows(query, after=after or "", until=until, limit=limit))
+    rows = within_bounds(books.rows(query, after=after or "", until=until, limit=limit))
     for row in rows:
         row["type"] = EVENT_TYPES.get(row["kind"], "transaction.posted")
         row["data"] = parse_details(row["arguments"])
         row["about"] = row["data"].get("hold_id", row["about"])
-    with_entries(connection.rows, [row for row in rows if row["kind"].isupper()])
+    with_entries(books.rows, [row for row in rows if row["kind"].isupper()])
     stored: dict[str, Row] = {}
     for table in ("account", "hold"):
         query = f"SELECT * FROM {table} WHERE id = ANY(:ids)"  # noqa: S608
-        found = connection.rows(query, ids=[row["about"] for row in rows if row["kind"] > "a"])
+        found = books.rows(query, ids=[row["about"] for row in rows if row["kind"] > "a"])
         stored |= {row["id"]: row for row in found}
     return [row | {"data": fact(row, stored.get(row["about"], {}))} for row in rows]
 
@@ -3295,7 +3291,7 @@ class Seals(Page[SealPublic]):
 
 @api.get("/seals")
 def list_seals(
-    connection: ByAuditor,
+    books: ByAuditor,
     limit: Limit = PAGE_SIZE,
     cursor: Cursor = None,
     after: SealNumber | None = None,
@@ -3303,20 +3299,20 @@ def list_seals(
     """List seals, newest first; with `after`, those that follow it."""
     if after is None:
         query = "SELECT *, id AS seq FROM seal WHERE id < :seq ORDER BY id DESC"
-        page = Page[SealPublic].read(connection, "seals", query, (limit, cursor))
+        page = Page[SealPublic].read(books, "seals", query, (limit, cursor))
         return Seals.model_construct(items=page.items, next_cursor=page.next_cursor)
-    if after and not connection.rows("SELECT id FROM seal WHERE id = :id", id=after):
+    if after and not books.rows("SELECT id FROM seal WHERE id = :id", id=after):
         raise InvalidCursor("Invalid cursor")
     query = "SELECT * FROM seal WHERE id > :after ORDER BY id LIMIT :limit"
-    found = [SealPublic.of(row) for row in connection.rows(query, after=after, limit=limit)]
+    found = [SealPublic.of(row) for row in books.rows(query, after=after, limit=limit)]
     last = found[-1].id if found else after
     return Seals.model_construct(items=found, next_cursor=None, next=last)
 
 
 @api.get("/seals/{seal_id}", responses=refuses(SealNotFound))
-def get_seal(connection: ByAuditor, seal_id: SealNumber) -> SealPublic:
+def get_seal(books: ByAuditor, seal_id: SealNumber) -> SealPublic:
     """Show a seal."""
-    for row in connection.rows("SELECT * FROM seal WHERE id = :id", id=seal_id):
+    for row in books.rows("SELECT * FROM seal WHERE id = :id", id=seal_id):
         return SealPublic.of(row)
     raise SealNotFound(f"There is no seal {seal_id}")
 
@@ -3726,9 +3722,9 @@ class AtmWelcome(BaseModel):
 
 
 @atm.get("/")
-def get_atm_welcome(connection: LongByReader) -> AtmWelcome:
+def get_atm_welcome(books: LongByReader) -> AtmWelcome:
     """Show all accounts with their balances."""
-    return AtmWelcome(sample_accounts=named_balances(connection, "atm"))
+    return AtmWelcome(sample_accounts=named_balances(books, "atm"))
 
 
 class AtmHealth(Health):
@@ -3736,9 +3732,9 @@ class AtmHealth(Health):
 
 
 @atm.get("/health")
-def get_atm_health(connection: LongByReader) -> AtmHealth:
+def get_atm_health(books: LongByReader) -> AtmHealth:
     """Tell whether the cash machine works, and for which accounts."""
-    return AtmHealth(accounts=list(named_balances(connection, "atm")))
+    return AtmHealth(accounts=list(named_balances(books, "atm")))
 
 
 class AtmBalance(BaseModel):
@@ -3747,9 +3743,9 @@ class AtmBalance(BaseModel):
 
 
 @atm.get("/accounts/{number:path}/balance")
-def get_atm_balance(connection: ByReader, number: AtmNumber) -> AtmBalance:
+def get_atm_balance(books: ByReader, number: AtmNumber) -> AtmBalance:
     """Show a balance."""
-    account = find_account(connection, ATM_ACCOUNT.format(number))
+    account = find_account(books, ATM_ACCOUNT.format(number))
     return AtmBalance(account_number=number, balance=account["balance"])
 
 
@@ -3829,9 +3825,9 @@ class WalletBalance(BaseModel):
 
 
 @wallets.get("/users/{user:path}/balance", responses=refuses(AssetNotFound))
-def get_wallet_balance(connection: ByReader, user: str, asset_type_id: PlainInt) -> WalletBalance:
+def get_wallet_balance(books: ByReader, user: str, asset_type_id: PlainInt) -> WalletBalance:
     """Show what a user has of an asset."""
-    held = find_account(connection, wallet(user, asset_type_id))
+    held = find_account(books, wallet(user, asset_type_id))
     return WalletBalance(**held, account_id=held["id"], asset_type_id=asset_type_id)
 
 
