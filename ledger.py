@@ -147,7 +147,7 @@ from pydantic_core import PydanticCustomError, from_json, to_json
 from sqlmodel import Field, SQLModel
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.middleware import Middleware
-from starlette.routing import Match
+from starlette.routing import Match, compile_path
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -1493,13 +1493,6 @@ PROXY_HEADERS = (
     b"x-proxyuser-ip", b"x-appengine-", b"x-azure-", b"x-arr-", b"x-amzn-", b"x-vercel-", b"fly-",
 )  # fmt: skip
 JWT_CLOCK_SECONDS_MAX = 10  # By so much may the clock of who made a token be ahead.
-JWT_FAULTS = {
-    jwt.InvalidSignatureError: "its signature is wrong",
-    jwt.ExpiredSignatureError: "it has expired",
-    jwt.ImmatureSignatureError: "it is not valid yet",
-    jwt.MissingRequiredClaimError: "sub, role and exp are required",
-    jwt.InvalidAlgorithmError: f"its algorithm is not {JWT_ALGORITHM}",
-}
 
 
 # fmt: off
@@ -1571,26 +1564,24 @@ class Callers:
         return self._of_token(credential)
 
     def _load(self, connection: Connection) -> None:
-        now = time.monotonic()
         # Revoked ones too, which keep open mode closed.
-        rows = connection.rows("SELECT * FROM api_key")
+        rows, self._loaded_at = connection.rows("SELECT * FROM api_key"), time.monotonic()
         self._keys = {row["prefix"]: row for row in rows}
-        self._loaded_at = now
 
     def _of_token(self, token: bytes) -> Caller:
         if not self._jwt_secret or token.count(b".") != 2:
             raise Unauthorized("The credentials are not valid")
-        # The last three errors are what the parser of a hostile token may run into.
+        algorithms, why = [JWT_ALGORITHM], "Sub, role or exp is wrong"
         try:
-            algorithms = [JWT_ALGORITHM]
             claims = JWT.decode(token, self._jwt_secret, algorithms, leeway=JWT_CLOCK_SECONDS_MAX)
             sub, role, exp = (claims[name] for name in ("sub", "role", "exp"))
-            why = "it has expired" if is_name(sub) and role in ROLES else "sub or role is wrong"
             is_time = isinstance(exp, int | float) and time.time() < exp < JWT_EXP_MAX
             if is_time and is_name(sub) and role in ROLES:
                 return Caller(f"jwt:{sub}", role)
-        except (jwt.PyJWTError, ValueError, ArithmeticError, RecursionError) as error:
-            why = JWT_FAULTS.get(type(error), "it is none that could be read")
+        except jwt.PyJWTError as error:
+            why = str(error)
+        except (ValueError, ArithmeticError, RecursionError):
+            why = "It cannot be read"  # Into these the parser of a hostile token may run.
         raise Unauthorized(f"The token is not valid: {why}")
 
 
@@ -1760,12 +1751,9 @@ def parse_json(body: bytes) -> Any:
             json.dumps(document, ensure_ascii=False, default=str).encode()
     except UnicodeError:
         raise MalformedJson("The body must be UTF-8, without lone surrogates") from None
-    except RecursionError:
-        raise MalformedJson("The body is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise MalformedJson(f"The body must be one JSON document: {error.msg}") from None
-    except (ValueError, ArithmeticError):
-        raise MalformedJson("A number in the body is too large, or is none") from None
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        why = getattr(error, "msg", "it is nested too deeply, or has a number that is none")
+        raise MalformedJson(f"The body must be one JSON document: {why}") from None
     return document
 
 
@@ -1913,6 +1901,7 @@ Metadata = Annotated[
     AfterValidator(partial(json.dumps, sort_keys=True)),
     AS_OBJECT,
 ]
+Notes = Annotated[Metadata | None, pydantic.Field(alias="metadata")]
 SplitBy = Annotated[
     PrintableText, pydantic.StringConstraints(pattern=r"^(owner_name|metadata\[.{1,40}\])$")
 ]
@@ -2067,6 +2056,7 @@ class LedgerRoute(APIRoute):
         # What keys belong to: the method and the template of the path.
         self.operation = f"{options['methods'][0]} {path}"
         super().__init__(path, documented, **options)
+        self.above, *_ = compile_path(path.rpartition("/")[0])
         # Starlette's own ends with "$", which lets a line feed pass.
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
 
@@ -2292,14 +2282,9 @@ async def refuse_path(request: Request, error: Any) -> Response:
 
 def paths_beside(routes: Iterable[Any], path: str) -> list[str]:
     """Return the ledger's paths that differ from a wrong one in nothing but their last part."""
-    *before, _ = path.split("/")
-    found = []
-    for route in routes:
-        *parts, _ = route.path.split("/") if isinstance(route, LedgerRoute) else [""]
-        pairs = zip(parts, before, strict=False)
-        fits = all(part == given or part.startswith("{") for part, given in pairs)
-        if fits and len(parts) == len(before):
-            found.append(route.path_format)
+    above = path.rpartition("/")[0]
+    ours = [route for route in routes if isinstance(route, LedgerRoute)]
+    found = [route.path_format for route in ours if route.above.fullmatch(above)]
     return list(dict.fromkeys(found))
 
 
@@ -2323,8 +2308,7 @@ class Page(BaseModel, Generic[P]):
         """
 
         def lead_to(place: str) -> str:
-            checked = json.dumps([listed, values, place])
-            return f"{place}.{hashlib.sha256(checked.encode()).hexdigest()[:16]}"
+            return f"{place}.{sha256(json.dumps([listed, values, place]))[:16]}"
 
         limit, cursor = part
         start = start or (NEWEST_FIRST if query.endswith("DESC") else OLDEST_FIRST)
@@ -2379,16 +2363,11 @@ async def get_health(database: Annotated["Database", Policy(ANYONE)]) -> Health:
     return Health()
 
 
-class Named(RequestBody):
-    """What callers may add: a name of their own, which is unique, and notes."""
+class EventCreate(RequestBody):
+    """What callers may add: a name of their own, which is unique, notes, and a memo."""
 
     external_id: ExternalId | None = None
-    notes: Annotated[Metadata | None, pydantic.Field(alias="metadata")] = None
-
-
-class EventCreate(Named):
-    """What callers may add to what moves money."""
-
+    notes: Notes = None
     memo: Printable | None = None
 
 
@@ -2500,9 +2479,11 @@ def get_asset(books: ByReader, code: str) -> AssetPublic:
     raise AssetNotFound(f"There is no asset {code}")
 
 
-class AccountCreate(Named):
+class AccountCreate(RequestBody):
     """A new account, of an asset that there is."""
 
+    external_id: ExternalId | None = None
+    notes: Notes = None
     owner_name: Name
     asset: Annotated[Name, pydantic.Field(examples=["USD"])] = "USD"
     credit_limit: CreditLimit | None = None
@@ -2606,7 +2587,7 @@ class AccountChange(RequestBody):
     """What may be changed of an account; its metadata as a whole."""
 
     owner_name: Name | None = None
-    notes: Annotated[Metadata | None, pydantic.Field(alias="metadata")] = None
+    notes: Notes = None
     credit_limit: CreditLimit | None = None
 
 
@@ -3183,11 +3164,6 @@ class Events(BaseModel):
     seal: int | None  # The newest that covers the last of them.
 
 
-def see_writes(books: Connection) -> list[list[Row]]:
-    """Return the newest event, and the writes that are under way."""
-    return books.all_rows(NEWEST, (books.writes, {}))
-
-
 @api.get("/events")
 async def list_events(
     database: Annotated["Database", Policy(AUDITORS)], limit: Limit = PAGE_SIZE, after: Next = None
@@ -3203,14 +3179,18 @@ async def list_events(
 
 async def newest_settled(database: "Database") -> str:
     """Return the newest event after which none can come in between; none, if that takes long."""
-    newest, *writes = await database.run_read(see_writes)
+
+    def look(books: Connection) -> list[list[Row]]:
+        return books.all_rows(NEWEST, (books.writes, {}))
+
+    [newest], writes = await database.run_read(look)
     deadline = time.monotonic() + BUSY_SECONDS_MAX
     # What is in flight may bring a lower id than the newest event's; what begins later may not.
-    while any(writes) and time.monotonic() < deadline:
+    while writes and time.monotonic() < deadline:
         await asyncio.sleep(BUSY_RETRY_SECONDS)
-        _, later = await database.run_read(see_writes)
-        writes = [[write for write in writes[0] if write in later]]
-    return "" if any(writes) else newest[0]["id"] or ""
+        _, later = await database.run_read(look)
+        writes = [write for write in writes if write in later]
+    return "" if writes else newest["id"] or ""
 
 
 EVENT_TYPES = {
@@ -3322,89 +3302,87 @@ def get_seal(books: ByAuditor, seal_id: SealNumber) -> SealPublic:
 # because it calls the functions of the routes, and checks what they are given as they do.
 
 
-class Call(Generic[T]):
-    """A function of the API as a method of Books: ids come first, and all else by its name."""
+def method(function: Callable[..., Any], result: type[T]) -> Callable[..., T]:
+    """Make a function of the API a method of Books: ids come first, and all else by its name."""
+    routes: list[Any] = api.routes
+    route: LedgerRoute = next(route for route in routes if route.function is function)
 
-    def __init__(self, function: Callable[..., Any], books: Any = None) -> None:
-        self.function, self.books, self.__doc__ = function, books, function.__doc__
-        routes: list[Any] = api.routes
-        self.route: LedgerRoute = next(route for route in routes if route.function is function)
-
-    def __get__(self, books: "Books", owner: type) -> "Call[T]":
-        return Call(self.function, books)
-
-    def __call__(self, *ids: str, key: str | None = None, **others: Any) -> T:
-        route, ledger, asked = self.route, self.books.ledger, Asked(())
+    def call(books: "Books", *ids: str, key: str | None = None, **others: Any) -> Any:
+        ledger, asked = books.ledger, Asked(())
         route.take_key(asked, None if key is None else key.encode())
-        arguments = route.validate(self.given(ids, others), asked)
+        arguments = route.validate(as_requested(route, ids, others), asked)
         if route.writes:
-            command = route.command(self.books.caller, asked, arguments)
+            command = route.command(books.caller, asked, arguments)
             answer: Any = retry_while_busy(partial(ledger.commit, [command]))[0]
-        elif inspect.iscoroutinefunction(self.function):
+        elif inspect.iscoroutinefunction(function):
             answer = asyncio.run(route.read(ledger.database, arguments))
         else:
             with ledger.database.read() as connection:
                 answer = route.call(connection, arguments)
         if answer.status < 400:
-            return route.result.validate_json(answer.body)  # type: ignore[no-any-return]
+            return route.result.validate_json(answer.body)
         problem = json.loads(answer.body)
         told = [problem.pop(name) for name in ("code", "detail", "type", "title", "status")]
         raise LedgerError.kinds[told[0]](told[1], **problem)
 
-    def given(self, ids: Sequence[str], others: Row) -> Row:
-        """Return arguments as a request would bring them."""
-        in_path, body = [*self.route.param_convertors], self.route.body_field
-        schema: Any = self.route.arguments.model_fields["body"].annotation if body else BaseModel
-        names = in_path + [name for name in schema.model_fields if name.endswith("account_id")]
-        named = dict(zip(names, ids, strict=False)) | others
-        if len(named) < len(ids) + len(others):
-            raise TypeError(f"{self.function.__name__} takes the ids {', '.join(names)}, each once")
-        text = json.dumps(named, default=datetime.isoformat)
-        given = {name.removesuffix("_"): value for name, value in parse_json(text.encode()).items()}
-        if body:
-            outside = {name: given.pop(name) for name in in_path if name in given}
-            return outside | {"body": given}
-        return given | ({"metadata": [*given["metadata"].items()]} if "metadata" in given else {})
+    call.__doc__ = function.__doc__
+    return call
+
+
+def as_requested(route: LedgerRoute, ids: Sequence[str], others: Row) -> Row:
+    """Return arguments as a request would bring them."""
+    in_path, body = [*route.param_convertors], route.body_field
+    schema: Any = route.arguments.model_fields["body"].annotation if body else BaseModel
+    names = in_path + [name for name in schema.model_fields if name.endswith("account_id")]
+    named = dict(zip(names, ids, strict=False)) | others
+    if len(named) < len(ids) + len(others):
+        raise TypeError(f"{route.name} takes the ids {', '.join(names)}, each once")
+    text = json.dumps(named, default=datetime.isoformat)
+    given = {name.removesuffix("_"): value for name, value in parse_json(text.encode()).items()}
+    if body:
+        outside = {name: given.pop(name) for name in in_path if name in given}
+        return outside | {"body": given}
+    return given | ({"metadata": [*given["metadata"].items()]} if "metadata" in given else {})
 
 
 class Books:
     """A ledger for a program in Python, which threads may share, beside servers or without."""
 
-    open_account = Call[AccountPublic](create_account)
-    add_asset = Call[AssetPublic](create_asset)
-    asset = Call[AssetPublic](get_asset)
-    assets = Call[Page[AssetPublic]](list_assets)
-    account = Call[AccountPublic](get_account)
-    accounts = Call[Page[AccountPublic]](list_accounts)
-    update_account = Call[AccountPublic](update_account)
-    freeze = Call[AccountPublic](freeze_account)
-    unfreeze = Call[AccountPublic](unfreeze_account)
-    close_account = Call[AccountPublic](close_account)
-    deposit = Call[AccountPublic](create_deposit)
-    withdraw = Call[AccountPublic](create_withdrawal)
-    top_up = Call[AccountPublic](top_up_account)
-    give_bonus = Call[AccountPublic](give_bonus)
-    spend = Call[AccountPublic](spend_credits)
-    statement = Call[Page[EntryPublic]](get_statement)
-    balance = Call[BalancePublic](get_balance)
-    balances = Call[TrialBalance](get_trial_balance)
-    totals = Call[Totals](get_totals)
-    transfer = Call[TransferPublic](create_transfer)
-    transfer_many = Call[BulkPublic](create_transfers)
-    transaction = Call[TransactionPublic](get_transaction)
-    transactions = Call[Page[TransactionPublic]](list_transactions)
-    post = Call[TransactionPublic](create_transaction)
-    reverse = Call[TransactionPublic](reverse_transaction)
-    place_hold = Call[HoldPublic](create_hold)
-    capture_hold = Call[HoldPublic](capture_hold)
-    void_hold = Call[HoldPublic](void_hold)
-    hold = Call[HoldPublic](get_hold)
-    holds = Call[Page[HoldPublic]](list_holds)
-    pay = Call[PaymentPublic](create_payment)
-    payment = Call[PaymentPublic](get_payment)
-    audit = Call[Page[AuditEventPublic]](list_audit_events)
-    events = Call[Events](list_events)
-    seals = Call[Seals](list_seals)
+    open_account = method(create_account, AccountPublic)
+    add_asset = method(create_asset, AssetPublic)
+    asset = method(get_asset, AssetPublic)
+    assets = method(list_assets, Page[AssetPublic])
+    account = method(get_account, AccountPublic)
+    accounts = method(list_accounts, Page[AccountPublic])
+    update_account = method(update_account, AccountPublic)
+    freeze = method(freeze_account, AccountPublic)
+    unfreeze = method(unfreeze_account, AccountPublic)
+    close_account = method(close_account, AccountPublic)
+    deposit = method(create_deposit, AccountPublic)
+    withdraw = method(create_withdrawal, AccountPublic)
+    top_up = method(top_up_account, AccountPublic)
+    give_bonus = method(give_bonus, AccountPublic)
+    spend = method(spend_credits, AccountPublic)
+    statement = method(get_statement, Page[EntryPublic])
+    balance = method(get_balance, BalancePublic)
+    balances = method(get_trial_balance, TrialBalance)
+    totals = method(get_totals, Totals)
+    transfer = method(create_transfer, TransferPublic)
+    transfer_many = method(create_transfers, BulkPublic)
+    transaction = method(get_transaction, TransactionPublic)
+    transactions = method(list_transactions, Page[TransactionPublic])
+    post = method(create_transaction, TransactionPublic)
+    reverse = method(reverse_transaction, TransactionPublic)
+    place_hold = method(create_hold, HoldPublic)
+    capture_hold = method(capture_hold, HoldPublic)
+    void_hold = method(void_hold, HoldPublic)
+    hold = method(get_hold, HoldPublic)
+    holds = method(list_holds, Page[HoldPublic])
+    pay = method(create_payment, PaymentPublic)
+    payment = method(get_payment, PaymentPublic)
+    audit = method(list_audit_events, Page[AuditEventPublic])
+    events = method(list_events, Events)
+    seals = method(list_seals, Seals)
 
     def __init__(self, ledger: Ledger, caller: str) -> None:
         self.ledger, self.caller = ledger, caller
