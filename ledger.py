@@ -122,7 +122,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
 from io import TextIOWrapper
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
@@ -3608,7 +3608,7 @@ def list_bank_transactions(books: ByReader, name: str, timestamp: BankMoment) ->
     """List everything that happened to an account, and the cashbacks that are to come."""
     account = find_account(books, BANK_ACCOUNT.format(name))
     if books.bound == "short" and account["last_seq"] > SHORT_ROWS_MAX:
-        raise LongRead
+        raise ReadTooLong
     query = f"""SELECT 2 * seq AS line, kind, type, entry.amount AS moved,
         COALESCE(effective_at, ts) / 1000 AS at, number, cashback.amount, due_at, status
         FROM entry JOIN event ON event.id = entry.transaction_id
@@ -3881,15 +3881,11 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)  # They leave here as errors of the ledger.
 
 
-class LongRead(Exception):
-    """A read is too long for its place, and done again where the few are that may take long."""
-
-
 class StartupError(Exception):
     """The program cannot start or go on; the message is one line for the operator."""
 
 
-WRITE_LOCK = 0x6C65646765720B
+SCHEMA_LOCK, WRITE_LOCK = 0x6C65646765720A, 0x6C65646765720B
 DISK_FAULTS = (StorageFull, DiskFailed, DatabaseLost)
 KNOWN_ERRORS: dict[int | str, type[LedgerError]] = {
     sqlite3.SQLITE_BUSY: DatabaseBusy,
@@ -3922,6 +3918,7 @@ class SqliteConnection:
     tables = "SELECT name FROM sqlite_schema WHERE type = 'table'"
     schema = "SELECT name, type AS kind, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
     drop_trigger = "DROP TRIGGER IF EXISTS {}"
+    lock_schema = "SELECT 1"  # The write itself keeps all others away.
     size = "SELECT page_count * page_size AS bytes FROM pragma_page_count, pragma_page_size"
     clock = ":now"  # Which is given; a server has its own, for all who call it.
     mark = ""  # What lets others see that a write is under way, and those that they see so.
@@ -4041,6 +4038,7 @@ class PostgresConnection(SqliteConnection):
     FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid AND pronamespace = (SELECT oid FROM here)
     WHERE NOT tgisinternal"""
     drop_trigger = "DROP FUNCTION IF EXISTS {}() CASCADE"
+    lock_schema = f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})"
     size = "SELECT pg_database_size(current_database()) AS bytes"
     clock = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS bigint)"
     mark = f"SELECT pg_advisory_xact_lock_shared({WRITE_LOCK})"
@@ -4201,7 +4199,7 @@ class Database:
 
         loop = asyncio.get_running_loop()
         if not long:
-            with suppress(LongRead):
+            with suppress(ReadTooLong):
                 if self.inline:
                     return read("short")
                 threads = self._key_reader if urgent else self._readers
@@ -4284,8 +4282,6 @@ class Database:
                 # New connections may find a server that has taken over.
                 connection.driver.close()
                 self.disconnect()
-            elif isinstance(failure, ReadTooLong) and bound == "short":
-                raise LongRead from None
             elif not isinstance(failure, DatabaseBusy):
                 # The first line only: PostgreSQL's details have values of the row in them.
                 log.error("the database refused: %s", str(error).partition("\n")[0])
@@ -4383,7 +4379,7 @@ class SqliteDatabase(Database):
         self._watched = {str(Path(file).absolute()), self.name, self._log, f"{self.path}-shm"}
         self._opened: list[Any] = []
         self._rows_moved, self._looked_at = 0, 0.0
-        self._alone, self._long_reads = threading.Lock(), threading.Semaphore(LONG_READERS_MAX)
+        self._alone = threading.Lock()
         self._checkpoint: Future[None] | None = None
 
     def measure(self) -> None:
@@ -4475,23 +4471,15 @@ class SqliteDatabase(Database):
 
     @contextmanager
     def long_turn(self) -> Iterator[None]:
-        """Let a long read begin, where the log is large only after a time without any.
+        """Let a long read begin, where the log is large only alone, after a time without any.
 
         As long as somebody reads of it, the log cannot begin anew.
         """
-        with self._alone:
-            self._long_reads.acquire()
-            if self._log_bytes() > LOG_BYTES_MAX:
-                for _ in range(1, LONG_READERS_MAX):
-                    self._long_reads.acquire()
-                deadline = time.monotonic() + LOG_SECONDS_MAX
-                while self._log_bytes() > LOG_BYTES_MAX and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                self._long_reads.release(LONG_READERS_MAX - 1)
-        try:
+        with self._alone if self._log_bytes() > LOG_BYTES_MAX else nullcontext():
+            deadline = time.monotonic() + LOG_SECONDS_MAX
+            while self._log_bytes() > LOG_BYTES_MAX and time.monotonic() < deadline:
+                time.sleep(0.01)
             yield
-        finally:
-            self._long_reads.release()
 
     def log_warning(self) -> str:
         if self._log_bytes() <= 2 * LOG_BYTES_MAX:
@@ -4654,7 +4642,6 @@ class SchemaVersion(Stored, table=True):
     description: str
 
 
-SCHEMA_LOCK = 0x6C65646765720A
 PORTION_ROWS = 2_000
 SYSTEM_STORED = "SELECT name, asset FROM account WHERE kind = 'SYSTEM'"
 TABLES = {table.name: table for table in Stored.metadata.sorted_tables}
@@ -4762,10 +4749,7 @@ def create_triggers(connection: SqliteConnection, beside: set[str]) -> None:
     connection.insert("schema_version", [described])
 
 
-FIRST_TABLES = {
-    "account", "api_key", "asset", "entry", "event", "hold", "idempotency_key", "note",
-    "scheduled_cashback", "schema_version", "webhook",
-}  # fmt: skip
+FIRST_TABLES = TABLES.keys() - {"seal"}  # Of version 1, by whose absence an older ledger is known.
 
 
 def stored_version(connection: SqliteConnection) -> int:
@@ -4792,7 +4776,7 @@ def stored_version(connection: SqliteConnection) -> int:
 def complete_schema(database: Database) -> None:
     """Make what is missing: all of a new ledger, or assets and system accounts that came later."""
     with database.write() as connection:
-        lock_schema(connection)
+        connection.execute(connection.lock_schema)
         if not stored_version(connection):
             beside = {row["name"] for row in connection.rows(connection.schema)}
             create_tables(connection)
@@ -5425,19 +5409,18 @@ BROUGHT: dict[int, dict[str, dict[str, str]]] = {
 }
 
 
+IN_NFC = """UPDATE account SET owner_name = :owner_name, name = CASE WHEN EXISTS (
+    SELECT 1 FROM account AS other WHERE other.name = :name AND other.asset = :asset)
+    THEN name ELSE :name END WHERE id = :id"""
+
+
 def keep_names_in_nfc(connection: SqliteConnection) -> None:
     """Bring names and owners into Unicode's NFC, but no name into that of another account."""
-    for rows in portions(connection, "account"):
-        for row in rows:
-            was = row["name"], row["owner_name"]
-            name, owner = (text and unicodedata.normalize("NFC", text) for text in was)
-            if (name, owner) != was:
-                update = "UPDATE account SET owner_name = :owner, name = CASE WHEN EXISTS (SELECT 1"
-                update += (
-                    " FROM account AS other WHERE other.name = :name AND other.asset = :asset)"
-                )
-                update += " THEN name ELSE :name END WHERE id = :id"
-                connection.execute(update, **row | {"name": name, "owner": owner})
+    for row in chain.from_iterable(portions(connection, "account")):
+        texts = {name: row[name] for name in ("name", "owner_name") if row[name]}
+        kept = {name: unicodedata.normalize("NFC", text) for name, text in texts.items()}
+        if kept != texts:
+            connection.execute(IN_NFC, **row | kept)
 
 
 # What else a version does to the rows, after that.
@@ -5469,13 +5452,16 @@ def upgrade(database: Database) -> str:
 def upgrade_at_once(database: Database) -> str:
     """Do all steps, or none where `check` finds anything wrong after them."""
     with database.write() as connection:
-        lock_schema(connection)
+        connection.execute(connection.lock_schema)
         version = stored_version(connection)
         if version == SCHEMA_VERSION:
             return ""  # Another start was first.
         with database.kept(f".version-{version}") as kept:
             beside = beside_of(connection)
-            drop_triggers(connection)
+            [made] = connection.rows("SELECT description FROM schema_version")
+            for name in sorted({row["name"] for row in json.loads(made["description"])}):
+                if re.search("_(at_insert|at_update|unchanged|kept)$", name):
+                    connection.execute(connection.drop_trigger.format(name))
             reshape(connection, brought_since(version))
             finish(connection, version, beside)
     return f"{database.name} was upgraded from version {version} to {SCHEMA_VERSION}{kept}"
@@ -5492,20 +5478,6 @@ def finish(connection: SqliteConnection, version: int, beside: set[str]) -> None
     for _, _, wrong in check(connection):
         if wrong:
             raise StartupError(f"nothing was done: {wrong[0]}")
-
-
-def lock_schema(connection: SqliteConnection) -> None:
-    """Let one server at a time change tables, until its write has ended."""
-    if connection.engine == "postgresql":
-        connection.execute("SELECT pg_advisory_xact_lock(:lock)", lock=SCHEMA_LOCK)
-
-
-def drop_triggers(connection: SqliteConnection) -> None:
-    """Remove the triggers that were made."""
-    [made] = connection.rows("SELECT description FROM schema_version")
-    for name in sorted({row["name"] for row in json.loads(made["description"])}):
-        if re.search("_(at_insert|at_update|unchanged|kept)$", name):
-            connection.execute(connection.drop_trigger.format(name))
 
 
 def reshape(connection: SqliteConnection, brought: Mapping[str, Mapping[str, str]]) -> None:
@@ -5642,7 +5614,11 @@ class Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = with_headers(asked, message["headers"])
+                # The HTTP parser takes the body of an upgrade for the next request.
+                close = {b"connection": b"close"} if b"upgrade" in asked.headers else {}
+                headers = {**ALL_HEADERS, b"x-request-id": asked.id.encode()}
+                headers |= {**dict(message["headers"]), **close}
+                message["headers"] = [*headers.items()]
             while len(body := message.get("body", b"")) > PART_BYTES:
                 # No faster than the caller reads it.
                 await send({**message, "body": body[:PART_BYTES], "more_body": True})
@@ -5663,15 +5639,6 @@ class Observed:
             self.log.add(asked, scope["method"], route, status, seconds)
             counted = f"{scope['method']} {route}" if route else "unknown"
             self.times(counted, status).observe(seconds)
-
-
-def with_headers(asked: Asked, given: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return an answer's headers with those that every answer has, unless it has its own."""
-    headers = {**ALL_HEADERS, b"x-request-id": asked.id.encode(), **dict(given)}
-    if b"upgrade" in asked.headers:
-        # The HTTP parser takes the body of such a request for the next one.
-        headers[b"connection"] = b"close"
-    return [*headers.items()]
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -5828,10 +5795,9 @@ def create_app(
         demo = is_new and callers.open_mode and settings.demo
         opened = open_first_accounts(ledger, settings, dialects, "system", demo)
         app = application(ledger, callers, dialects, settings.root_path)
-        app.state.opened = ""
+        hint = " (a new ledger without demonstration money: --no-demo or LEDGER_DEMO=0)"
+        app.state.opened = f"{', '.join(opened)}{hint if demo else ''}" if opened else ""
         if opened:
-            hint = " (a new ledger without demonstration money: --no-demo or LEDGER_DEMO=0)"
-            app.state.opened = f"{', '.join(opened)}{hint if demo else ''}"
             log.warning("opened %d accounts%s", len(opened), hint if demo else "")
         return app
     except BaseException:
@@ -5871,7 +5837,7 @@ def application(
     app.router.routes[:] = [*own, *app.router.routes, *heads]
     # What the docs are made of, a package brings along: they need no network.
     app.mount("/docs", StaticFiles(packages=[("fastapi_offline", "static")]))
-    app.openapi = partial(describe, app)  # type: ignore[method-assign]
+    app.openapi = lru_cache(partial(describe, app))  # type: ignore[method-assign]
     return app
 
 
@@ -5892,8 +5858,6 @@ TAGS = {
 
 def describe(app: FastAPI) -> Row:
     """Return the description of the API for programs, made once."""
-    if app.openapi_schema:
-        return app.openapi_schema
     described = FastAPI.openapi(app)
     components = described.setdefault("components", {})
     problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -6556,11 +6520,10 @@ def write_hledger(connection: Connection, events: Iterable[list[Row]], out: Text
 def hledger_names(connection: Connection) -> dict[str, str]:
     """Return hledger's names of accounts by their ids, which are in those that owners share."""
     names, owners = {}, {}
-    for rows in portions(connection, "account"):
-        for row in rows:
-            name, owners[row["id"]] = row["name"], (plain(row["owner_name"]), row["asset"])
-            if row["kind"] == "SYSTEM":
-                names[row["id"]] = HLEDGER_NAMES.get(name, f"liabilities:{name}")
+    for row in chain.from_iterable(portions(connection, "account")):
+        name, owners[row["id"]] = row["name"], (plain(row["owner_name"]), row["asset"])
+        if row["kind"] == "SYSTEM":
+            names[row["id"]] = HLEDGER_NAMES.get(name, f"liabilities:{name}")
     shared = Counter(owners.values())
     for account_id, owner in owners.items():
         own = owner[0]
