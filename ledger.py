@@ -125,7 +125,7 @@ from io import TextIOWrapper
 from itertools import chain, groupby, product
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -466,33 +466,14 @@ CHANGEABLE = {
 
 
 # ----- Posting
-# The only code that moves money. It knows accounts, legs and rows, and no URL.
-
+# The only code that moves money. It knows accounts, legs and rows, and no URL. In its SQL `:name`
+# stands for a value, and `= ANY(:names)` holds for each of a list; FOR UPDATE locks rows where the
+# engine has such locks. What sends it is a Connection, of which part three has one for each engine.
 
 EXPIRED_MAX = 500  # As many are released in one write.
 CONTRA_NAMES = ("cash", "merchants", "cashback", "payments", "treasury")
 PENDING = "status = 'PENDING'"
 IS_OVER = f"{PENDING} AND expires_at <= :now"
-
-
-class Connection(Protocol):
-    """What a batch or a read needs of a database; part three has a class for each engine.
-
-    In statements, which are the same on both, `:name` stands for a value, `= ANY(:names)` holds for
-    each of a list, and FOR UPDATE locks rows where the engine has such locks.
-    """
-
-    engine: str
-    clock: str
-    probe: str
-    writes: str
-    bound: str
-
-    def execute(self, statement: str, **values: Any) -> Any: ...
-    def rows(self, statement: str, **values: Any) -> list[Row]: ...
-    def all_rows(self, *queries: tuple[str, Row]) -> list[list[Row]]: ...
-    def update(self, table: str, columns: Sequence[str], rows: list[Row]) -> None: ...
-    def save(self, inserts: Any, updates: Any) -> None: ...
 
 
 class Leg(NamedTuple):
@@ -1563,7 +1544,7 @@ class Callers:
             return Caller(f"key:{row['name']}", row["role"])
         return self._of_token(credential)
 
-    def _load(self, connection: Connection) -> None:
+    def _load(self, connection: "Connection") -> None:
         # Revoked ones too, which keep open mode closed.
         rows, self._loaded_at = connection.rows("SELECT * FROM api_key"), time.monotonic()
         self._keys = {row["prefix"]: row for row in rows}
@@ -1984,9 +1965,9 @@ ByService = Annotated[Book, Policy(SERVICES)]
 OnceByService = Annotated[Book, Policy(SERVICES, key="required")]
 ByAdmin = Annotated[Book, Policy(ADMINS)]
 OnceByAdmin = Annotated[Book, Policy(ADMINS, key="required")]
-ByReader = Annotated[Connection, Policy(READERS)]
-LongByReader = Annotated[Connection, Policy(READERS, long=True)]
-ByAuditor = Annotated[Connection, Policy(AUDITORS)]
+ByReader = Annotated["Connection", Policy(READERS)]
+LongByReader = Annotated["Connection", Policy(READERS, long=True)]
+ByAuditor = Annotated["Connection", Policy(AUDITORS)]
 
 
 def refuses(*kinds: type[LedgerError]) -> dict[int | str, Row]:
@@ -2300,7 +2281,7 @@ class Page(BaseModel, Generic[P]):
 
     @classmethod
     def read(
-        cls, books: Connection, listed: str, query: str, part: Part, start: str = "", **values: Any
+        cls, books: "Connection", name: str, query: str, part: Part, start: str = "", **values: Any
     ) -> Self:
         """Return rows of a query beyond the place that a cursor leads to, its `:seq` and its `:id`.
 
@@ -2308,7 +2289,7 @@ class Page(BaseModel, Generic[P]):
         """
 
         def lead_to(place: str) -> str:
-            return f"{place}.{sha256(json.dumps([listed, values, place]))[:16]}"
+            return f"{place}.{sha256(json.dumps([name, values, place]))[:16]}"
 
         limit, cursor = part
         start = start or (NEWEST_FIRST if query.endswith("DESC") else OLDEST_FIRST)
@@ -2520,7 +2501,7 @@ def get_account(books: ByReader, account_id: AccountId) -> AccountPublic:
     return AccountPublic.of(find_account(books, account_id))
 
 
-def find_account(books: Connection, reference: str) -> Row:
+def find_account(books: "Connection", reference: str) -> Row:
     """Return an account of any kind by its id, or a dialect's by its name@ASSET."""
     name, _, asset = reference.rpartition("@")
     where = "name = :name AND asset = :asset" if name else "id = :asset"
@@ -2544,7 +2525,7 @@ HOLD_STATUS = f"CASE WHEN {IS_OVER_NOW} THEN 'EXPIRED' ELSE status END"
 HOLDS = f"SELECT hold.*, {HOLD_STATUS} AS status FROM hold"  # noqa: S608
 
 
-def read_clocks(books: Connection) -> Row:
+def read_clocks(books: "Connection") -> Row:
     """Return the ledger's own time, how far this clock is behind the others, and the version."""
     version = "(SELECT max(version) FROM schema_version) AS version"
     query = f"SELECT {NOW} AS now, {BEHIND.format(books.clock)}, {version}"
@@ -2569,7 +2550,7 @@ def filtered(metadata: MetadataFilter, table: str, **columns: Any) -> tuple[str,
     return joins, condition, row_id, values
 
 
-def begins(books: Connection, search: str | None, values: Row, *columns: str) -> str:
+def begins(books: "Connection", search: str | None, values: Row, *columns: str) -> str:
     """Return what must hold where a column begins with a text, whatever the case; add its value."""
     if not search:
         return ""
@@ -2657,7 +2638,7 @@ def get_statement(
     return Page[EntryPublic].read(books, "entries", query, (limit, cursor), f"{before}_", **values)
 
 
-def last_before(books: Connection, account: Row, moment: int | None) -> Row:
+def last_before(books: "Connection", account: Row, moment: int | None) -> Row:
     """Return an account's last entry before a time, by bisection: within it, times rise."""
     if moment is None:
         return account | {"seq": account["last_seq"]}
@@ -3180,7 +3161,7 @@ async def list_events(
 async def newest_settled(database: "Database") -> str:
     """Return the newest event after which none can come in between; none, if that takes long."""
 
-    def look(books: Connection) -> list[list[Row]]:
+    def look(books: "Connection") -> list[list[Row]]:
         return books.all_rows(NEWEST, (books.writes, {}))
 
     [newest], writes = await database.run_read(look)
@@ -3202,7 +3183,7 @@ EVENT_TYPES = {
 }  # fmt: skip
 
 
-def find_events(books: Connection, after: str | None, until: str, limit: int) -> list[Row]:
+def find_events(books: "Connection", after: str | None, until: str, limit: int) -> list[Row]:
     """Return the events after one, each with what it is about, or raise InvalidCursor."""
     known = "SELECT id FROM event WHERE id = :id"
     # PostgreSQL cannot even ask for a NUL.
@@ -3471,7 +3452,7 @@ def list_bank_accounts(books: LongByReader) -> BankAccounts:
     return BankAccounts(accounts=list(named_balances(books, "bank")))
 
 
-def named_balances(books: Connection, prefix: str) -> dict[str, int]:
+def named_balances(books: "Connection", prefix: str) -> dict[str, int]:
     """Return the balances of a dialect's accounts by its own names, sorted."""
     query = "SELECT name, balance FROM account WHERE name >= :first AND name < :end ORDER BY name"
     rows = books.rows(query, first=f"{prefix}:", end=f"{prefix};")
@@ -4087,6 +4068,9 @@ class PostgresConnection(SqliteConnection):
             socket.socket(fileno=os.dup(self.driver.fileno())) as s,
         ):
             s.shutdown(socket.SHUT_RDWR)
+
+
+Connection = SqliteConnection  # Either of them.
 
 
 class Database:
