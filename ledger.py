@@ -122,8 +122,8 @@ from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
 from io import TextIOWrapper
-from itertools import chain, groupby, product
-from operator import attrgetter, itemgetter
+from itertools import accumulate, chain, groupby, product
+from operator import add, attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import parse_qsl, urlsplit
@@ -1698,10 +1698,7 @@ class Asked:
         return credential.strip()
 
     async def body(self, receive: Receive, room: Room, bytes_max: int) -> bytes:
-        """Return the body, or raise BodyTooLarge without reading on.
-
-        What does not come at once takes room that all callers share.
-        """
+        """Return the body, or raise BodyTooLarge; what comes later takes room that all share."""
         if b"upgrade" in self.headers:
             # The HTTP parser drops such a body, and takes what follows for the next request.
             raise MalformedJson("This server stays with HTTP/1.1: send no Upgrade with a body")
@@ -1809,16 +1806,13 @@ def parse_decimal(given: Any, *, exponent: int, or_number: bool = False) -> int:
 
 
 def parse_time(given: Any) -> int:
-    """Return a time of any offset (RFC 3339) as it is stored, or one that is stored already.
-
-    A date is its midnight in UTC, and a leap second the second after it.
-    """
+    """Return a time (RFC 3339), a date's midnight in UTC, or what is stored, as it is stored."""
     if isinstance(given, int):
         return given
     # In a query, the plus of an offset means a blank.
     text = re.sub(" (?=[0-9:]{5}$)", "+", str(given).upper())
     text = re.sub(r"(?a)^(\d{4}-\d\d-\d\d)\Z", r"\1T00:00Z", text)
-    with suppress(ValueError, OverflowError):
+    with suppress(ValueError, OverflowError):  # A leap second is the second after it.
         before = re.sub(r"(?a)(T\d\d:\d\d):60", r"\1:59", text)
         moment = datetime.fromisoformat(before)
         if moment.tzinfo and "T" in text:
@@ -1854,7 +1848,6 @@ NFC = BeforeValidator(
 NOT_PLAIN = r"^(?!-?[0-9]{1,40}\Z)"
 PLAIN_DIGITS = BeforeValidator(partial(refuse_text, NOT_PLAIN, "Input should be a valid integer"))
 Amount = Annotated[int, pydantic.Field(strict=True, ge=1, le=AMOUNT_MAX, description="Minor units")]
-AssetCode = Annotated[str, pydantic.Field(pattern="^[A-Z][A-Z0-9._-]{0,15}$")]
 CreditLimit = Annotated[
     int, pydantic.Field(strict=True, ge=0, le=AMOUNT_MAX), BeforeValidator(require_admin)
 ]
@@ -1870,6 +1863,11 @@ PlainInt = Annotated[int, PLAIN_DIGITS]
 SealNumber = Annotated[PlainInt, pydantic.Field(ge=0, le=2**53)]
 Limit = Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX, description="At most so many"), PLAIN_DIGITS]
 Cursor = Annotated[str | None, Query(description="The next_cursor of the page before")]
+Next = Annotated[str | None, Query(description="The `next` of the page before")]
+TransactionKind = Literal[
+    "DEPOSIT", "WITHDRAWAL", "TRANSFER", "PAYMENT", "CASHBACK", "TOP_UP", "BONUS", "SPEND",
+    "JOURNAL", "CAPTURE", "REVERSAL",
+]  # fmt: skip
 Search = Annotated[
     Annotated[Printable, NFC] | None, Query(description="How a text begins, whatever the case")
 ]
@@ -1918,8 +1916,6 @@ class Problem(BaseModel):
 
 
 # What the API's description says of errors.
-OF_ALL = (DatabaseBusy, DatabaseUnavailable, InternalError)
-OF_CALLERS = (Unauthorized, Forbidden)
 OF_WRITES = (
     MalformedJson, BodyTooLarge, InvalidRequest, IdempotencyKeyInvalid, IdempotencyKeyReused,
     StorageFull,
@@ -2042,7 +2038,8 @@ class LedgerRoute(APIRoute):
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
 
     def refusals(self, path: str) -> set[type[LedgerError]]:
-        kinds: set[type[LedgerError]] = {*OF_ALL, *(OF_CALLERS if self.policy.roles else ())}
+        kinds: set[type[LedgerError]] = {DatabaseBusy, DatabaseUnavailable, InternalError}
+        kinds |= {Unauthorized, Forbidden} if self.policy.roles else set()
         # What a parameter of the path names may not be there; whole paths name accounts.
         missing = re.findall("{([a-z]+)_id}", path) + ["account"] * (":path}" in path)
         kinds |= {LedgerError.kinds[f"{name}_not_found"] for name in missing}
@@ -2246,27 +2243,21 @@ async def refuse(request: Request, error: Any) -> Response:
 
 async def refuse_path(request: Request, error: Any) -> Response:
     """Answer a path or a method that is none; what a route of the user's raises stays FastAPI's."""
+    routes: list[Any] = request.app.routes
     if isinstance(error, HTTPException) or error.status_code not in (404, 405):
         return await http_exception_handler(request, error)
     if error.status_code == 404:
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
-        beside = ", ".join(paths_beside(request.app.routes, path))
-        there = f": there is {beside}" if beside else ""
+        # The ledger's paths that differ from it in nothing but their last part.
+        above, ours = path.rpartition("/")[0], [r for r in routes if isinstance(r, LedgerRoute)]
+        beside = dict.fromkeys(r.path_format for r in ours if r.above.fullmatch(above))
+        there = f": there is {', '.join(beside)}" if beside else ""
         return await refuse(request, NotFound(f"There is nothing at this address{there}"))
-    method = request.method
-    response = await refuse(request, MethodNotAllowed(f"{method} is not possible here"))
-    routes = [r for r in request.app.routes if r.matches(request.scope)[0] is not Match.NONE]
+    response = await refuse(request, MethodNotAllowed(f"{request.method} is not possible here"))
+    routes = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
     allowed = {method for route in routes for method in getattr(route, "methods", None) or ()}
     response.headers["allow"] = ", ".join(sorted(allowed))
     return response
-
-
-def paths_beside(routes: Iterable[Any], path: str) -> list[str]:
-    """Return the ledger's paths that differ from a wrong one in nothing but their last part."""
-    above = path.rpartition("/")[0]
-    ours = [route for route in routes if isinstance(route, LedgerRoute)]
-    found = [route.path_format for route in ours if route.above.fullmatch(above)]
-    return list(dict.fromkeys(found))
 
 
 P = TypeVar("P", bound=Public)
@@ -2283,11 +2274,9 @@ class Page(BaseModel, Generic[P]):
     def read(
         cls, books: "Connection", name: str, query: str, part: Part, start: str = "", **values: Any
     ) -> Self:
-        """Return rows of a query beyond the place that a cursor leads to, its `:seq` and its `:id`.
+        """Return rows of a query beyond the place that a cursor leads to, its `:seq` and `:id`."""
 
-        A cursor has a checksum over the place and over what is listed, which keeps mistakes out.
-        """
-
+        # A checksum over the place and over what is listed keeps mistakes out.
         def lead_to(place: str) -> str:
             return f"{place}.{sha256(json.dumps([name, values, place]))[:16]}"
 
@@ -2304,8 +2293,8 @@ class Page(BaseModel, Generic[P]):
         if len(rows) > len(found):
             last_seq = min(row.get("seq", 0) for row in found)
             next_cursor = lead_to(f"{last_seq}_{found[-1]['id']}")
-        [shown] = cls.__pydantic_generic_metadata__["args"]
-        items = [shown.of(row) for row in found]
+        listed_as: Any = cls.model_fields["items"].annotation
+        items = [listed_as.__args__[0].of(row) for row in found]
         return cls.model_construct(items=items, next_cursor=next_cursor)
 
 
@@ -2313,14 +2302,10 @@ def within_bounds(rows: list[Row]) -> list[Row]:
     """Return as many of the rows as one answer may show, by their bytes, and one at least."""
     if not rows or "notes" not in rows[0]:
         return rows  # Their texts are short.
-    size, count = 0, 0
-    for row in rows:
-        size += len(row["notes"] or "") + len(row.get("arguments", ""))
-        size += ENTRY_BYTES * (1 + row.get("entry_count", 0))
-        if size > PAGE_BYTES_MAX and count:
-            break
-        count += 1
-    return rows[:count]
+    texts = (len(row["notes"] or "") + len(row.get("arguments", "")) for row in rows)
+    entries = (ENTRY_BYTES * (1 + row.get("entry_count", 0)) for row in rows)
+    fitting = sum(size <= PAGE_BYTES_MAX for size in accumulate(map(add, texts, entries)))
+    return rows[: max(1, fitting)]
 
 
 # ----- The API
@@ -2431,7 +2416,7 @@ def spend_credits(book: OnceByService, account_id: AccountId, body: Movement) ->
 class AssetCreate(RequestBody):
     """A new asset, for ever: choose an exponent with which all of it fits in 2^53 minor units."""
 
-    code: AssetCode
+    code: Annotated[str, pydantic.Field(pattern="^[A-Z][A-Z0-9._-]{0,15}$")]
     name: Annotated[Name, pydantic.Field(examples=["Bitcoin"])]
     exponent: Annotated[int, pydantic.Field(strict=True, ge=0, le=12)]
     closed_loop: Annotated[bool, pydantic.Field(strict=True)] = False
@@ -2533,10 +2518,9 @@ def read_clocks(books: "Connection") -> Row:
 
 
 def filtered(metadata: MetadataFilter, table: str, **columns: Any) -> tuple[str, str, str, Row]:
-    """Return what finds the rows of a table that have these notes and these values of columns.
+    """Return the joins, conditions and values that find rows by notes and by columns.
 
-    It is what to join, what must hold, the column of ids in whose order an index has them, and
-    the values.
+    The third is the column of ids in whose order an index has them.
     """
     values = {column: value for column, value in columns.items() if value is not None}
     condition = "".join(f" AND {table}.{column} = :{column}" for column in values)
@@ -2829,12 +2813,6 @@ def from_and_to(values: Row, prefix: str, start: int | None, to: int | None) -> 
     return condition
 
 
-TransactionKind = Literal[
-    "DEPOSIT", "WITHDRAWAL", "TRANSFER", "PAYMENT", "CASHBACK", "TOP_UP", "BONUS", "SPEND",
-    "JOURNAL", "CAPTURE", "REVERSAL",
-]  # fmt: skip
-
-
 @api.get("/transactions")
 def list_transactions(
     books: ByReader,
@@ -3063,10 +3041,8 @@ def get_payment(books: ByReader, payment_id: Uuid) -> PaymentPublic:
 
 
 # What the audit log calls the kinds of events that it does not call by their names.
-ACTIONS = {
-    "WITHDRAWAL": "withdraw", "PAYMENT": "pay", "CASHBACK": "credit_cashback",
-    "REVERSAL": "reverse",
-}  # fmt: skip
+ACTIONS = {"WITHDRAWAL": "withdraw", "PAYMENT": "pay", "REVERSAL": "reverse"}
+ACTIONS["CASHBACK"] = "credit_cashback"
 AUDIT_OF_ALL = "SELECT * FROM event WHERE id < :id ORDER BY id DESC"
 # The events of an account are those of its entries, and those without any.
 AUDIT_OF_ACCOUNT = f"""SELECT * FROM (
@@ -3079,10 +3055,8 @@ AUDIT_OF_ACCOUNT = f"""SELECT * FROM (
     ) AS other ORDER BY id DESC"""  # noqa: S608
 
 
-def parse_details(arguments: Any) -> Any:
+def parse_details(arguments: str) -> Row:
     """Return an event's arguments, or say that they are no JSON, which nothing here has written."""
-    if isinstance(arguments, dict):
-        return arguments
     with suppress(ValueError):
         if isinstance(details := json.loads(arguments), dict):
             details.pop("hash", None)  # A key's, which is nobody's business.
@@ -3122,9 +3096,6 @@ def list_audit_events(
         row["details"] = parse_details(row["arguments"])
         row["transaction_id"] = row["id"] if row["kind"].isupper() else None
     return page
-
-
-Next = Annotated[str | None, Query(description="The `next` of the page before")]
 
 
 class EventPublic(BaseModel):
@@ -3258,16 +3229,14 @@ def list_seals(
     after: SealNumber | None = None,
 ) -> Seals:
     """List seals, newest first; with `after`, those that follow it."""
+    query = "SELECT *, id AS seq FROM seal WHERE id"
     if after is None:
-        query = "SELECT *, id AS seq FROM seal WHERE id < :seq ORDER BY id DESC"
-        page = Page[SealPublic].read(books, "seals", query, (limit, cursor))
-        return Seals.model_construct(items=page.items, next_cursor=page.next_cursor)
+        return Seals.read(books, "seals", f"{query} < :seq ORDER BY id DESC", (limit, cursor))
     if after and not books.rows("SELECT id FROM seal WHERE id = :id", id=after):
         raise InvalidCursor("Invalid cursor")
-    query = "SELECT * FROM seal WHERE id > :after ORDER BY id LIMIT :limit"
-    found = [SealPublic.of(row) for row in books.rows(query, after=after, limit=limit)]
-    last = found[-1].id if found else after
-    return Seals.model_construct(items=found, next_cursor=None, next=last)
+    page = Seals.read(books, "", f"{query} > :seq ORDER BY id", (limit, None), f"{after}_")
+    page.next_cursor, page.next = None, page.items[-1].id if page.items else after
+    return page
 
 
 @api.get("/seals/{seal_id}", responses=refuses(SealNotFound))
@@ -3378,8 +3347,7 @@ class Books:
 def open_ledger(database_url: str, *, caller: str = "local") -> Books:
     """Open a ledger for this program, or begin a new one, or raise StartupError.
 
-    What is due by the clock is credited now, and holds end; later, a server does that, or who opens
-    it next.
+    What is due by the clock is credited, and holds end, now, by a server, or when it is opened.
     """
     if not is_name(caller):
         raise StartupError("the caller's name must be 1 to 200 printable characters")
