@@ -1508,7 +1508,7 @@ class Callers:
 
     def __init__(self, database: "Database", settings: "Settings") -> None:
         self._database = database
-        self._admin_hash = settings.admin_key and key_hash(settings.admin_key.encode())
+        self._admin_hash = settings.admin_key and sha256(settings.admin_key)
         self._jwt_secret = os.fsencode(settings.jwt_secret or "")
         self._looked_for: set[str] = set()
         with database.read() as connection:
@@ -1528,7 +1528,7 @@ class Callers:
             require_local(scope, asked.headers)
             return Caller("local", "admin")
         credential = asked.credential()
-        prefix = credential[:KEY_PREFIX_LENGTH].decode("latin-1")
+        prefix = credential[:KEY_PREFIX_LENGTH]
         is_new = prefix not in self._keys and prefix not in self._looked_for
         if is_new and prefix.startswith(KEY_PREFIX) and len(self._looked_for) < LOOKS_MAX:
             # It may have been made a moment ago: it is looked for, once until keys are too old.
@@ -1537,7 +1537,7 @@ class Callers:
         row = self._keys.get(prefix)
         # For the line in the log: of a key that is refused too, but of no unknown text.
         asked.key_prefix = row["prefix"] if row else None
-        given = key_hash(credential)
+        given = sha256(credential)  # The 256 random bits of a key need no slow hash.
         if self._admin_hash and hmac.compare_digest(given, self._admin_hash):
             return Caller("admin", "admin")
         if row and not row["revoked_at"] and hmac.compare_digest(given, row["hash"]):
@@ -1549,8 +1549,8 @@ class Callers:
         rows, self._loaded_at = connection.rows("SELECT * FROM api_key"), time.monotonic()
         self._keys = {row["prefix"]: row for row in rows}
 
-    def _of_token(self, token: bytes) -> Caller:
-        if not self._jwt_secret or token.count(b".") != 2:
+    def _of_token(self, token: str) -> Caller:
+        if not self._jwt_secret or token.count(".") != 2:
             raise Unauthorized("The credentials are not valid")
         algorithms, why = [JWT_ALGORITHM], "Sub, role or exp is wrong"
         try:
@@ -1569,11 +1569,6 @@ class Callers:
 def is_name(given: object) -> bool:
     """Tell whether something can name a caller: 1 to 200 printable characters."""
     return isinstance(given, str) and 0 < len(given.strip()) <= 200 and given.isprintable()
-
-
-def key_hash(key: bytes) -> str:
-    """Return what is stored of a key; its 256 random bits need no slow hash."""
-    return hashlib.sha256(key).hexdigest()
 
 
 def add_key(book: Book, **key: Any) -> None:
@@ -1687,7 +1682,7 @@ class Asked:
         self.accounts: list[str] = []
         self.effective_at: int | None = None
 
-    def credential(self) -> bytes:
+    def credential(self) -> str:
         """Return the one key or token that is brought, or raise Unauthorized."""
         credential = self.headers.get(b"x-api-key", b"")
         scheme, _, token = self.headers.get(b"authorization", b"").partition(b" ")
@@ -1695,7 +1690,7 @@ class Asked:
             credential = b"" if credential else token
         if not credential.strip():
             raise Unauthorized("Send one key or token: X-API-Key, or Authorization: Bearer")
-        return credential.strip()
+        return credential.strip().decode("latin-1")
 
     async def body(self, receive: Receive, room: Room, bytes_max: int) -> bytes:
         """Return the body, or raise BodyTooLarge; what comes later takes room that all share."""
@@ -6531,7 +6526,7 @@ def run_key_add(database: Database, options: argparse.Namespace) -> None:
         raise StartupError("the name must be 1 to 200 printable characters")
     prefix = f"{KEY_PREFIX}{secrets.token_hex(4)}"
     key = f"{prefix}_{secrets.token_urlsafe(32)}"
-    added = {"name": options.name, "role": options.role, "hash": key_hash(key.encode())}
+    added = {"name": options.name, "role": options.role, "hash": sha256(key)}
     administer(database, add_key, **added, prefix=prefix)
     print(key, flush=True)
     print(f"key {options.name!r} is in {database.name}, and shown this once", file=sys.stderr)
