@@ -6407,6 +6407,43 @@ def test_a_write_that_waits_too_long_is_refused_and_not_done(
 
 
 @on_sqlite
+def test_a_program_that_waits_too_long_for_another_is_refused_as_well(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "BUSY_SECONDS_MAX", 0.05)
+    with ledger.open_ledger(database) as books:
+        with held(database), pytest.raises(ledger.DatabaseBusy):
+            books.open_account(owner_name="Alice")
+        assert books.open_account(owner_name="Alice").owner_name == "Alice"
+
+
+def test_a_database_that_says_nothing_for_too_long_is_lost() -> None:
+    async def wait() -> None:
+        await ledger.in_time(asyncio.get_running_loop().create_future(), 0.01)
+
+    with pytest.raises(ledger.DatabaseLost):
+        asyncio.run(wait())
+
+
+def test_what_still_reads_is_ended_when_its_database_is_closed(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "CLOSING_SECONDS_MAX", 0.05)
+    endless = """WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers)
+        SELECT COUNT(*) FROM numbers"""
+    with closing(ledger.database_at(database)) as opened:
+
+        def read() -> None:
+            with opened.read("long") as connection:
+                connection.rows(endless)
+
+        reading = opened._long_readers.submit(read)
+        wait_until(lambda: bool(opened._busy))
+        opened.close()
+        assert isinstance(reading.exception(), ledger.LedgerError)
+
+
+@on_sqlite
 def test_a_full_disk_refuses_and_loses_nothing(bank: "BankInside") -> None:
     bank.given(alice=100)
     with bank.ledger.database.write() as writer:
@@ -7637,6 +7674,22 @@ def test_a_file_is_upgraded_when_it_is_served_and_kept_as_it_was(
             assert len(books.accounts().items) > 5
 
 
+@on_sqlite
+def test_a_command_that_makes_what_is_missing_upgrades_and_says_so(
+    new_database: "NewDatabase", capsys: pytest.CaptureFixture[str]
+) -> None:
+    with kept(EARLIER[-1], new_database) as (database, _):
+        with ledger.opened(ledger.Settings(database), make=True):
+            pass
+        said = f"{file_of(database)} was upgraded from version {EARLIER[-1]} to "
+        assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_ledger_of_today_is_not_upgraded_again(database: str) -> None:
+    with closing(ledger.database_at(database)) as present:
+        assert ledger.upgrade(present) == ""
+
+
 def contents_of(database: str) -> list[str]:
     """Return a file's tables and rows."""
     with closing(connect(database)) as connection:
@@ -8072,6 +8125,24 @@ def test_batches_are_measured_and_what_waits_for_one(bank: "BankInside") -> None
     after = [measured(bank, f"ledger_{name}")[()] for name in names]
     assert [new - old for old, new in zip(before, after, strict=True)] == [1, 3, 1]
     assert measured(bank, "ledger_waiting_commands") == {(): 0}
+
+
+@on_sqlite
+def test_a_mistake_in_what_is_due_is_logged_and_does_not_end_the_work(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ledger, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(ledger, "seal_events", None)
+
+    async def work() -> None:
+        working = asyncio.create_task(ledger.work_for_ever(bank.ledger))
+        while len(caplog.messages) < 2:
+            await asyncio.sleep(0.01)
+        working.cancel()
+
+    bank.runner.run(asyncio.wait_for(work(), 60))
+    assert caplog.messages[0] == "receipts or cashbacks met a mistake, and will be tried again"
+    assert "TypeError" in caplog.text
 
 
 def test_the_metrics_tell_the_program_its_process_and_its_log(bank: "BankInside") -> None:
@@ -9193,6 +9264,8 @@ def test_a_port_is_a_number(port: str) -> None:
         (["--port", "x"], {}, "the port must be a number from 0 to 65535, not 'x'"),
         (["--port", "0"], {"LEDGER_DATABASE_URL": "x://"}, "the database must be a plain file"),
         (["--port", "0", "--host", "\udcff"], {}, "there is no host"),
+        (["--port", "0", "--root-path", "x"], {}, "the root path must be like /money, not 'x'"),
+        (["key", "add", "--name", "\n", "--role", "admin"], {}, "the name must be 1 to 200 "),
         (["check", "--database-url", "sqlite:////nowhere/x.db"], {}, "there is no ledger at"),
         (["--port", "0"], {"HTTP_PROXY": "ftp://127.0.0.1:1"}, "proxy or certificates .* scheme"),
         (["--port", "0"], {"all_proxy": "socks5://127.0.0.1:1"}, "proxy or certificates .* SOCKS"),

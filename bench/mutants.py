@@ -23,9 +23,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections import ChainMap, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -284,24 +284,32 @@ class Known(NamedTuple):
         section = section_of(self.program, mutant.node.lineno)
         near = {name for name, of in self.sections.items() if of == section}
         ran = self.by_line[mutant.line] if mutant.line else near
+        found = ran | (near if mutant.line else self.seconds.keys())
 
-        def rank(name: str) -> tuple[bool, float]:
-            return name not in ran, self.seconds[name] * (1 if name in near else 3)
-
-        return sorted(ran | (near if mutant.line else self.seconds.keys()), key=rank)
+        known, places = Counter[str](), dict[str, float]()
+        for name in sorted(self.seconds, key=self.seconds.__getitem__):
+            known[name.split("[")[0]] += 1  # Of many cases of one test, the first tell the most.
+            places[name] = (
+                self.seconds[name] * known[name.split("[")[0]] * (1 if name in near else 5)
+            )
+        return sorted(found, key=lambda name: (name not in ran, places[name]))
 
 
 def known(suite: Suite, pool: ProcessPoolExecutor) -> Known:
     """Run all tests once, unless it was done for the same program and tests."""
-    at_once = suite.options.at_once
-    tests = PROGRAM.with_name("test_ledger.py").read_text()
-    name = hashlib.sha256((suite.program + tests + suite.options.tests).encode()).hexdigest()[:16]
+    tests, at_once = PROGRAM.with_name("test_ledger.py").read_text(), suite.options.at_once
+    name = hashlib.sha256((suite.program + tests).encode()).hexdigest()[:16]
     kept = Path(tempfile.gettempdir(), f"ledger-mutants-{name}.json")
-    if not kept.exists():
+    told: dict[str, Any] = {}
+    if not suite.options.tests and kept.exists():
+        told = json.loads(kept.read_text())
+    else:
         tell("which tests run which lines? All run once.")
-        shares = pool.map(suite.learn, [slice(first, None, at_once) for first in range(at_once)])
-        kept.write_text(json.dumps(dict(ChainMap(*shares))))
-    told, by_line = json.loads(kept.read_text()), defaultdict[int, set[str]](set)
+        for share in pool.map(suite.learn, [slice(n, None, at_once) for n in range(at_once)]):
+            told |= share
+    if not suite.options.tests:
+        kept.write_text(json.dumps(told))
+    by_line = defaultdict[int, set[str]](set)
     for name, (_, lines) in told.items():
         for line in lines:
             by_line[line].add(name)
@@ -328,8 +336,11 @@ def run(folder: Path, options: Any) -> int:
     chosen = dice.sample(found, min(options.mutants, len(found)))
     with ProcessPoolExecutor(options.at_once, multiprocessing.get_context("fork")) as pool:
         tests = known(suite, pool)
-        answers = pool.map(suite.seen_by, chosen, map(tests.tests, chosen))
-        for mutant, by in zip(chosen, answers, strict=True):
+        trying = {
+            pool.submit(suite.seen_by, mutant, tests.tests(mutant)): mutant for mutant in chosen
+        }
+        for answer in as_completed(trying):
+            mutant, by = trying[answer], answer.result()
             is_seen = by not in ("", OUT_OF_TIME)
             tried, seen = tried + 1, seen + is_seen
             print(f"{'seen' if is_seen else 'NOT SEEN':8}  {mutant}  {by}", flush=True)
