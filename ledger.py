@@ -322,6 +322,11 @@ def partial_index(name: str, *columns: str, where: str, unique: bool = False) ->
 class Stored(SQLModel, registry=sa.orm.registry()):
     """The base of all tables, which a program's own tables know nothing of; Public is another."""
 
+    __table_args__: Any = STRICT
+    __tablename__ = sa.orm.declared_attr.directive(
+        lambda cls: re.sub("(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+    )
+
 
 class Public(Stored):
     """What callers see of stored rows, and the base of the tables that hold more of them."""
@@ -794,9 +799,6 @@ DONE = Answer(200, "")
 class IdempotencyKey(Stored, table=True):
     """The answer that a key was given; `name` is `caller|operation|key`."""
 
-    __tablename__ = "idempotency_key"
-    __table_args__ = (STRICT,)
-
     name: str = Field(primary_key=True)
     fingerprint: str
     status: int
@@ -1122,7 +1124,6 @@ class CashbackPublic(Public):
 class ScheduledCashback(CashbackPublic, table=True):
     """A promise, by the server's clock or by the caller's; it is WAITING for a frozen account."""
 
-    __tablename__ = "scheduled_cashback"
     __table_args__ = (
         partial_index("cashback_due", "clock", "due_at", where=TO_CREDIT),
         partial_index("cashback_to_come", "account_id", where="status <> 'CREDITED'"),
@@ -3207,8 +3208,6 @@ class SealPublic(Public):
 class Seal(SealPublic, table=True):
     """Each seal, numbered 1, 2, 3 ..."""
 
-    __table_args__ = (STRICT,)
-
 
 class Seals(Page[SealPublic]):
     """Some seals, newest first; or those after one, oldest first, and the one to go on after."""
@@ -4553,7 +4552,6 @@ class PostgresDatabase(Database):
 class ApiKey(Stored, table=True):
     """A key that somebody may call with: its hash, and the prefix that is no secret."""
 
-    __tablename__ = "api_key"
     __table_args__ = (sa.CheckConstraint("role IN ('auditor', 'service', 'admin')"), STRICT)
 
     name: str = Field(primary_key=True)
@@ -4567,8 +4565,6 @@ class ApiKey(Stored, table=True):
 class Webhook(Stored, table=True):
     """A receiver, the last event that it has had, and when it is its turn, which may be never."""
 
-    __table_args__ = (STRICT,)
-
     id: str = Field(primary_key=True)
     url: str
     secret: str
@@ -4581,9 +4577,6 @@ class Webhook(Stored, table=True):
 
 class SchemaVersion(Stored, table=True):
     """The version of the tables, in one row, and how the database describes what was made."""
-
-    __tablename__ = "schema_version"
-    __table_args__ = (STRICT,)
 
     version: int = Field(primary_key=True)
     description: str
