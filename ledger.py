@@ -4910,9 +4910,7 @@ def show_progress(doing: str = "") -> None:
         print(f"\33[K{doing}", end="\r", file=sys.stderr, flush=True)
 
 
-def portions(
-    connection: Connection, table: str, brought: dict[str, str] | None = None
-) -> Iterator[list[Row]]:
+def portions(books: Connection, table: str, brought: Row | None = None) -> Iterator[list[Row]]:
     """Return all rows of a table in the order of its key, some at a time.
 
     What later versions `brought` to the rows of an earlier one is SQL over these.
@@ -4923,7 +4921,7 @@ def portions(
     shown = ", ".join(f"{value} AS {name}" for name, value in values.items())
     source = f"SELECT * FROM (SELECT {shown} FROM {table}) AS rows_of_today"  # noqa: S608
     query, position, count = source, Row(), 0
-    while rows := connection.rows(f"{query} ORDER BY {order} LIMIT {PORTION_ROWS}", **position):
+    while rows := books.rows(f"{query} ORDER BY {order} LIMIT {PORTION_ROWS}", **position):
         yield rows
         count += len(rows)
         show_progress(f"{table}: {count:,} rows")
@@ -5364,10 +5362,7 @@ def keep_names_in_nfc(connection: SqliteConnection) -> None:
 
 
 # What else a version does to the rows, after that.
-STEPS: dict[int, Sequence[Callable[[SqliteConnection], None]]] = {
-    3: (keep_names_in_nfc,),
-    4: (seal_all,),
-}
+STEPS: dict[int, Callable[[Any], None]] = {3: keep_names_in_nfc, 4: seal_all}
 
 
 def brought_since(version: int) -> dict[str, dict[str, str]]:
@@ -5410,8 +5405,7 @@ def upgrade_at_once(database: Database) -> str:
 def finish(connection: SqliteConnection, version: int, beside: set[str]) -> None:
     """Do what versions after one do to its rows, make triggers, and check the whole."""
     for later in range(version + 1, SCHEMA_VERSION + 1):
-        for step in STEPS.get(later, ()):
-            step(connection)
+        STEPS.get(later, lambda _: None)(connection)
     connection.execute("DELETE FROM schema_version")
     create_triggers(connection, beside)
     open_known(connection)
@@ -6112,9 +6106,7 @@ class Log(logging.Handler):
         self.taken = self.written = 0
         self.form = "json"
 
-    def add(
-        self, asked: Asked, method: str, route: str | None, status: int, seconds: float
-    ) -> None:
+    def add(self, asked: Asked, method: str, route: str | None, status: int, took: float) -> None:
         """Take a request; the route's template stands for its path, because paths hold names."""
         is_own_page = method == "GET" and asked.headers.get(b"sec-fetch-site") == b"same-origin"
         if self.form == "off" or (self.form == "text" and is_own_page):
@@ -6124,7 +6116,7 @@ class Log(logging.Handler):
             "method": method,
             "route": route,
             "status": status,
-            "ms": round(seconds * 1_000, 3),
+            "ms": round(took * 1_000, 3),
             "caller": asked.caller,
             "key": asked.key_prefix,
             "request_id": asked.id,
@@ -6216,9 +6208,8 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     listener = listen(options.host, options.port)
     if not re.fullmatch("(/[!-.0-~]+)*", options.root_path):
         raise StartupError(f"the root path must be like /money, not {options.root_path!r}")
-    settings = replace(
-        settings, root_path=options.root_path, demo=settings.demo and not options.no_demo
-    )
+    demo = settings.demo and not options.no_demo
+    settings = replace(settings, root_path=options.root_path, demo=demo)
     app = create_app(settings, for_others=not is_local(options.host))
     app.state.alone = True
     app.state.log.form = options.log or ("text" if sys.stderr.isatty() else "json")
@@ -6437,9 +6428,7 @@ HLEDGER_TYPES = {"assets": "C", "expenses": "X", "equity": "E", "liabilities": "
 def write_hledger(connection: Connection, events: Iterable[list[Row]], out: TextIOWrapper) -> None:
     """Write a journal, in which a DEBIT is positive, as accountants know it."""
     names, declared = hledger_names(connection), set()
-    for transaction_id, entries in groupby(
-        exported(connection, events), itemgetter("transaction_id")
-    ):
+    for event_id, entries in groupby(exported(connection, events), itemgetter("transaction_id")):
         head, postings = "", ""
         for entry in entries:
             name, asset, exponent = names[entry["account_id"]], entry["asset"], entry["exponent"]
@@ -6452,7 +6441,7 @@ def write_hledger(connection: Connection, events: Iterable[list[Row]], out: Text
                     out.write(directive)
             change = entry["amount"] if entry["type"] == "DEBIT" else -entry["amount"]
             postings += f"    {name}  {symbol} {decimal_text(change, exponent)}\n"
-            head = f"{utc_text(entry['ts'])[:10]} ({transaction_id}) "
+            head = f"{utc_text(entry['ts'])[:10]} ({event_id}) "
             head += plain(f"{entry['kind']} {entry['memo'] or ''}")
         out.write(f"\n{head}\n{postings}\n")
 
@@ -6874,12 +6863,11 @@ async function balances() {
   const counts = new Map(totals.items.map((total) => [total.asset, total.accounts]));
   const used = items.filter(({ asset }) => counts.has(asset)).sort(
     (one, other) => counts.get(other.asset) - counts.get(one.asset));
-  return el("div", { class: "assets" }, used.map(({ asset, customers, system, total }) => {
-    const owed = Object.entries(system).filter(([, sum]) => sum !== "0");
-    const sums = [["customers", customers], ...owed, ["total", total]];
-    return table(asset, ["Where", "Balance"], [[["Accounts"], counts.get(asset)],
-      ...sums.map(([place, sum]) => [[words(place)], decimal(sum, asset)])]);
-  }));
+  return el("div", { class: "assets" }, used.map(({ asset, customers, system, total }) =>
+    table(asset, ["Where", "Balance"], [[["Accounts"], counts.get(asset)],
+      ...Object.entries({ customers, ...system, total })
+        .filter(([place, sum]) => sum !== "0" || !(place in system))
+        .map(([place, sum]) => [[words(place)], decimal(sum, asset)])])));
 }
 // What happened last, newest first; who may not read events sees transactions alone.
 async function latest() {
@@ -7091,20 +7079,16 @@ draw();
 """
 
 
-def own_source(tag: str) -> str:
-    """Return the policy that allows the page's one script or style by its hash."""
-    [text] = re.findall(f"<{tag}.*?>(.*?)</{tag}>", PAGE, re.DOTALL)
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
-
-
+# The page's one script and its one style are allowed by their hashes.
+OWN = [
+    f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    for tag, text in re.findall(r"<(script|style).*?>(.*?)</\1>", PAGE, re.DOTALL)
+]
 PAGE_POLICY = (
-    f"default-src 'none'; {own_source('script')}; {own_source('style')}; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    f"default-src 'none'; {'; '.join(OWN)}; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-
-
 PAGE_RESPONSE = HTMLResponse(PAGE, headers={"content-security-policy": PAGE_POLICY})
 
 
