@@ -24,7 +24,6 @@ Terms, with an example of each:
     operation        what can happen to money or to an account                 deposit, transfer
     contra account   the system account on the other side of an operation      cash
     idempotency key  the caller's name for one intent, which acts only once    pay-day
-    command          an operation, its arguments and the caller who asks       POST /transfers
     batch            the commands that are committed to disk together          1 to some hundreds
 
 Sign convention: every account is credit-normal. CREDIT raises a balance, DEBIT lowers it, and a
@@ -196,12 +195,6 @@ UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 def utc_now() -> int:
     """Return the time as it is stored."""
     return time.time_ns() // 1_000
-
-
-def random_digits() -> Iterator[str]:
-    """Yield 15 digits at a time, of which the system is asked for many at once: it takes long."""
-    while True:
-        yield from re.findall(".{15}", secrets.token_hex(120))
 
 
 def time_of_id(given: str) -> int:
@@ -497,7 +490,7 @@ class Book:
     def __init__(self, connection: "Connection") -> None:
         self.connection = connection
         self.now, self.last_time = utc_now(), 0  # The latter is of the last id, in 2^-12 ms.
-        self.random = random_digits()
+        self.random: list[str] = []
         self.is_tidy = True  # Whether all holds that have expired were released.
         # What is recorded of the command whose turn it is; before the first it is the system's.
         self.asked: Row = {"caller": "system", "arguments": "{}", "effective_at": None, "key": None}
@@ -582,7 +575,7 @@ class Book:
             self.lock([f"{other}@{asset}" for other in CONTRA_NAMES])
         return self.accounts[f"{name}@{asset}"]
 
-    def open(self, owner_name: str, asset: str, name: str | None, **columns: Any) -> Account:
+    def open(self, owner_name: str, asset: str, name: str | None = None, **columns: Any) -> Account:
         """Add an empty account, or raise AccountExists or ExternalIdExists."""
         self.lock([f"{name}@{asset}"] if name else [])
         if name and (other := self.accounts.get(f"{name}@{asset}")):
@@ -643,7 +636,9 @@ class Book:
     def new_id(self) -> str:
         """Return a version 7 UUID (RFC 9562): 60 bits of time, which rises, and 60 to be drawn."""
         self.last_time += 1
-        head, drawn = (self.last_time << 4).to_bytes(8).hex(), next(self.random)
+        if not self.random:  # Many at once: to ask the system takes long.
+            self.random = re.findall(".{15}", secrets.token_hex(120))
+        head, drawn = (self.last_time << 4).to_bytes(8).hex(), self.random.pop()
         return f"{head[:8]}-{head[8:12]}-7{head[12:15]}-8{drawn[:3]}-{drawn[3:]}"
 
     def remember(self, account: Account) -> None:
@@ -745,10 +740,9 @@ def require_balanced(legs: Sequence[Leg]) -> None:
 
 def require_active(account: Account) -> None:
     """Refuse an account that moves no money."""
-    if account.status == "FROZEN":
-        raise AccountFrozen(f"Account {account.id} is frozen", account.id)
-    if account.status == "CLOSED":
-        raise AccountClosed(f"Account {account.id} is closed", account.id)
+    if account.status != "ACTIVE":
+        refusal = AccountFrozen if account.status == "FROZEN" else AccountClosed
+        raise refusal(f"Account {account.id} is {account.status.lower()}", account.id)
 
 
 def require_funds(leg: Leg) -> None:
@@ -1048,16 +1042,14 @@ def add_asset(book: Book, **columns: Any) -> AssetPublic:
     return asset
 
 
-def open_account(
-    book: Book, *, owner_name: str, asset: str, name: str | None = None, **columns: Any
-) -> Account:
+def open_account(book: Book, *, owner_name: str, asset: str, **columns: Any) -> Account:
     """Open an empty account for a customer."""
     if find_asset(book, asset).closed_loop:
         if asset in ASSETS:
             raise AssetClosedLoop(f"The accounts of {asset} are opened as wallets")
         if columns.get("credit_limit"):
             raise AssetClosedLoop(f"{asset} is issued, and nobody owes it: leave credit_limit out")
-    account = book.open(owner_name, asset, name, **columns)
+    account = book.open(owner_name, asset, **columns)
     book.record("open_account", account, credit_limit=account.credit_limit or None)
     return account
 
