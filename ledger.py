@@ -138,7 +138,6 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import AfterValidator, BaseModel, BeforeValidator, TypeAdapter, ValidationError
@@ -336,14 +335,6 @@ class Public(Stored):
         return shown
 
 
-def available(funds: Any) -> int:
-    """Return what an account may spend, or several together."""
-    return int(funds.balance - funds.held + funds.credit_limit)
-
-
-AVAILABLE = "balance - held + credit_limit"  # The same for the database.
-
-
 class AccountPublic(Public):
     """An account in minor units; `held` is promised, and `name` is a dialect's own name for it."""
 
@@ -359,9 +350,10 @@ class AccountPublic(Public):
     notes: StoredMetadata = None
     created_at: Timestamp
 
-    @pydantic.computed_field
+    @pydantic.computed_field  # type: ignore[prop-decorator]
+    @property
     def available(self) -> int:
-        return available(self)
+        return self.balance - self.held + self.credit_limit
 
 
 class Account(AccountPublic):
@@ -382,7 +374,7 @@ class AccountTable(Account, table=True):
         sa.CheckConstraint("kind IN ('CUSTOMER', 'SYSTEM')"),
         # For a list of three, SQLite makes an index at each change.
         sa.CheckConstraint("status = 'ACTIVE' OR status IN ('FROZEN', 'CLOSED')"),
-        sa.CheckConstraint(f"held >= 0 AND ({AVAILABLE} >= 0 OR kind = 'SYSTEM')"),
+        sa.CheckConstraint("held >= 0 AND (balance - held + credit_limit >= 0 OR kind = 'SYSTEM')"),
         sa.CheckConstraint(f"credit_limit BETWEEN 0 AND {AMOUNT_MAX}"),
         sa.CheckConstraint("balance = 0 OR status <> 'CLOSED'"),
         sa.CheckConstraint("last_seq > 0 OR (last_seq = 0 AND balance = 0)"),
@@ -456,11 +448,10 @@ CHANGING_COLUMNS = {
     "api_key": ("revoked_at",),
     "webhook": ("position", "failures", "due_at", "last_error"),
 }
-# Not among those, because with each of them SQLite would write the index of names anew.
-NAMING_COLUMNS = {"account": ("owner_name", "notes", "credit_limit")}
-CHANGEABLE = {
-    table: {*columns, *NAMING_COLUMNS.get(table, ())} for table, columns in CHANGING_COLUMNS.items()
-}
+# Of accounts too, but not among those: with each SQLite would write the index of names anew.
+NAMING_COLUMNS = ("owner_name", "notes", "credit_limit")
+CHANGEABLE = {table: {*columns} for table, columns in CHANGING_COLUMNS.items()}
+CHANGEABLE["account"] |= {*NAMING_COLUMNS}
 
 
 # ----- Posting
@@ -736,6 +727,8 @@ def require_balanced(legs: Sequence[Leg]) -> None:
             debits = -sum(amount for amount in given if amount < 0)
             sums = {"asset": asset, "debits": debits, "credits": sum(given) + debits}
             raise Unbalanced(f"The debits of {asset} must equal its credits", **sums)
+    if not legs:
+        raise Unbalanced("There must be entries")
 
 
 def require_active(account: Account) -> None:
@@ -748,10 +741,9 @@ def require_active(account: Account) -> None:
 def require_funds(leg: Leg) -> None:
     """Refuse a leg that needs more than is available, or would take a balance out of bounds."""
     account, amount = leg
-    if amount < 0 and account.kind == "CUSTOMER" and available(account) + amount < 0:
-        may_spend = available(account)
-        why = f"Of account {account.id}, {may_spend} is available, and {-amount} is needed"
-        sums = {"balance": account.balance, "available": may_spend, "requested": -amount}
+    if amount < 0 and account.kind == "CUSTOMER" and account.available + amount < 0:
+        why = f"Of account {account.id}, {account.available} is available, and {-amount} is needed"
+        sums = {"balance": account.balance, "available": account.available, "requested": -amount}
         raise InsufficientFunds(why, account.id, **sums, credit_limit=account.credit_limit)
     balance_max = CUSTOMER_MAX if account.kind == "CUSTOMER" else BALANCE_MAX
     # What an earlier version let grow beyond may come back.
@@ -1305,17 +1297,17 @@ def change_account(book: Book, reference: str, **changes: Any) -> Account:
         require_open_loop(book, account)
         if account.status == "CLOSED":
             require_active(account)
-        if available(account) - account.credit_limit + limit < 0:
+        if account.balance - account.held + limit < 0:
             why = f"Account {account.id} uses more than a credit limit of {limit} allows"
             sums = {"balance": account.balance, "held": account.held}
-            raise CreditLimitInUse(why, account.id, **sums, available=available(account))
+            raise CreditLimitInUse(why, account.id, **sums, available=account.available)
         before = {"before": {"credit_limit": account.credit_limit}}
         told = json.dumps(json.loads(book.asked["arguments"]) | before)
         event = {"credit_limit": limit, "arguments": told}
     book.record("update_account", account, **event)
     book.change("account", vars(account), **changes)
     book.write()
-    book.connection.update("account", NAMING_COLUMNS["account"], [vars(account)])
+    book.connection.update("account", NAMING_COLUMNS, [vars(account)])
     if "notes" in changes:
         book.connection.execute("DELETE FROM note WHERE owner_id = :id", id=account.id)
         book.index_metadata(vars(account))
@@ -2691,9 +2683,10 @@ class Total(BaseModel):
     held: int
     credit_limit: int
 
-    @pydantic.computed_field
+    @pydantic.computed_field  # type: ignore[prop-decorator]
+    @property
     def available(self) -> int:
-        return available(self)
+        return self.balance - self.held + self.credit_limit
 
 
 class Totals(BaseModel):
@@ -7081,7 +7074,7 @@ PAGE_POLICY = (
     "form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-PAGE_RESPONSE = HTMLResponse(PAGE, headers={"content-security-policy": PAGE_POLICY})
+PAGE_RESPONSE = Response(PAGE, 200, {"content-security-policy": PAGE_POLICY}, "text/html")
 
 
 if __name__ == "__main__":
