@@ -6561,7 +6561,7 @@ def test_the_server_that_can_be_written_to_is_found_among_several(postgresql: st
     with new_postgresql(postgresql) as url, closing(psycopg.connect(url, autocommit=True)) as admin:
         name, host = admin.info.dbname, f"/nowhere,{admin.info.host}"
         several = with_parameters(url, host=host, target_session_attrs="read-write")
-        with opened(several) as bank:
+        with opened(several) as bank, opened(url) as anywhere:
             bank.given(alice=5)
             # The primary becomes a standby: what is connected can only read, and nobody else can
             # connect to write.
@@ -6569,7 +6569,9 @@ def test_the_server_that_can_be_written_to_is_found_among_several(postgresql: st
             for begin in (bank.ledger.database.read, bank.ledger.database.write):
                 with begin() as connection:
                     connection.execute(read_only)
-            assert refusal(bank.get("/health")) == (503, "database_unavailable")
+            anywhere.ledger.database.disconnect()
+            for each in (bank, anywhere):
+                assert refusal(each.get("/health")) == (503, "database_unavailable")
             for _ in range(2):
                 refused = bank.deposit("alice", 1, key="k")
                 assert refusal(refused) == (503, "database_unavailable")
@@ -7296,6 +7298,18 @@ def verified(folder: Path, events: str, seals: list[Any]) -> bool:
 def seal_now(bank: "BankInside") -> None:
     """Seal what is new, as a running server does."""
     bank.runner.run(ledger.seal_events(bank.ledger))
+
+
+def test_the_check_needs_no_account_at_hand(
+    evident: "Bank", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "ACCOUNTS_KEPT", 0)
+    assert evident.wrong() == []
+
+
+def test_an_id_tells_when_it_was_drawn() -> None:
+    drawn = [ledger.is_time_of(id_, ts) for id_, ts in ((NOBODY, 0), (NOBODY, 1), ("nobody", 0))]
+    assert drawn == [True, False, False]
 
 
 def seal_rows(bank: "Bank") -> list[Any]:
@@ -8029,6 +8043,7 @@ def test_head_is_get_without_the_body(server: "Server") -> None:
 
 def test_the_api_describes_itself(demo: "Bank") -> None:
     paths = demo.get("/openapi.json").json()["paths"]
+    assert demo.get("/openapi.json").json()["paths"] == paths, "it is made once"
     described = {(method.upper(), path) for path, item in paths.items() for method in item}
     assert described == set(MATRIX) - {("GET", "/metrics")} | DESCRIBED
     transfer = paths["/transfers"]["post"]
@@ -8500,6 +8515,12 @@ def test_a_program_is_told_what_it_does_not_say_well(books: ledger.Books, databa
     for caller in ("", None, "a\0b", 5):
         with pytest.raises(ledger.StartupError, match="the caller's name must be"):
             ledger.open_ledger(database, caller=caller)  # type: ignore[arg-type]
+
+
+def test_what_is_no_ledger_is_refused_to_a_program(tmp_path: Path) -> None:
+    (tmp_path / "x.db").write_bytes(b"a letter, and no ledger" * 100)
+    with pytest.raises(ledger.StartupError, match="cannot open"):
+        ledger.open_ledger(f"sqlite:///{tmp_path}/x.db")
 
 
 def test_two_ledgers_live_in_one_process(new_database: "NewDatabase") -> None:
