@@ -1576,29 +1576,32 @@ def revoke_key(book: Book, name: str) -> None:
 
 def require_local(scope: Scope, headers: Mapping[bytes, bytes]) -> None:
     """Refuse whoever is not on this machine: another peer, a proxy, a page of another site."""
-    if tells_of_proxy(tuple(headers)):
-        raise Forbidden("In open mode no proxy may stand in front of the ledger")
-    host = headers.get(b"host", b"")
     peer, own_name = ((scope.get(end) or [""])[0] for end in ("client", "server"))
+    told = (headers.get(name) for name in (b"host", b"origin", b"sec-fetch-site"))
+    if refusal := open_mode_refusal(tuple(headers), peer, own_name, scope["scheme"], *told):
+        raise Forbidden(f"In open mode {refusal}")
+
+
+@lru_cache(maxsize=100)
+def open_mode_refusal(
+    names: Sequence[bytes], peer: str, own_name: str, scheme: str, *told: bytes | None
+) -> str:
+    """Return what is wrong with a caller, if anything is; most of them tell the same."""
+    host, origin, site = told
+    if any(name.startswith(PROXY_HEADERS) for name in names):
+        return "no proxy may stand in front of the ledger"
     # A server's own name is an address; any other is that of an application called in-process.
     is_inside = not re.fullmatch("[0-9.]*|.*:.*", own_name)
     if not (is_local(peer) or (is_inside and peer == "testclient")):
-        raise Forbidden("In open mode only callers on this machine are served")
-    if not (is_local(host.decode("latin-1")) or is_inside):
-        raise Forbidden("In open mode the Host must be this machine's own name")
-    own = scope["scheme"].encode() + b"://" + host
-    is_own = headers.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none")
-    if not is_own or headers.get(b"origin", own) != own:
-        raise Forbidden("In open mode no page of another origin is served")
+        return "only callers on this machine are served"
+    if not (is_local((host or b"").decode("latin-1")) or is_inside):
+        return "the Host must be this machine's own name"
+    own = scheme.encode() + b"://" + (host or b"")
+    if site not in (None, b"same-origin", b"none") or origin not in (None, own):
+        return "no page of another origin is served"
+    return ""
 
 
-@lru_cache(maxsize=1_000)
-def tells_of_proxy(names: Sequence[bytes]) -> bool:
-    """Tell whether one of a request's headers is a proxy's; most callers send the same ones."""
-    return any(name.startswith(PROXY_HEADERS) for name in names)
-
-
-@lru_cache(maxsize=1_000)
 def is_local(host: str) -> bool:
     """Tell whether a host, with or without a port, is this machine: no other site can have it."""
     name = re.sub(r"^(\[.*\]|[^:]*):[0-9]*$", r"\1", host.lower())
@@ -1654,10 +1657,11 @@ class Asked:
             # One that is repeated is wrong wherever it counts: no good value is a line break.
             counted = Counter(name for name, _ in given)
             self.headers |= {name: b"\n" for name, count in counted.items() if count > 1}
-        request_id = self.headers.get(b"x-request-id", b"")
-        is_sane = re.fullmatch(rb"[\w.:-]{1,128}", request_id)
         # It is no secret, and this is quicker than asking the system.
-        self.id = request_id.decode() if is_sane else f"{random.getrandbits(128):032x}"
+        self.id = f"{random.getrandbits(128):032x}"
+        request_id = self.headers.get(b"x-request-id")
+        if request_id and re.fullmatch(rb"[\w.:-]{1,128}", request_id):
+            self.id = request_id.decode()
         self.caller: str | None = None
         self.role = "admin"  # As a program has it that opens the ledger itself.
         self.key_prefix: str | None = None
@@ -1723,6 +1727,7 @@ def unique_members(members: list[tuple[str, Any]]) -> Row:
     return unique
 
 
+JSON_TYPE = re.compile(rb"(?is)\s*application/([\w!#$&.^-]+\+)?json\s*(;.*)?")
 # NaN and the infinities, which Python would take, are none of JSON's numbers; nor of int's.
 JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=int, parse_float=Decimal)
 
@@ -2117,8 +2122,7 @@ class LedgerRoute(APIRoute):
         """Return the parsed body; where none is expected, refuse what would be ignored."""
         if self.body_field:
             # No page of another site can declare a body to be JSON.
-            declared = asked.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            if not re.fullmatch(rb"application/([\w!#$&.^-]+\+)?json", declared):
+            if not JSON_TYPE.fullmatch(asked.headers.get(b"content-type", b"")):
                 raise UnsupportedMediaType("The Content-Type must be application/json")
             return parse_json(body)
         if body and parse_json(body) != {}:
