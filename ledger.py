@@ -1842,7 +1842,7 @@ ExternalId = Annotated[Printable, AfterValidator(NOT_BLANK)]
 Name = Annotated[ExternalId, NFC, pydantic.Field(examples=["alice"])]
 Uuid = Annotated[str, pydantic.StringConstraints(pattern=UUID_PATTERN)]
 AccountId = Annotated[Uuid, names_account("{}"), pydantic.Field(examples=[ALICE])]
-HoldOrTransactionId = Annotated[Uuid, names_account(ACCOUNTS_OF + "{}")]
+LockedId = Annotated[Uuid, names_account(ACCOUNTS_OF + "{}")]
 OtherAccountId = Annotated[AccountId, pydantic.Field(examples=[BOB])]
 PlainInt = Annotated[int, PLAIN_DIGITS]
 SealNumber = Annotated[PlainInt, pydantic.Field(ge=0, le=2**53)]
@@ -1944,6 +1944,7 @@ class Policy(NamedTuple):
 # By whom a book is written, which takes a key where it counts that it is done once, or is read.
 ByService = Annotated[Book, Policy(SERVICES)]
 OnceByService = Annotated[Book, Policy(SERVICES, key="required")]
+InBulkByService = Annotated[Book, Policy(SERVICES, "required", body_bytes_max=8 * BODY_BYTES_MAX)]
 ByAdmin = Annotated[Book, Policy(ADMINS)]
 OnceByAdmin = Annotated[Book, Policy(ADMINS, key="required")]
 ByReader = Annotated["Connection", Policy(READERS)]
@@ -2481,9 +2482,8 @@ def find_account(books: "Connection", reference: str) -> Row:
 
 
 # The ledger's own time, by which writes go too: this machine's clock, or the newest event's.
-NOW = (
-    f"(SELECT max(ts) FROM (SELECT :now AS ts UNION ALL SELECT ts FROM ({NEWEST_EVENT}) AS e) AS t)"  # noqa: S608
-)
+NEWEST_TS = f"SELECT ts FROM ({NEWEST_EVENT}) AS newest"  # noqa: S608
+NOW = f"(SELECT max(ts) FROM (SELECT :now AS ts UNION ALL {NEWEST_TS}) AS times)"  # noqa: S608
 BEHIND = f'{NOW} - :now AS "newest event", {{0}} - :now AS "database server"'
 IS_OVER_NOW = IS_OVER.replace(":now", NOW)
 # Of two columns of one name, the later one counts: what expired holds still hold is available.
@@ -2876,7 +2876,7 @@ class ReversalCreate(EventCreate, Effective): ...
     responses=refuses(*MOVING, AlreadyReversed, NotReversible, CashbackCredited),
 )
 def reverse_transaction(
-    book: OnceByAdmin, transaction_id: HoldOrTransactionId, body: ReversalCreate
+    book: OnceByAdmin, transaction_id: LockedId, body: ReversalCreate
 ) -> TransactionPublic:
     """Take a transaction back as a whole, once."""
     return find_transaction(book.ask, reverse(book, transaction_id, **vars(body)))
@@ -2904,10 +2904,7 @@ class BulkPublic(BaseModel):
 
 
 @api.post("/transfers/bulk", responses=refuses(BulkFailed))
-def create_transfers(
-    book: Annotated[Book, Policy(SERVICES, key="required", body_bytes_max=8 * BODY_BYTES_MAX)],
-    body: BulkCreate,
-) -> BulkPublic:
+def create_transfers(book: InBulkByService, body: BulkCreate) -> BulkPublic:
     """Make many transfers in one commit."""
     transfers = [
         vars(each) | {"arguments": to_json(each, exclude_none=True).decode()}
@@ -2940,15 +2937,13 @@ class CaptureCreate(Effective):
 
 
 @api.post("/holds/{hold_id}/capture", responses=refuses(*HOLD_ENDS.values(), AmountExceedsHold))
-def capture_hold(
-    book: OnceByService, hold_id: HoldOrTransactionId, body: CaptureCreate
-) -> HoldPublic:
+def capture_hold(book: OnceByService, hold_id: LockedId, body: CaptureCreate) -> HoldPublic:
     """Move what a hold promised, once."""
     return HoldPublic(**capture(book, hold_id, **vars(body)))
 
 
 @api.post("/holds/{hold_id}/void", responses=refuses(*HOLD_ENDS.values()))
-def void_hold(book: ByService, hold_id: HoldOrTransactionId) -> HoldPublic:
+def void_hold(book: ByService, hold_id: LockedId) -> HoldPublic:
     """Give up what a hold promised."""
     return HoldPublic(**void(book, hold_id))
 
@@ -3353,6 +3348,8 @@ def open_ledger(database_url: str, *, caller: str = "local") -> Books:
 BANK_ACCOUNT = "bank:{}@USD"
 NOT_PAID = dict.fromkeys((AccountNotFound, InsufficientFunds), (400, "Payment failed"))
 NOT_TRANSFERRED = dict.fromkeys((*NOT_PAID, SameAccount), (400, "Transfer failed"))
+ToPay = Annotated[Book, Policy(SERVICES, errors=NOT_PAID)]
+ToTransfer = Annotated[Book, Policy(SERVICES, errors=NOT_TRANSFERRED)]
 BANK_OPERATIONS = {"open_account": "created", "DEPOSIT": "deposited", "WITHDRAWAL": "withdrawn"}
 BANK_OPERATIONS |= {"PAYMENT": "payment{}", "REVERSAL": "reversed"}
 # All other kinds move money between two customers.
@@ -3447,9 +3444,7 @@ class BankTransfer(RequestBody):
 
 
 @bank.post("/transfers", responses=refuses(SameAccount))
-def create_bank_transfer(
-    book: Annotated[Book, Policy(SERVICES, errors=NOT_TRANSFERRED)], body: BankTransfer
-) -> BankBalance:
+def create_bank_transfer(book: ToTransfer, body: BankTransfer) -> BankBalance:
     """Move money, and show the balance of the source."""
     source = BANK_ACCOUNT.format(body.source_account_id)
     transfer(book, source, BANK_ACCOUNT.format(body.target_account_id), amount=body.amount)
@@ -3463,9 +3458,7 @@ class BankPayment(BaseModel):
 
 
 @bank.post("/payments")
-def create_bank_payment(
-    book: Annotated[Book, Policy(SERVICES, errors=NOT_PAID)], body: BankMovement
-) -> BankPayment:
+def create_bank_payment(book: ToPay, body: BankMovement) -> BankPayment:
     """Pay, and get 2 % back after 24 hours of the caller's clock."""
     reference = BANK_ACCOUNT.format(body.account_id)
     cashback = pay(book, reference, amount=body.amount, payee="payments")
