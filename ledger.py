@@ -111,9 +111,17 @@ import sqlite3
 import threading
 import time
 import unicodedata
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -121,8 +129,8 @@ from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
 from io import TextIOWrapper
-from itertools import accumulate, chain, groupby, product
-from operator import add, attrgetter, itemgetter
+from itertools import accumulate, chain, groupby
+from operator import add, attrgetter, contains, itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import parse_qsl, urlsplit
@@ -189,6 +197,7 @@ def minor_units(decimal: str, exponent: int) -> int:
 # Both rise from commit to commit, and an id begins with its time.
 
 UUID_PATTERN = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
+is_uuid = re.compile(UUID_PATTERN).fullmatch
 
 
 def utc_now() -> int:
@@ -198,7 +207,7 @@ def utc_now() -> int:
 
 def time_of_id(given: str) -> int:
     """Return the time that an id begins with, or raise DatabaseUnavailable where it is none."""
-    if not re.fullmatch(UUID_PATTERN, given):
+    if not is_uuid(given):
         raise DatabaseUnavailable(f"The event {given!r} is damaged: run python ledger.py check")
     return int(given[:8] + given[9:13] + given[15:18], 16)
 
@@ -3862,17 +3871,6 @@ class SqliteConnection:
         return self.driver.execute(self.text(statement), self.adapt(values))
 
     @staticmethod
-    def as_object(members: Mapping[str, str]) -> str:
-        """Return what makes JSON of columns, without blanks, in the order of names."""
-        pairs = [f"'{name}', {members[name]}" for name in sorted(members)]
-        return f"json_object({', '.join(pairs)})"
-
-    @staticmethod
-    def as_list(each: str) -> str:
-        """Return what makes a list of JSON."""
-        return f"json_group_array({each})"
-
-    @staticmethod
     @lru_cache
     def text(statement: str) -> str:
         """Return a statement as the driver reads it."""
@@ -3970,15 +3968,6 @@ class PostgresConnection(SqliteConnection):
     writes = f"""SELECT virtualtransaction AS write FROM pg_locks WHERE locktype = 'advisory'
     AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {WRITE_LOCK} AND objsubid = 1
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""  # noqa: S608
-
-    @staticmethod
-    def as_object(members: Mapping[str, str]) -> str:
-        columns = ", ".join(f"{members[name]} AS {name}" for name in sorted(members))
-        return f"row_to_json((SELECT row FROM (SELECT {columns}) AS row))"  # noqa: S608
-
-    @staticmethod
-    def as_list(each: str) -> str:
-        return f"COALESCE(array_to_json(array_agg({each})), '[]')"
 
     @staticmethod
     @lru_cache
@@ -4915,7 +4904,7 @@ def portions(books: Connection, table: str, brought: Row | None = None) -> Itera
 # ----- Seals
 # What happened as lines that never change, the hashes over them, and whether all rows say the same.
 
-SEAL_EVENTS, SEAL_EVENTS_MAX, READ_KEYS, AFTER_ALL = 1_000, 5_000, 1_000, "~"
+SEAL_EVENTS, SEAL_EVENTS_MAX, AFTER_ALL = 1_000, 5_000, "~"
 NO_SEAL: Row = {"id": 0, "ts": 0, "until": "", "events": 0, "hash": "0" * 64}
 NEWEST_SEAL = "SELECT * FROM seal ORDER BY id DESC LIMIT 1"
 # What a line has; a member that a later version adds stands where it is something, and else not,
@@ -4936,58 +4925,58 @@ ACCOUNT_ARGUMENTS = (
 )  # fmt: skip
 BECOMES = {"freeze": "FROZEN", "unfreeze": "ACTIVE", "close": "CLOSED"}
 ID_AHEAD_MAX, ACCOUNTS_KEPT = 60_000_000, 20_000
-NOBODY: Row = {"side": "nobody", "asset": None, "names": ()}
+# Of an account: its asset, its own name where it is the system's, and what events may call it.
+AccountTold = tuple[str, str, Container[str]]
+NOBODY: AccountTold = ("", "nobody", ())
 MADE_HOLDS = """SELECT event.id AS event_id, hold.* FROM event JOIN hold ON hold.id =
     (SELECT max(id) FROM hold AS made WHERE account_id = event.account_id AND made.id < event.id)
     WHERE event.id = ANY(:ids)"""
 OF_ACCOUNTS = f"SELECT * FROM event WHERE account_id = ANY(:ids) AND {NO_ENTRIES} ORDER BY id"  # noqa: S608
 # Of many transfers none may have been possible. Keys from before events knew them are left out, and
 # so are later ones of the same microsecond, which is one for long where a clock is behind.
-DONE_KEYS = """status < 400 AND body NOT LIKE '{"succeeded"_0,%' AND ts > (
-    SELECT COALESCE((SELECT max(ts) FROM event WHERE id < begun), -1)
-    FROM (SELECT min(id) AS begun FROM event WHERE key IS NOT NULL) AS known
-    WHERE begun IS NOT NULL)"""
+DONE_KEYS = """FROM idempotency_key WHERE status < 400 AND ts > :since
+    AND body NOT LIKE '{"succeeded"_0,%'"""
+NOT_DONE = f"SELECT name {DONE_KEYS} EXCEPT SELECT key FROM event LIMIT 1"  # noqa: S608
 HOLDS_BY_STATUS = "SELECT status, count(*) AS n FROM hold GROUP BY status"
-NOT_DONE = f"""SELECT name FROM idempotency_key WHERE {DONE_KEYS}
-    EXCEPT SELECT key FROM event WHERE key IS NOT NULL LIMIT 1"""  # noqa: S608
 
 
-def read_lines(connection: SqliteConnection, after: str, until: str, limit: int) -> list[Row]:
-    """Return some events in their order: the id, the time and the line of each."""
-    members = {name: name for name in {*TABLES["entry"].columns.keys()} if name != "transaction_id"}
-    entries = "(SELECT * FROM entry WHERE transaction_id = event.id ORDER BY id) AS entry"
-    listed = connection.as_list(connection.as_object(members))
-    columns = {name: name for name in {*TABLES["event"].columns.keys()}}
-    columns["entries"] = f"(SELECT {listed} FROM {entries})"  # noqa: S608
-    query = f"""SELECT id, ts, CAST({connection.as_object(columns)} AS text) AS line FROM event
-        WHERE id > :after AND id <= :until ORDER BY id LIMIT :limit"""  # noqa: S608
-    rows = connection.rows(query, after=after, until=until, limit=limit)
-    for row, name in product(rows, {*TABLES["event"].columns.keys()} - LINE_MEMBERS):
-        # No text looks like this, because in JSON it has no quote of its own.
-        row["line"] = row["line"].replace(f'"{name}":null,', "")
-    return rows
-
-
-def parse_lines(lines: list[Row]) -> list[Row]:
-    """Return the events that lines tell of, with their entries."""
-    text = ",".join([row["line"] for row in lines])
-    events: list[Row] = from_json(f"[{text}]", cache_strings="keys")
+def read_events(connection: SqliteConnection, after: str, until: str, limit: int) -> list[Row]:
+    """Return some events in the order of ids, each with its entries and its line."""
+    columns = {name: [*TABLES[name].columns.keys()] for name in ("event", "entry")}
+    shown = sorted([*columns["event"], "entries"])
+    members = ", ".join("NULL AS entries" if name == "entries" else name for name in shown)
+    query = f"""SELECT {members} FROM event WHERE id > :after AND id <= :until
+        ORDER BY id LIMIT :limit"""  # noqa: S608
+    events = connection.rows(query, after=after, until=until, limit=limit)
+    last = events[-1]["id"] if events else after
+    query = f"""SELECT {", ".join(sorted(columns["entry"]))} FROM entry WHERE transaction_id >
+        :after AND transaction_id <= :last ORDER BY transaction_id, id"""  # noqa: S608
+    entries: defaultdict[str, list[Row]] = defaultdict(list)
+    for entry in connection.rows(query, after=after, last=last):
+        entries[entry.pop("transaction_id")].append(entry)
+    later = {*columns["event"]} - LINE_MEMBERS
+    for event in events:
+        event["entries"] = entries[event["id"]]
+        told = event
+        if later:
+            told = {name: event[name] for name in event if name not in later or event[name]}
+        event["line"] = to_json(told)
     return events
 
 
-def next_seal(before: Row, lines: list[Row]) -> Row:
-    """Return the seal of some lines, which follows another one."""
-    sealed = "\n".join([before["hash"], *(row["line"] for row in lines), ""])
-    seal = {"id": before["id"] + 1, "ts": lines[-1]["ts"], "until": lines[-1]["id"]}
-    seal["events"] = before["events"] + len(lines)
-    return seal | {"hash": sha256(sealed)}
+def next_seal(before: Row, events: list[Row]) -> Row:
+    """Return the seal of some events, which follows another one."""
+    sealed = b"\n".join([before["hash"].encode(), *(event["line"] for event in events), b""])
+    seal = {"id": before["id"] + 1, "ts": events[-1]["ts"], "until": events[-1]["id"]}
+    seal["events"] = before["events"] + len(events)
+    return seal | {"hash": hashlib.sha256(sealed).hexdigest()}
 
 
 def new_seal(connection: SqliteConnection, until: str = AFTER_ALL) -> Row | None:
     """Return the seal of what is not sealed until an event, of the first of it where it is much."""
     [before] = connection.rows(NEWEST_SEAL) or [NO_SEAL]
-    lines = read_lines(connection, before["until"], until, SEAL_EVENTS)
-    return next_seal(before, lines) if lines else None
+    events = read_events(connection, before["until"], until, SEAL_EVENTS)
+    return next_seal(before, events) if events else None
 
 
 def seal_all(connection: SqliteConnection) -> None:
@@ -5015,45 +5004,57 @@ async def seal_events(ledger: Ledger) -> None:
         await ledger.submit(Command("system", "{}", partial(add, seal=seal)))
 
 
-def sealed_lines(connection: SqliteConnection) -> Iterator[tuple[Row | None, list[Row]]]:
-    """Return each seal with the lines that it covers, and then those that none does."""
-    position = ""
-    for seals in portions(connection, "seal"):
-        for seal in seals:
-            yield seal, read_lines(connection, position, seal["until"], SEAL_EVENTS_MAX)
-            position = seal["until"]
-    while lines := read_lines(connection, position, AFTER_ALL, SEAL_EVENTS):
-        yield None, lines
-        position = lines[-1]["id"]
-
-
 def check_history(connection: SqliteConnection, known: str) -> Iterator[tuple[str, int, list[str]]]:
     """Verify that the seals are those of the events, and that all rows are what these tell.
 
     `known` is the hash of a seal that was kept elsewhere, or nothing.
     """
-    history, before, wrong = History(connection), NO_SEAL, list[str]()
-    found, end = False, "(none)"
-    for seal, lines in sealed_lines(connection):
-        if seal and not (lines and next_seal(before, lines) == seal):
-            first = lines[0]["id"] if lines else before["until"]
-            wrong.append(f"seal {seal['id']} is not of what happened from event {first} on")
-        if seal and not wrong:
-            end, found = seal["until"], found or seal["hash"] == known
-        before = seal or before
-        history.take(parse_lines(lines))
+    history, sealed, position = History(connection), Chain(connection, known), ""
+    while events := read_events(connection, position, AFTER_ALL, PORTION_ROWS):
+        position = events[-1]["id"]
+        sealed.take(events)
+        history.take(events)
         show_progress(f"event: {history.events:,} rows")
-    yield "seals are those of the events, in their order", before["id"], wrong
+    while sealed.seal:  # Of events that are gone.
+        sealed.compare(sealed.seal)
+    yield "seals are those of the events, in their order", sealed.before["id"], sealed.wrong
     if known:
-        lost = wrong or [f"no seal has this hash: what is after event {end} at least is not here"]
-        yield "what the given seal covers is here", 1, [] if found else lost
+        gone = f"no seal has this hash: what is after event {sealed.end} at least is not here"
+        yield "what the given seal covers is here", 1, sealed.wrong or [gone] * (not sealed.found)
     for accounts in portions(connection, "account"):
         history.take_accounts(accounts)
-    history.take_answers()
-    for _, lines in sealed_lines(connection) if history.marks else ():
-        history.find_answers(parse_lines(lines))
     history.end()
     yield "rows are what the events tell", history.events, history.wrong
+
+
+class Chain:
+    """All seals in their order, each compared with the events that it covers."""
+
+    def __init__(self, connection: SqliteConnection, known: str) -> None:
+        self.seals = chain.from_iterable(portions(connection, "seal"))
+        self.seal, self.before, self.events = next(self.seals, None), NO_SEAL, list[Row]()
+        self.known, self.found, self.end = known, False, "(none)"
+        self.wrong: list[str] = []
+
+    def take(self, events: list[Row]) -> None:
+        """Compare the seals that end among some events, which follow those taken before."""
+        self.events += events
+        while (seal := self.seal) and self.events:
+            if self.events[-1]["id"] < seal["until"] and len(self.events) <= SEAL_EVENTS_MAX:
+                return
+            self.compare(seal)
+        self.events = []
+
+    def compare(self, seal: Row) -> None:
+        """Compare the next seal with the events that it covers."""
+        count = bisect_right(self.events, seal["until"], key=itemgetter("id"))
+        covered, self.events = self.events[:count], self.events[count:]
+        if not (covered and next_seal(self.before, covered) == seal):
+            first = covered[0]["id"] if covered else self.before["until"]
+            self.wrong.append(f"seal {seal['id']} is not of what happened from event {first} on")
+        elif not self.wrong:
+            self.end, self.found = seal["until"], self.found or seal["hash"] == self.known
+        self.before, self.seal = seal, next(self.seals, None)
 
 
 class History:
@@ -5062,19 +5063,43 @@ class History:
     def __init__(self, connection: SqliteConnection) -> None:
         self.connection, self.wrong = connection, list[str]()
         self.events, self.ts, self.counts = 0, 0, Counter[str]()
-        self.marks, self.key = 0, None  # Of what events and keys both tell: they come to 0.
+        self.since = TIME_MAX  # Before events knew their keys.
+        self.keys_done, self.keys_named = 0, set[str]()
         self.keys: dict[str, Row] = {}
-        self.accounts: dict[str, Row] = {}
+        self.accounts: dict[str, AccountTold] = {}
 
     def find(self, table: str, ids: Iterable[str | None]) -> dict[str, Row]:
         """Return the rows of a table that have these keys."""
         key, among = PRIMARY_KEYS[table], [*{*ids} - {None}]
         query = f"SELECT * FROM {table} WHERE {key} = ANY(:ids)"  # noqa: S608
-        return {row[key]: row for row in self.connection.rows(query, ids=among)}
+        return {row[key]: row for row in self.connection.rows(query, ids=among)} if among else {}
 
     def judge(self, what: str, rules: Mapping[str, object]) -> None:
         """Note each rule that does not hold, called by what is wrong then."""
         self.wrong += [f"{what} {rule}" for rule, holds in rules.items() if not holds]
+
+    def take(self, events: list[Row]) -> None:
+        """Compare some events with their entries, answers and holds."""
+        for event in events:
+            event["told"] = parse_told(event["arguments"])
+        self.find_accounts(events)
+        holds, answers = self.find_holds(events), self.find_answers(events)
+        self.take_metadata(events)
+        for event in events:
+            kind, is_transaction = event["kind"], event["kind"].isupper()
+            rules = self.of_time_and_caller(event)
+            if event["entries"] or is_transaction:
+                rules |= of_entries(event, self.accounts)
+            if event["key"] is not None:
+                rules |= of_answer(event, answers.get(event["key"]))
+            if kind in ("hold", "void", "expire", "CAPTURE"):
+                rules |= of_hold(event, holds.get(event["told"].get("hold_id", event["id"]), {}))
+            if not all(rules.values()):
+                self.judge(f"{'transaction' if is_transaction else 'event'} {event['id']}", rules)
+        # Those of one command, which have one key, follow each other.
+        named = {event["key"] for event in events if event["ts"] > self.since} - {None}
+        self.keys_done += len(named - self.keys_named)
+        self.keys_named = named
 
     def find_accounts(self, events: list[Row]) -> None:
         """Have the accounts of some entries at hand, each with what events may call it."""
@@ -5085,54 +5110,28 @@ class History:
             side = str(account["name"]) if account["kind"] == "SYSTEM" else ""
             name = unicodedata.normalize("NFC", account["name"] or "")
             names = {account["id"], name.partition(":")[2]}
-            self.accounts[account["id"]] = {"asset": account["asset"], "side": side, "names": names}
+            self.accounts[account["id"]] = (account["asset"], side, names)
 
-    def take(self, events: list[Row]) -> None:
-        """Compare some events with their entries, answers and holds."""
-        for event in events:
-            event["told"] = parse_told(event["arguments"])
-        self.find_accounts(events)
+    def find_holds(self, events: list[Row]) -> dict[str, Row]:
+        """Return the holds of some events, by their ids or by the events that made them."""
         holds = self.find("hold", (event["told"].get("hold_id") for event in events))
         made = [event["id"] for event in events if event["kind"] == "hold"]
-        holds |= {row["event_id"]: row for row in self.connection.rows(MADE_HOLDS, ids=made)}
-        self.take_metadata(events)
-        for event in events:
-            if event["key"] not in (None, self.key):  # One of many is like those before it.
-                asked = sha256(event["arguments"])
-                self.marks += mark(event["key"], event["answer"], event["ts"], asked)
-            self.key = event["key"]
-            rules = self.of_time_and_caller(event)
-            if event["entries"] or event["kind"].isupper():
-                rules |= of_entries(event, self.accounts)
-            if event["kind"] in ("hold", "void", "expire", "CAPTURE"):
-                rules |= of_hold(event, holds.get(event["told"].get("hold_id", event["id"]), {}))
-            if not all(rules.values()):
-                what = "transaction" if event["kind"].isupper() else "event"
-                self.judge(f"{what} {event['id']}", rules)
+        rows = self.connection.rows(MADE_HOLDS, ids=made) if made else []
+        return holds | {row["event_id"]: row for row in rows}
 
-    def take_answers(self) -> None:
-        """Compare all answers with what the events know of them, in the order of the rows."""
-        place = "rowid" if self.connection.engine == "sqlite" else "name"
-        query = f"""SELECT name, status, COALESCE(location, ''), body, ts, fingerprint, {place}
-            FROM idempotency_key WHERE {DONE_KEYS}"""  # noqa: S608
-        order, after = f"ORDER BY {place} LIMIT {READ_KEYS}", f"AND {place} > :place"
-        rows = self.connection.execute(f"{query} {order}").fetchall()
-        while rows:
-            for key, status, location, body, ts, asked, _ in rows:
-                self.marks -= mark(key, sha256(f"{status}\n{location}\n{body}"), ts, asked)
-            following = self.connection.execute(f"{query} {after} {order}", place=rows[-1][-1])
-            rows = following.fetchall()
-
-    def find_answers(self, events: list[Row]) -> None:
-        """Say which answers are not those that events know of."""
+    def find_answers(self, events: list[Row]) -> dict[str, Row]:
+        """Return what the keys of some events have stored, with the hash of the answer."""
         answers = self.find("idempotency_key", (event["key"] for event in events))
-        for event in events:
-            self.judge(f"event {event['id']}", of_answer(event, answers.get(event["key"])))
+        for stored in answers.values():
+            stored["answer"] = Answer(stored["status"], stored["body"], stored["location"]).hash()
+        return answers
 
     def of_time_and_caller(self, event: Row) -> Row:
         """Return whether times rise, and callers' keys were there."""
         told, ts, kind, self.events = event["told"], event["ts"], event["kind"], self.events + 1
         self.counts[kind] += 1
+        if event["key"] is not None:
+            self.since = min(self.since, self.ts)
         # Two servers of PostgreSQL may commit in another order than they have begun.
         rises = ts >= self.ts - (0 if self.connection.engine == "sqlite" else 100_000)
         self.ts = max(self.ts, ts)
@@ -5140,11 +5139,14 @@ class History:
             self.keys[str(told.get("name"))] = {**told, "created_at": ts, "revoked_at": None}
         if kind == "revoke_key":
             self.keys.setdefault(str(told.get("name")), {})["revoked_at"] = ts
-        key = event["caller"].removeprefix("key:")
+        key, drawn_at = event["caller"].removeprefix("key:"), id_drawn_at(event["id"])
         return {
-            "has a time that does not rise with the ids": rises and is_time_of(event["id"], ts),
+            "has no UUID for its id": drawn_at,
+            f"is a {kind}": kind in SHAPES or kind in EVENT_TYPES,
+            "has a time that does not rise with the ids": rises
+            and 0 <= drawn_at - ts < ID_AHEAD_MAX,
             "has arguments that are no JSON": "damaged" not in told,
-            "is of a key that nobody added": key in self.keys or key == event["caller"],
+            "is of a key that nobody added": key == event["caller"] or key in self.keys,
         }
 
     def take_accounts(self, accounts: list[Row]) -> None:
@@ -5197,16 +5199,18 @@ class History:
         self.judge("of holds,", {"there are others than events tell of": found == told})
         [notes] = rows("SELECT count(*) AS n FROM note")
         self.judge("of metadata,", {"more is indexed than there is": notes["n"] == counts["notes"]})
-        for key in rows(NOT_DONE) if self.marks else ():
+        [keys] = rows(f"SELECT count(*) AS n {DONE_KEYS}", since=self.since)
+        for key in rows(NOT_DONE, since=self.since) if keys["n"] != self.keys_done else ():
             self.judge(f"key {key['name']}", {"has an answer to what was not done": False})
 
 
 def parse_told(text: str) -> Row:
     """Return the members of JSON, those of a body among them, in NFC as names are kept."""
-    with suppress(ValueError, TypeError):
+    try:
         told = from_json(unicodedata.normalize("NFC", text))
-        return {**told, **told.get("body", {})} if "body" in told else {**told}
-    return {"damaged": text}
+        return {**told, **told["body"]} if "body" in told else told | {}
+    except (ValueError, TypeError):
+        return {"damaged": text}
 
 
 def is_told(row: Row, told: Row, *names: str) -> bool:
@@ -5221,40 +5225,43 @@ def is_told(row: Row, told: Row, *names: str) -> bool:
     return True
 
 
-def is_time_of(event_id: str, ts: int) -> bool:
-    """Tell whether an id was drawn at a time or soon after it."""
-    with suppress(ValueError):
-        drawn = int(event_id[:8] + event_id[9:13] + event_id[15:18], 16)
-        return 0 <= -(-drawn * 1_000 // 4_096) - ts < ID_AHEAD_MAX
-    return False
+def id_drawn_at(event_id: str) -> int:
+    """Return the time at which an id was drawn, or soon before, and 0 for what is none."""
+    try:
+        return -(-time_of_id(event_id) * 1_000 // 4_096)
+    except DatabaseUnavailable:
+        return 0
 
 
 @lru_cache(maxsize=1_000)
 def is_shape(kind: str, posted: str) -> bool:
     """Tell whether a kind of transaction is posted so."""
-    return bool(re.fullmatch(SHAPES.get(kind, ""), posted))
+    return bool(re.fullmatch(SHAPES.get(kind, ""), posted.strip()))
 
 
-def of_entries(event: Row, accounts: Mapping[str, Row]) -> Row:
+def of_entries(event: Row, accounts: Mapping[str, AccountTold]) -> dict[str, object]:
     """Return whether entries are what the kind says, and what was asked for."""
-    kind, told, entries, sums, posted = event["kind"], event["told"], event["entries"], Row(), []
-    customers = []
+    kind, told, entries, posted = event["kind"], event["told"], event["entries"], ""
+    sums: Row = {}
+    amounts: set[int] = set()
+    customers: list[Container[str]] = []
     for entry in entries:
-        account = accounts.get(entry["account_id"], NOBODY)
-        sign, change = ("+", 1) if entry["type"] == "CREDIT" else ("-", -1)
-        posted.append(sign + account["side"])
-        sums[account["asset"]] = sums.get(account["asset"], 0) + change * entry["amount"]
-        if not account["side"]:
-            customers.append(account["names"])
-    amounts, amount = {entry["amount"] for entry in entries}, told.get("amount")
+        asset, side, names = accounts.get(entry["account_id"], NOBODY)
+        amount, is_credit = entry["amount"], entry["type"] == "CREDIT"
+        posted += f" +{side}" if is_credit else f" -{side}"
+        sums[asset] = sums.get(asset, 0) + (amount if is_credit else -amount)
+        amounts.add(amount)
+        if not side:
+            customers.append(names)
     named = [told[name] for name in ACCOUNT_ARGUMENTS if name in told]
     rules = {
         "has no entries": entries,
-        "is not of this kind by its entries": is_shape(kind, " ".join(posted)),
-        "is about another account": event["account_id"] in (customers or [()])[0],
-        "moves another amount than was asked for": amount is None or amounts == {amount},
+        "is not of this kind by its entries": is_shape(kind, posted),
+        "is about another account": customers and event["account_id"] in customers[0],
+        "moves another amount than was asked for": told.get("amount") is None
+        or amounts == {told["amount"]},
         "moves it between others than was asked for": not named
-        or (len(named) == len(customers) and all(map(set.__contains__, customers, named))),
+        or (len(named) == len(customers) and all(map(contains, customers, named))),
     }
     if any(sums.values()):
         rules[f"sums to {' '.join(f'{total} {asset}' for asset, total in sums.items())}"] = False
@@ -5262,8 +5269,7 @@ def of_entries(event: Row, accounts: Mapping[str, Row]) -> Row:
         listed = [{name: e[name] for name in ("account_id", "type", "amount")} for e in entries]
         rules["has other entries than were asked for"] = told.get("entries") == listed
     if kind not in ("CAPTURE", "CASHBACK") and ("amount" in told or "body" in told):
-        texts = is_told(event, told, "memo", "external_id")
-        rules["has another text than was given"] = texts
+        rules["has another text than was given"] = is_told(event, told, "memo", "external_id")
         time_given = told.get("timestamp")
         rules["has another effective time than was given"] = (
             time_given is None or event["effective_at"] == time_given * 1_000
@@ -5271,26 +5277,17 @@ def of_entries(event: Row, accounts: Mapping[str, Row]) -> Row:
     return rules
 
 
-def mark(key: str, answer: str | None, ts: int, asked: str) -> int:
-    """Return a number for an answer, which nobody can foresee; `asked` is the arguments' hash."""
-    return hash((key, answer, ts, None if is_part(key) else asked))
-
-
-def is_part(key: str) -> bool:
-    """Tell whether an event under a key tells of a part of what was asked, or of more."""
-    return "|POST /transfers/bulk|" in key or "|PATCH /" in key
-
-
-def of_answer(event: Row, stored: Row | None) -> Row:
+def of_answer(event: Row, stored: Row | None) -> dict[str, object]:
     """Return whether the answer that a key has is the one that was given."""
-    key, asked = event["key"], sha256(event["arguments"])
-    if key is None or stored is None:
-        return {"was done under a key that is gone": key is None}
-    answer = Answer(stored["status"], stored["body"], stored["location"])
+    if stored is None:
+        return {"was done under a key that is gone": False}
+    # What one of many events tells of is a part of what was asked, or more.
+    is_part = "|POST /transfers/bulk|" in event["key"] or "|PATCH /" in event["key"]
     return {
-        "was answered otherwise than its key says": answer.hash() == event["answer"],
+        "was answered otherwise than its key says": stored["answer"] == event["answer"],
         "has another time than its key": stored["ts"] == event["ts"],
-        "is not what its key was used for": is_part(key) or stored["fingerprint"] == asked,
+        "is not what its key was used for": is_part
+        or stored["fingerprint"] == sha256(event["arguments"]),
     }
 
 
@@ -6454,8 +6451,8 @@ def write_jsonl(books: SqliteConnection, events: Iterable[list[Row]], out: TextI
     """Write the lines that seals are made of."""
     for chosen in filter(None, events):
         ids, first = {event["id"] for event in chosen}, chosen[0]["id"][:-1]
-        lines = read_lines(books, first, chosen[-1]["id"], PORTION_ROWS)
-        out.writelines(f"{row['line']}\n" for row in lines if row["id"] in ids)
+        lined = read_events(books, first, chosen[-1]["id"], PORTION_ROWS)
+        out.writelines(f"{event['line'].decode()}\n" for event in lined if event["id"] in ids)
 
 
 def write_seals(connection: Connection, events: Iterable[list[Row]], out: TextIOWrapper) -> None:
