@@ -7308,8 +7308,8 @@ def test_the_check_needs_no_account_at_hand(
 
 
 def test_an_id_tells_when_it_was_drawn() -> None:
-    drawn = [ledger.is_time_of(id_, ts) for id_, ts in ((NOBODY, 0), (NOBODY, 1), ("nobody", 0))]
-    assert drawn == [True, False, False]
+    ids = ("00000000-0001-7000-8000-000000000000", "00000000-0001-7001-8000-000000000000", "nobody")
+    assert list(map(ledger.id_drawn_at, ids)) == [1_000, 1_001, 0]
 
 
 def seal_rows(bank: "Bank") -> list[Any]:
