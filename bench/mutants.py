@@ -23,8 +23,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import ChainMap, Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +51,7 @@ def _ran(line): _ROWS[_PRESENT[0] * {width} + line] = 1
 """
 ROWS, WIDTH = 5_000, 10_000
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+TESTS = PROGRAM.with_name("test_ledger.py")
 NO_START, OUT_OF_TIME = "no start", "out of time"
 
 
@@ -90,38 +91,25 @@ def mutants(program: str) -> Iterator[Mutant]:
 def parts(node: ast.AST, line: int = 0, *, is_called: bool = False) -> Iterator[tuple[Any, int]]:
     """Return all parts of a program but text, each with the line of its statement in a function."""
     yield node, line
-    for name, value in ast.iter_fields(node):
-        inside = is_called or (name == "body" and isinstance(node, FUNCTIONS))
-        for child in value if isinstance(value, list) else [value]:
-            if inside and may_follow_a_line(node, child):
-                yield from parts(child, first_line(child), is_called=True)
-            elif isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
-                yield from parts(child, line, is_called=inside)
-
-
-def may_follow_a_line(node: Any, child: Any) -> bool:
-    """Return whether a line fits before a part: it is a statement, but no text and no elif."""
-    match child:
-        case ast.Expr(value=ast.Constant()):
-            return False
-        case ast.If():
-            return child not in getattr(node, "orelse", []) or child.col_offset > node.col_offset
-    return isinstance(child, ast.stmt)
-
-
-def first_line(node: Any) -> int:
-    """Return the line where a statement begins."""
-    return min(int(each.lineno) for each in (node, *getattr(node, "decorator_list", ())))
+    inside = is_called or isinstance(node, FUNCTIONS)
+    for child in ast.iter_child_nodes(node):
+        begins = child.lineno if inside and isinstance(child, ast.stmt) else line
+        if not isinstance(child, ast.JoinedStr):
+            yield from parts(child, begins, is_called=inside)
 
 
 def noting(program: str, place: Path) -> str:
     """Return the program with a note of its line before each statement of a function."""
-    lines, tree = program.splitlines(), ast.parse(program)
-    for line in sorted({line for _, line in parts(tree)} - {0}, reverse=True):
-        indent = len(lines[line - 1]) - len(lines[line - 1].lstrip())
-        lines.insert(line - 1, f"{' ' * indent}_ran({line})")
-    lines.insert(tree.body[0].end_lineno or 0, NOTING.format(place=str(place), width=WIDTH))
-    return "\n".join(lines)
+    tree, blocks = ast.parse(program), dict[int, list[Any]]()
+    functions = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
+    for node in itertools.chain.from_iterable(map(ast.walk, functions)):
+        for name in ("body", "orelse", "finalbody"):
+            block = getattr(node, name, None)
+            blocks |= {id(block): block} if isinstance(block, list) else {}
+    for block in blocks.values():
+        block[:] = [each for one in block for each in (ast.parse(f"_ran({one.lineno})"), one)]
+    tree.body[1:1] = ast.parse(NOTING.format(place=str(place), width=WIDTH)).body
+    return ast.unparse(tree)
 
 
 def others(node: Any) -> Iterator[ast.AST]:
@@ -150,20 +138,20 @@ def section_of(text: str, line: int) -> str:
 
 
 class Run:
-    """A run of some tests, the first of them first, or of a share of all, as pytest tells of it."""
+    """A run of some tests, in their order, or of a share of all, as pytest tells of it."""
 
     def __init__(self, place: Path, names: Sequence[str] = (), share: slice = slice(None)) -> None:
         self.place, self.names, self.share = place, names, share
         self.seconds: dict[str, float] = {}
-        self.rows: Any = mmap.mmap(-1, 4)
+        self.rows: Any = mmap.mmap(-1, WIDTH)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Keep what is asked for, but leave to the end what needs another server."""
-        ranks = {name: rank for rank, name in enumerate(self.names)}
-        if ranks:
-            items[:] = [item for item in items if item.nodeid in ranks]
-            items.sort(key=lambda item: (*server_of(item), ranks[item.nodeid]))
+        """Keep what is asked for."""
+        places = {name: place for place, name in enumerate(self.names)}
+        if places:
+            items[:] = [item for item in items if item.nodeid in places]
+            items.sort(key=lambda item: places[item.nodeid])
         items[:] = items[self.share]
 
     @pytest.hookimpl(wrapper=True)
@@ -177,17 +165,11 @@ class Run:
 
     def told(self) -> dict[str, tuple[float, list[int]]]:
         """Return how long each test took, and the lines that it has run."""
-        rows = (self.rows[place : place + WIDTH] for place in itertools.count(WIDTH, WIDTH))
-        return {
-            name: (seconds, [line for line, byte in enumerate(row) if byte])
-            for (name, seconds), row in zip(self.seconds.items(), rows, strict=False)
-        }
-
-
-def server_of(item: Any) -> tuple[bool, int]:
-    """Return which of the expensive fixtures a test needs."""
-    given = item.callspec.params if hasattr(item, "callspec") else {}
-    return given.get("engine") == "postgresql", given.get("servers", 0)
+        told = {}
+        for row, (name, seconds) in enumerate(self.seconds.items(), start=1):
+            ran = self.rows[row * WIDTH : (row + 1) * WIDTH]
+            told[name] = seconds, [line for line, byte in enumerate(ran) if byte]
+        return told
 
 
 class Suite:
@@ -267,83 +249,56 @@ def run_pytest(run: Run, options: list[str]) -> None:
     os._exit(status)
 
 
-class Known(NamedTuple):
-    """What is known of the tests: how long each takes, its section, and what runs a line."""
-
-    program: str
-    seconds: dict[str, float]
-    sections: dict[str, str]
-    by_line: dict[int, set[str]]
-
-    def tests(self, mutant: Mutant) -> list[str]:
-        """Return the tests that may see a change, the fastest first, and those of its section soon.
-
-        What runs a statement can see it, and what its section tests; of what runs when the program
-        is loaded, any can.
-        """
-        section = section_of(self.program, mutant.node.lineno)
-        near = {name for name, of in self.sections.items() if of == section}
-        ran = self.by_line[mutant.line] if mutant.line else near
-        found = ran | (near if mutant.line else self.seconds.keys())
-
-        known, places = Counter[str](), dict[str, float]()
-        for name in sorted(self.seconds, key=self.seconds.__getitem__):
-            known[name.split("[")[0]] += 1  # Of many cases of one test, the first tell the most.
-            places[name] = (
-                self.seconds[name] * known[name.split("[")[0]] * (1 if name in near else 5)
-            )
-        return sorted(found, key=lambda name: (name not in ran, places[name]))
-
-
-def known(suite: Suite, pool: ProcessPoolExecutor) -> Known:
+def learn(suite: Suite, pool: ProcessPoolExecutor) -> dict[str, tuple[float, list[int]]]:
     """Run all tests once, unless it was done for the same program and tests."""
-    tests, at_once = PROGRAM.with_name("test_ledger.py").read_text(), suite.options.at_once
-    name = hashlib.sha256((suite.program + tests).encode()).hexdigest()[:16]
-    kept = Path(tempfile.gettempdir(), f"ledger-mutants-{name}.json")
-    told: dict[str, Any] = {}
-    if not suite.options.tests and kept.exists():
-        told = json.loads(kept.read_text())
-    else:
+    count, given = suite.options.at_once, suite.program + TESTS.read_text() + suite.options.tests
+    name = f"ledger-mutants-{hashlib.sha256(given.encode()).hexdigest()[:16]}.json"
+    kept = (suite.folder if suite.options.tests else Path(tempfile.gettempdir())) / name
+    if not kept.exists():
         tell("which tests run which lines? All run once.")
-        for share in pool.map(suite.learn, [slice(n, None, at_once) for n in range(at_once)]):
-            told |= share
-    if not suite.options.tests:
-        kept.write_text(json.dumps(told))
-    by_line = defaultdict[int, set[str]](set)
-    for name, (_, lines) in told.items():
-        for line in lines:
-            by_line[line].add(name)
-    seconds = {name: seconds for name, (seconds, _) in told.items()}
-    begins = {
-        getattr(node, "name", ""): section_of(tests, node.lineno) for node in ast.parse(tests).body
-    }
-    sections = {name: begins[re.split("::|\\[", name)[1]] for name in seconds}
-    return Known(suite.program, seconds, sections, by_line)
+        shares = pool.map(suite.learn, [slice(first, None, count) for first in range(count)])
+        kept.write_text(json.dumps(dict(ChainMap(*shares))))
+    told: dict[str, tuple[float, list[int]]] = json.loads(kept.read_text())
+    return told
+
+
+def may_see(
+    mutant: Mutant, told: Mapping[str, tuple[float, list[int]]], near: set[str]
+) -> list[str]:
+    """Return the tests that may see a change, the likeliest for their time first.
+
+    It is seen where it runs, mostly in the tests of its section, and in the first of many cases.
+    """
+    ran = {name for name, (_, lines) in told.items() if mutant.line in lines or not mutant.line}
+    beside = {name for name in told if name.split("[")[0] in near}
+    cases, ranks = Counter[str](), dict[str, tuple[bool, bool, float]]()
+    for name in sorted(ran | beside, key=lambda name: told[name][0]):
+        cases[test := name.split("[")[0]] += 1
+        seconds = told[name][0] * cases[test] * (1 if name in beside else 5)
+        ranks[name] = name not in ran, "[postgresql" in name, seconds
+    return sorted(ranks, key=ranks.__getitem__)
 
 
 def run(folder: Path, options: Any) -> int:
     """Try the mutants, and print the figures."""
-    load_ledger(folder, None)  # And with it all that the tests need, once.
-    importlib.import_module("test_ledger")
-    suite, tried, seen = Suite(folder, options), 0, 0
-    found = [
-        mutant
-        for mutant in mutants(suite.program)
-        if options.only in str(mutant)
-        and options.section in ("", section_of(suite.program, mutant.node.lineno))
-    ]
+    load_ledger(folder, None)
+    importlib.import_module("test_ledger")  # And with it all that the tests need, once.
+    suite, tests, tried, seen = Suite(folder, options), TESTS.read_text(), 0, 0
+    found = [mutant for mutant in mutants(suite.program) if options.only in str(mutant)]
     dice = random.Random(options.seed)  # noqa: S311
-    chosen = dice.sample(found, min(options.mutants, len(found)))
+    near = defaultdict[str, set[str]](set)
+    for node in ast.parse(tests).body:
+        near[section_of(tests, node.lineno)].add(f"{TESTS.name}::{getattr(node, 'name', '')}")
     with ProcessPoolExecutor(options.at_once, multiprocessing.get_context("fork")) as pool:
-        tests = known(suite, pool)
-        trying = {
-            pool.submit(suite.seen_by, mutant, tests.tests(mutant)): mutant for mutant in chosen
-        }
+        told, trying = learn(suite, pool), {}
+        for mutant in dice.sample(found, min(options.mutants, len(found))):
+            section = section_of(suite.program, mutant.node.lineno)
+            names = may_see(mutant, told, near[section])
+            trying[pool.submit(suite.seen_by, mutant, names)] = mutant
         for answer in as_completed(trying):
-            mutant, by = trying[answer], answer.result()
-            is_seen = by not in ("", OUT_OF_TIME)
+            is_seen = (by := answer.result()) not in ("", OUT_OF_TIME)
             tried, seen = tried + 1, seen + is_seen
-            print(f"{'seen' if is_seen else 'NOT SEEN':8}  {mutant}  {by}", flush=True)
+            print(f"{'seen' if is_seen else 'NOT SEEN':8}  {trying[answer]}  {by}", flush=True)
     among = f"{tried} of {len(found):,} by the seed {options.seed}"
     print(f"mutants: {among}: {seen} seen, {tried - seen} not seen")
     return int(100 * seen < options.least * tried)
@@ -351,6 +306,6 @@ def run(folder: Path, options: Any) -> int:
 
 if __name__ == "__main__":
     bounds = {"mutants": 100, "least": 95, "each": 900.0, "at_once": 2}
-    given = read_options(__doc__, section="", only="", tests="", **bounds)
+    given = read_options(__doc__, only="", tests="", **bounds)
     with tempfile.TemporaryDirectory(prefix="ledger-mutants-") as place:
         sys.exit(run(Path(place), given))
