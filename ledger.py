@@ -4878,7 +4878,7 @@ def beside_of(connection: SqliteConnection) -> set[str]:
 def show_progress(doing: str = "") -> None:
     """Say on a terminal what is being done, until something else is said."""
     if sys.stderr.isatty():
-        print(f"\33[K{doing}", end="\r", file=sys.stderr, flush=True)
+        print(f"\33[K{doing}", end="\r", file=sys.stderr)
 
 
 def portions(books: Connection, table: str, brought: Row | None = None) -> Iterator[list[Row]]:

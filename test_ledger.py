@@ -8510,8 +8510,10 @@ async def ask_inside(app: FastAPI, *request: Any, **options: Any) -> httpx.Respo
 
 
 def test_a_program_is_told_what_it_does_not_say_well(books: ledger.Books, database: str) -> None:
-    with pytest.raises(ledger.InvalidRequest):
-        books.transactions(from_=10**30)
+    for furthest, beyond in ((10**18, 1), (-(10**17), -1)):
+        assert books.transactions(from_=furthest, to=furthest).items == []
+        with pytest.raises(ledger.InvalidRequest):
+            books.transactions(from_=furthest + beyond)
     for caller in ("", None, "a\0b", 5):
         with pytest.raises(ledger.StartupError, match="the caller's name must be"):
             ledger.open_ledger(database, caller=caller)  # type: ignore[arg-type]

@@ -164,9 +164,9 @@ class Run:
         return result
 
     def told(self) -> dict[str, tuple[float, list[int]]]:
-        """Return how long each test took, and the lines that it has run."""
+        """Return how long each test took, and the lines that it has run; "" is what came before."""
         told = {}
-        for row, (name, seconds) in enumerate(self.seconds.items(), start=1):
+        for row, (name, seconds) in enumerate([("", 0.0), *self.seconds.items()]):
             ran = self.rows[row * WIDTH : (row + 1) * WIDTH]
             told[name] = seconds, [line for line, byte in enumerate(ran) if byte]
         return told
@@ -269,7 +269,10 @@ def may_see(
 
     It is seen where it runs, mostly in the tests of its section, and in the first of many cases.
     """
-    ran = {name for name, (_, lines) in told.items() if mutant.line in lines or not mutant.line}
+    is_for_all = mutant.line in (0, *told[""][1])  # It runs when the program is loaded.
+    ran = {
+        name for name, (_, lines) in told.items() if name and (is_for_all or mutant.line in lines)
+    }
     beside = {name for name in told if name.split("[")[0] in near}
     cases, ranks = Counter[str](), dict[str, tuple[bool, bool, float]]()
     for name in sorted(ran | beside, key=lambda name: told[name][0]):
