@@ -482,10 +482,7 @@ class Leg(NamedTuple):
 
 
 class Book:
-    """The open batch: the accounts that it has loaded, and the rows that it will write.
-
-    Each change notes how it is taken back, so that a refused command leaves nothing behind.
-    """
+    """The open batch: the accounts that it has loaded, and the rows that it will write."""
 
     def __init__(self, connection: "Connection") -> None:
         self.connection = connection
@@ -500,6 +497,7 @@ class Book:
         self.inserts: dict[str, list[Row]] = defaultdict(list)
         self.updates: dict[str, dict[int, Row]] = defaultdict(dict)
         self._written: Any = None  # What was gathered when that command first wrote.
+        # How each of its changes is taken back: a refused command leaves nothing behind.
         self._undo: list[Callable[[], Any]] = []
 
     def post(self, kind: str, legs: Sequence[Leg], **event: Any) -> str:
@@ -620,10 +618,7 @@ class Book:
         self.change("account", vars(account), held=account.held - hold["amount"])
 
     def follow(self, newest: list[Row]) -> None:
-        """Let times and ids rise, whatever the clock does and other servers have written.
-
-        Raises LedgerUpgraded where the tables are no more those that this program writes.
-        """
+        """Let times and ids rise, whatever clocks and other servers do, or raise LedgerUpgraded."""
         if any(row["version"] != SCHEMA_VERSION for row in newest):
             raise LedgerUpgraded
         newest = [row for row in newest if row["id"]]
@@ -857,10 +852,7 @@ class Ledger:
         self._crediting: defaultdict[Loop, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def commit(self, commands: Sequence[Command]) -> list[Answer]:
-        """Execute commands in one write, or raise: none was then, unless DatabaseLost.
-
-        What the disk failed to sync may be there after all if the process dies: the key will tell.
-        """
+        """Execute commands in one write, or raise: none was then, or else the key will tell."""
         references = {reference for command in commands for reference in command.accounts}
         keys = [command.key for command in commands if command.key is not None]
         with self.database.write() as connection:
@@ -870,8 +862,7 @@ class Ledger:
             [rows] = book.lock(references, (stored, {"keys": keys}))
             known = {row["name"]: row for row in rows}
             is_tidy = book.is_tidy
-            begun = commands if is_tidy else ()
-            answers = [execute_command(command, book, known) for command in begun]
+            answers = [execute_command(command, book, known) for command in commands if is_tidy]
             connection.save(book.inserts, book.updates)
         # The end of "with" has committed; only now is anybody answered.
         if not is_tidy:
