@@ -181,8 +181,7 @@ CUSTOMER_MAX = 2**53 - 1  # Which every client reads exactly that takes JSON's n
 
 def decimal_text(amount: int, exponent: int) -> str:
     """Return minor units as decimal text: (-1050, 2) is "-10.50"."""
-    whole, fraction = divmod(abs(amount), 10**exponent)
-    return f"{'-' if amount < 0 else ''}{whole}" + (f".{fraction:0{exponent}}" if exponent else "")
+    return f"{Decimal(amount).scaleb(-exponent):f}"
 
 
 def minor_units(decimal: str, exponent: int) -> int:
@@ -321,17 +320,12 @@ def partial_index(name: str, *columns: str, where: str, unique: bool = False) ->
 
 
 class Stored(SQLModel, registry=sa.orm.registry()):
-    """The base of all tables, which a program's own tables know nothing of; Public is another."""
+    """What is stored or shown of it; a program's own tables know nothing of these."""
 
     __table_args__: Any = STRICT
     __tablename__ = sa.orm.declared_attr.directive(
         lambda cls: re.sub("(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
     )
-
-
-class Public(Stored):
-    """What callers see of stored rows, and the base of the tables that hold more of them."""
-
     model_config = {"json_schema_serialization_defaults_required": True, "validate_by_name": True}
     # SQLModel's own is made for tables, and takes five times as long.
     __init__ = BaseModel.__init__
@@ -344,7 +338,7 @@ class Public(Stored):
         return shown
 
 
-class AccountPublic(Public):
+class AccountPublic(Stored):
     """An account in minor units; `held` is promised, and `name` is a dialect's own name for it."""
 
     id: str = Field(primary_key=True)
@@ -391,7 +385,7 @@ class AccountTable(Account, table=True):
     )
 
 
-class TransactionBase(Public):
+class TransactionBase(Stored):
     """What callers see of a transaction besides its entries."""
 
     id: str = Field(primary_key=True)
@@ -426,7 +420,7 @@ class Event(TransactionBase, table=True):
     answer: str | None = None
 
 
-class EntryBase(Public):
+class EntryBase(Stored):
     """What callers see of an entry itself: its number in the account, and the balance after it."""
 
     id: str
@@ -967,7 +961,7 @@ class AmountExceedsHold(LedgerError, status=409, about="hold_id"): ...
 # fmt: on
 
 
-class AssetPublic(Public):
+class AssetPublic(Stored):
     """What is counted. A closed-loop asset is issued, given and spent, and moves no other way."""
 
     code: str = Field(primary_key=True)
@@ -1097,7 +1091,7 @@ TO_CREDIT = "status = 'SCHEDULED' AND amount > 0"
 TO_COME = "account_id = :id AND status <> 'CREDITED'"  # As its index has it.
 
 
-class CashbackPublic(Public):
+class CashbackPublic(Stored):
     """What a payment brings back: SCHEDULED until it is due, then CREDITED."""
 
     amount: int
@@ -1337,7 +1331,7 @@ def transfer_many(book: Book, transfers: Iterable[Row], *, atomic: bool) -> list
 HOLD_ENDS = {"CAPTURED": HoldCaptured, "VOIDED": HoldVoided, "EXPIRED": HoldExpired}
 
 
-class HoldPublic(Public):
+class HoldPublic(Stored):
     """Money that is promised and not moved yet, until it is captured, voided or expired."""
 
     id: str = Field(primary_key=True)
@@ -2172,7 +2166,7 @@ class LedgerRoute(APIRoute):
     def show(self, result: Any) -> Answer:
         body = self.result.dump_json(result, by_alias=True).decode()
         location = None
-        if self.status_code == 201 and isinstance(result, Public):
+        if self.status_code == 201 and isinstance(result, Stored):
             location = f"/{self.about}/{getattr(result, 'id', None) or result.code}"
         return Answer(self.status_code or 200, body, location)
 
@@ -2245,7 +2239,7 @@ async def refuse_path(request: Request, error: Any) -> Response:
     return response
 
 
-P = TypeVar("P", bound=Public)
+P = TypeVar("P", bound=Stored)
 Part = tuple[int, str | None]  # Of a list: how many rows at most, and the cursor that leads there.
 
 
@@ -3048,7 +3042,7 @@ def parse_details(arguments: str) -> Row:
     return {"damaged": arguments}
 
 
-class AuditEventPublic(Public):
+class AuditEventPublic(Stored):
     """Who did what and when; `details` are the arguments, as they were asked."""
 
     id: str
@@ -3179,7 +3173,7 @@ def fact(event: Row, stored: Row) -> Any:
     return AccountPublic(**stored | then | empty)
 
 
-class SealPublic(Public):
+class SealPublic(Stored):
     """What vouches for all that happened until an event: see Seals in deploy/README.md."""
 
     id: int = Field(primary_key=True)
