@@ -756,10 +756,7 @@ def require_funds(leg: Leg) -> None:
 
 ATTEMPTS_MAX, GATHERING_TURNS_MAX, TURNS_AFTER_LARGE, LARGE_ACCOUNTS = 4, 32, 4, 50
 NEWEST_EVENT = "SELECT id, ts FROM event ORDER BY id DESC LIMIT 1"
-NEWEST: tuple[str, Row] = (
-    f"SELECT version, id, ts FROM schema_version LEFT JOIN ({NEWEST_EVENT}) AS newest ON 1 = 1",  # noqa: S608
-    {},
-)
+NEWEST = f"SELECT version, id, ts FROM schema_version LEFT JOIN ({NEWEST_EVENT}) AS e ON 1=1", Row()  # noqa: S608
 Loop = asyncio.AbstractEventLoop
 Pending = asyncio.Future[Any]  # The answer, or the exception that there was instead.
 
@@ -1143,10 +1140,8 @@ def pay(book: Book, account_id: str, *, amount: int, payee: str = "merchants", *
     return cashback
 
 
-DUE_CASHBACKS = f"""
-    SELECT * FROM scheduled_cashback WHERE clock = :clock AND due_at <= :until AND {TO_CREDIT}
-    ORDER BY due_at, payment_id LIMIT :limit
-"""  # noqa: S608
+DUE_CASHBACKS = f"""SELECT * FROM scheduled_cashback WHERE clock = :clock AND due_at <= :until
+    AND {TO_CREDIT} ORDER BY due_at, payment_id LIMIT :limit"""  # noqa: S608
 
 
 def credit_cashbacks(book: Book, *, clock: str, until: int) -> None:
