@@ -98,9 +98,7 @@ import inspect
 import ipaddress
 import json
 import logging
-import math
 import os
-import platform
 import random
 import re
 import secrets
@@ -147,12 +145,9 @@ from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.routing import APIRoute
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import AfterValidator, BaseModel, BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError, from_json, to_json
 from sqlmodel import Field, SQLModel
-from starlette.exceptions import HTTPException as RoutingError
-from starlette.middleware import Middleware
 from starlette.routing import Match, compile_path
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -2218,7 +2213,7 @@ async def refuse(request: Request, error: Any) -> Response:
 async def refuse_path(request: Request, error: Any) -> Response:
     """Answer a path or a method that is none; what a route of the user's raises stays FastAPI's."""
     routes: list[Any] = request.app.routes
-    if isinstance(error, HTTPException) or error.status_code not in (404, 405):
+    if isinstance(error, HTTPException):
         return await http_exception_handler(request, error)
     if error.status_code == 404:
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
@@ -3843,7 +3838,7 @@ class SqliteConnection:
     def __init__(self, driver: Any) -> None:
         self.driver = driver
         self.bound = ""
-        self.steps, self.deadline = 0, math.inf  # Of the read that is under way.
+        self.steps, self.deadline = 0, 0.0  # Of the read that is under way.
         self.saved: dict[int, Mapping[str, list[Row]]] = {}  # In the write that is open.
 
     def execute(self, statement: str, **values: Any) -> Any:
@@ -4472,7 +4467,7 @@ class PostgresDatabase(Database):
     def __init__(self, url: str) -> None:
         super().__init__()
         try:
-            given: Any = conninfo_to_dict(url)
+            given: Any = psycopg.conninfo.conninfo_to_dict(url)
         except psycopg.ProgrammingError as error:
             unknown = re.search('URI query parameter: ("[a-z_]+")', str(error))
             why = f": {unknown[1]} is unknown" if unknown else ""
@@ -4480,7 +4475,7 @@ class PostgresDatabase(Database):
                 f"the database must be like postgresql://user@host/name{why}; "
                 "a schema is chosen by ?options=-csearch_path%3Dschema"
             ) from None
-        self._conninfo = make_conninfo(POSTGRES_DEFAULTS, **given | {"client_encoding": "utf8"})
+        self._conninfo = psycopg.conninfo.make_conninfo(POSTGRES_DEFAULTS, **given)
         self.name = f"{given.get('dbname', 'PostgreSQL')} at {given.get('host', 'localhost')}"
         if "@" in self.name:
             # It would be a part of the password, and be printed.
@@ -4488,7 +4483,7 @@ class PostgresDatabase(Database):
 
     def connect(self, *, write: bool) -> PostgresConnection:
         """Open a session, in which BEGIN and COMMIT are ours to send."""
-        driver = psycopg.connect(self._conninfo, autocommit=True)
+        driver = psycopg.connect(self._conninfo, autocommit=True, client_encoding="utf8")
         if driver.info.parameter_status("server_encoding") != "UTF8":
             driver.close()
             raise StartupError(f"{self.name} must be made with the encoding UTF8")
@@ -5714,11 +5709,11 @@ def application(
         lifespan=lifespan,
         root_path=root_path,
         redirect_slashes=False,
-        middleware=[Middleware(Observed, log=log, metrics=metrics)],
-        exception_handlers={LedgerError: refuse, RoutingError: refuse_path},
+        exception_handlers={LedgerError: refuse, 404: refuse_path, 405: refuse_path},
         # It would look for three providers at each request.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.add_middleware(Observed, log=log, metrics=metrics)
     app.state.ledger, app.state.callers, app.state.log = ledger, callers, log
     app.state.sending, app.state.receiving = Room(SENDING_BYTES_MAX), Room(RECEIVING_BYTES_MAX)
     app.state.alone = False  # Whether the process does nothing but serve it.
@@ -6144,7 +6139,7 @@ RECEIVER_URL = r"(?ia)https?://(\w[\w.-]*|\[[0-9a-f:.]+\])(?::(\d{1,5}))?([/?][!
 KEY_MODE = "keys: every caller needs an API key or a token"
 OPEN_MODE = "open: every caller on this machine may do everything"
 VERSIONS = f"ledger.py {__version__}, tables of version {SCHEMA_VERSION}, "
-VERSIONS += f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
+VERSIONS += f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
 
 
 @contextmanager
@@ -6565,8 +6560,8 @@ COMMANDS: dict[str, tuple[Callable[[Any, argparse.Namespace], int | None], Any, 
     "copy": (run_copy, nullcontext, {"--from": {**URL, "dest": "source"}, "--to": URL}),
     "export": (run_export, opened, {
         "--format": {"required": True, "choices": EXPORTS},
-        "--from": {**TIME, "default": -math.inf, "dest": "start"},
-        "--to": {**TIME, "default": math.inf},
+        "--from": {**TIME, "default": 0, "dest": "start"},
+        "--to": {**TIME, "default": BALANCE_MAX},
         "--account": {"metavar": "ID", "help": "only what touched this account"},
         "file": {"type": Path, "nargs": "?"},
     }),
