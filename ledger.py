@@ -2241,13 +2241,13 @@ class Page(BaseModel, Generic[P]):
 
     @classmethod
     def read(
-        cls, books: "Connection", name: str, query: str, part: Part, start: str = "", **values: Any
+        cls, books: "Connection", what: str, query: str, part: Part, start: str = "", **values: Any
     ) -> Self:
         """Return rows of a query beyond the place that a cursor leads to, its `:seq` and `:id`."""
 
         # A checksum over the place and over what is listed keeps mistakes out.
         def lead_to(place: str) -> str:
-            return f"{place}.{sha256(json.dumps([name, values, place]))[:16]}"
+            return f"{place}.{sha256(json.dumps([what, values, place]))[:16]}"
 
         limit, cursor = part
         start = start or (NEWEST_FIRST if query.endswith("DESC") else OLDEST_FIRST)
