@@ -143,13 +143,12 @@ import sqlalchemy as sa
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exception_handlers import http_exception_handler
-from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
 from pydantic import AfterValidator, BaseModel, BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError, from_json, to_json
 from sqlmodel import Field, SQLModel
 from starlette.routing import Match, compile_path
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -4017,12 +4016,10 @@ class Database:
         commits = ("ledger_commit_seconds", "Seconds a commit")
         self.commits = prometheus.Histogram(*commits, buckets=SECONDS, **new)
         self.kinds = prometheus.Counter("ledger_transactions", "Posted, by kind", ["kind"], **new)
-        waiting = "Events that receivers have not had, up to 10,000"
-        self.undelivered = prometheus.Gauge("ledger_undelivered_events", waiting, **new)
-        age = "Age of the oldest event that a receiver has not had"
-        self.undelivered_age = prometheus.Gauge("ledger_undelivered_seconds", age, **new)
-        behind = "Seconds by which this machine's clock is behind"
-        self.behind = prometheus.Gauge("ledger_clock_behind_seconds", behind, ["of"], **new)
+        gauge: Any = partial(prometheus.Gauge, **new)
+        self.undelivered = gauge("ledger_undelivered_events", "Not received yet, up to 10,000")
+        self.undelivered_age = gauge("ledger_undelivered_seconds", "Age of the oldest of them")
+        self.behind = gauge("ledger_clock_behind_seconds", "This clock is behind another", ["of"])
         versions = {"version": __version__, "tables": str(SCHEMA_VERSION)}
         prometheus.Info("ledger", "The program and its tables", **new).info(versions)
         prometheus.ProcessCollector(**new)
@@ -4045,7 +4042,8 @@ class Database:
     @contextmanager
     def read(self, bound: str = "") -> Iterator[SqliteConnection]:
         """Open one consistent view of what is committed; `bound` is how long it may take."""
-        with self._transaction(self._reading[bound], self.begin_read, bound) as connection:
+        turn = self.long_turn() if bound == "long" else nullcontext()
+        with turn, self._transaction(self._reading[bound], self.begin_read, bound) as connection:
             yield connection
 
     @contextmanager
@@ -4085,10 +4083,6 @@ class Database:
             with self.read(bound) as connection:
                 return function(connection, *arguments)
 
-        def read_long() -> T:
-            with self.long_turn():
-                return read("long")
-
         loop = asyncio.get_running_loop()
         if not long:
             with suppress(ReadTooLong):
@@ -4096,7 +4090,7 @@ class Database:
                     return read("short")
                 threads = self._key_reader if urgent else self._readers
                 return await in_time(loop.run_in_executor(threads, read, "short"))
-        reading = loop.run_in_executor(self._long_readers, read_long)
+        reading = loop.run_in_executor(self._long_readers, read, "long")
         return await in_time(reading, REQUEST_SECONDS_MAX, DatabaseBusy)
 
     async def run_write(self, function: Callable[[Sequence[Any]], T], batch: Sequence[Any]) -> T:
@@ -4599,19 +4593,13 @@ def in_words(connection: SqliteConnection, made: Any) -> str:
     return str(made.compile(dialect=dialect)).strip()
 
 
-def create_tables(connection: SqliteConnection, tables: Iterable[str] = TABLES) -> None:
-    """Make tables and their indexes."""
-    for name in tables:
-        connection.driver.execute(in_words(connection, sa.schema.CreateTable(TABLES[name])))
-        create_indexes(connection, TABLES[name])
-
-
-def create_indexes(connection: SqliteConnection, table: sa.Table) -> None:
-    """Make the indexes of a table that are not there."""
-    known = {row["name"] for row in connection.rows(connection.schema) if row["kind"] == "index"}
-    for index in table.indexes:
-        if index.name not in known:
-            connection.driver.execute(in_words(connection, sa.schema.CreateIndex(index)))
+def create_tables(connection: SqliteConnection) -> None:
+    """Make the tables and indexes that are not there."""
+    for table in TABLES.values():
+        made: list[Any] = [sa.schema.CreateTable(table, if_not_exists=True)]
+        made += [sa.schema.CreateIndex(index, if_not_exists=True) for index in table.indexes]
+        for each in made:
+            connection.driver.execute(in_words(connection, each))
 
 
 def create_triggers(connection: SqliteConnection, beside: set[str]) -> None:
@@ -5372,13 +5360,10 @@ def reshape(connection: SqliteConnection, brought: Mapping[str, Mapping[str, str
     """Give all tables the shape that they have today."""
     stored = {row["name"] for row in connection.rows(connection.tables)}
     change = make_anew if connection.engine == "sqlite" else alter
-    for name, table in TABLES.items():
+    for name in [name for name in TABLES if name in stored]:
         show_progress(f"upgrading {name}")
-        if name in stored:
-            change(connection, table, brought[name])
-            create_indexes(connection, table)
-        else:
-            create_tables(connection, [name])
+        change(connection, TABLES[name], brought[name])
+    create_tables(connection)
 
 
 def make_anew(connection: SqliteConnection, table: sa.Table, brought: Mapping[str, str]) -> None:
@@ -5460,13 +5445,9 @@ class Settings:
         """Return the settings, or raise StartupError; an empty value counts as none."""
         url = database_url or environment.get("LEDGER_DATABASE_URL")
         url = url or environment.get("DATABASE_URL") or cls.database_url
-        settings = cls(
-            database_url=url,
-            preload_accounts=environment.get("PRELOAD_ACCOUNTS") or None,
-            admin_key=environment.get("LEDGER_ADMIN_KEY") or None,
-            jwt_secret=environment.get("LEDGER_JWT_SECRET") or None,
-            demo=environment.get("LEDGER_DEMO") != "0",
-        )
+        names = ("PRELOAD_ACCOUNTS", "LEDGER_ADMIN_KEY", "LEDGER_JWT_SECRET")
+        given: list[Any] = [environment.get(name) or None for name in names]
+        settings = replace(cls(url, *given), demo=environment.get("LEDGER_DEMO") != "0")
         if not re.fullmatch("|[!-~]{16,}", settings.admin_key or ""):
             raise StartupError("LEDGER_ADMIN_KEY must be 16 visible ASCII characters or more")
         try:
@@ -5545,8 +5526,7 @@ class HttpProtocol(HttpToolsProtocol):
         if files_max > 0 and transport.get_extra_info("socket").fileno() > files_max - kept:
             # Some files are kept for the database; who waits for nothing, and longest, gives way.
             log.warning("%d connections: hardly more files can be opened", len(self.connections))
-            connections: Any = self.connections
-            idle = [each for each in connections if each.is_idle()]
+            idle = [c for c in self.connections if isinstance(c, HttpProtocol) and c.is_idle()]
             min(idle, key=attrgetter("deadline")).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -5623,9 +5603,6 @@ async def leave_late(connections: Iterable[Any]) -> None:
         late.transport.abort()
 
 
-# What is the same for all is made once: who reads it slowly, or asks often, costs next to nothing.
-
-
 @pages.get("/openapi.json")
 async def get_description(request: Request) -> Response:
     """Describe the API to programs."""
@@ -5634,22 +5611,9 @@ async def get_description(request: Request) -> Response:
 
 @lru_cache(maxsize=16)
 def description(app: FastAPI, root_path: str) -> Response:
-    """Return the description of the API under a prefix."""
+    """Return the description of the API under a prefix, which takes long to write."""
     servers = {"servers": [{"url": root_path}]} if root_path else {}
     return Response(json.dumps(app.openapi() | servers), media_type="application/json")
-
-
-@pages.get("/docs")
-async def get_docs(request: Request) -> Response:
-    """Describe the API to people, who can try it there."""
-    place = request.scope["root_path"]
-    return get_swagger_ui_html(
-        openapi_url=f"{place}/openapi.json",
-        title="ledger.py",
-        swagger_js_url=f"{place}/docs/swagger-ui-bundle.js",
-        swagger_css_url=f"{place}/docs/swagger-ui.css",
-        swagger_favicon_url="data:,",
-    )
 
 
 @api.get("/metrics", include_in_schema=False)
@@ -5700,8 +5664,10 @@ def application(
     log, metrics = Log(), ledger.database.metrics
     waiting = prometheus.Gauge("ledger_waiting_commands", "Commands that wait", registry=metrics)
     waiting.set_function(lambda: sum(map(len, [*ledger._waiting.values()])))
-    app = FastAPI(
-        openapi_url=None,
+    app = FastAPIOffline(  # One of FastAPI's, whose docs need no network.
+        redoc_url=None,
+        static_url="/docs/files",
+        favicon_url="data:,",
         openapi_tags=[{"name": name, "description": about} for name, about in TAGS.items()],
         title="ledger.py",
         version=__version__,
@@ -5717,14 +5683,13 @@ def application(
     app.state.ledger, app.state.callers, app.state.log = ledger, callers, log
     app.state.sending, app.state.receiving = Room(SENDING_BYTES_MAX), Room(RECEIVING_BYTES_MAX)
     app.state.alone = False  # Whether the process does nothing but serve it.
-    own: list[Any] = [route for router in (*dialects, pages) for route in router.routes]
+    routers = (*dialects, pages, app.router)
+    own: list[Any] = [route for router in routers for route in router.routes]
     own.sort(key=lambda route: route.path not in BUSIEST)  # They are tried in their order.
-    heads = [copy.copy(route) for route in own if "GET" in route.methods]
+    heads = [copy.copy(r) for r in own if isinstance(r, APIRoute) and r.methods == {"GET"}]
     for head in heads:  # It is GET whose body the server leaves out.
         head.methods, head.include_in_schema = {"HEAD"}, False
-    app.router.routes[:] = [*own, *app.router.routes, *heads]
-    # What the docs are made of, a package brings along: they need no network.
-    app.mount("/docs", StaticFiles(packages=[("fastapi_offline", "static")]))
+    app.router.routes[:] = [*own, *heads]
     app.openapi = lru_cache(partial(describe, app))  # type: ignore[method-assign]
     return app
 

@@ -2568,6 +2568,7 @@ READ, WORK, RULE, AUDIT = "auditor service admin", "service admin", "admin", "au
 KEY, NO_KEY = True, False
 DESCRIBED = {("GET", "/health"), ("GET", "/bank/health")}
 OPEN = DESCRIBED | {("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json")}
+OPEN |= {("GET", "/docs/oauth2-redirect")}
 MATRIX = {
     ("POST", "/accounts"): (WORK, NO_KEY),
     ("GET", "/accounts"): (READ, NO_KEY),
@@ -2641,7 +2642,7 @@ def test_every_route_is_for_its_roles_and_for_nobody_else(secured: "BankInside")
             answer = secured.by(token(role=role)).send(method, path, **nonsense)
             is_allowed = role in allowed.split()
             assert (answer.status_code not in (401, 403)) == is_allowed, (role, method, template)
-    for method, path in OPEN | {("GET", "/docs/swagger-ui.css")}:
+    for method, path in OPEN | {("GET", "/docs/files/swagger-ui.css")}:
         assert secured.send(method, path).status_code == 200
 
 
@@ -8331,12 +8332,14 @@ def test_a_page_is_bounded_in_bytes(
 def test_connections_take_little_memory(database: str, how: str) -> None:
     with serving(database) as server, ExitStack() as stack:
         for _ in range(20):
-            server.bank.get("/docs/swagger-ui-bundle.js")
+            server.bank.get("/docs/files/swagger-ui-bundle.js")
         before = resident(server)
         for _ in range(400):
             wire = stack.enter_context(socket.create_connection(server.bank.address()))
             if how == "unread":
-                wire.sendall(b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                wire.sendall(
+                    b"GET /docs/files/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                )
             else:
                 padding = b"".join(b"x-%d: %s\r\n" % (n, b"y" * 5_000) for n in range(11))
                 wire.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n%s\r\n" % padding)
