@@ -6293,20 +6293,14 @@ def copy_all(source: Database, target: Database) -> dict[str, int]:
 
 def chosen_events(connection: Connection, options: argparse.Namespace) -> Iterator[list[Row]]:
     """Return events, some at a time: effective from a time on, before another, of an account."""
-    touching = """SELECT * FROM event WHERE id = ANY(:ids) AND (account_id = :account OR EXISTS
-        (SELECT 1 FROM entry WHERE transaction_id = event.id AND account_id = :account))
-        ORDER BY id"""
+    query = f"""SELECT * FROM event WHERE id = ANY(:ids)
+        AND {EFFECTIVE_AT} >= :start AND {EFFECTIVE_AT} < :to
+        AND (account_id = :account OR :account = '' OR EXISTS (
+            SELECT 1 FROM entry WHERE transaction_id = event.id AND account_id = :account))
+        ORDER BY id"""  # noqa: S608
+    among = {"start": options.start, "to": options.to, "account": options.account or ""}
     for events in portions(connection, "event"):
-        chosen = [event for event in events if options.start <= effective(event) < options.to]
-        if options.account:
-            ids = [event["id"] for event in chosen]
-            chosen = connection.rows(touching, ids=ids, account=options.account)
-        yield chosen
-
-
-def effective(event: Row) -> int:
-    """Return the time of an event, which is its caller's if that was told."""
-    return int(event["ts"] if event["effective_at"] is None else event["effective_at"])
+        yield connection.rows(query, ids=[event["id"] for event in events], **among)
 
 
 def exported(connection: Connection, events: Iterable[list[Row]]) -> Iterator[Row]:
