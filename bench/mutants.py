@@ -64,7 +64,8 @@ class Mutant(NamedTuple):
     """0 if it runs when the program is loaded."""
 
     def __str__(self) -> str:
-        return f"line {self.node.lineno}: {ast.unparse(self.node)[:60]} -> {self.text[:60]}"
+        where = f"line {self.node.lineno}:{self.node.col_offset}"
+        return f"{where}: {ast.unparse(self.node)[:60]} -> {self.text[:60]}"
 
     def within(self, program: str) -> bytes:
         """Return the program with the change; its places are counted in bytes."""
@@ -172,6 +173,13 @@ class Run:
         return told
 
 
+class Told(NamedTuple):
+    """How long a test took, and the lines that it ran."""
+
+    seconds: float
+    lines: set[int]
+
+
 class Suite:
     """The tests of copies of the project, in which the ledger is changed: one for each process."""
 
@@ -249,62 +257,73 @@ def run_pytest(run: Run, options: list[str]) -> None:
     os._exit(status)
 
 
-def learn(suite: Suite, pool: ProcessPoolExecutor) -> dict[str, tuple[float, list[int]]]:
-    """Run all tests once, unless it was done for the same program and tests."""
-    count, given = suite.options.at_once, suite.program + TESTS.read_text() + suite.options.tests
-    name = f"ledger-mutants-{hashlib.sha256(given.encode()).hexdigest()[:16]}.json"
-    kept = (suite.folder if suite.options.tests else Path(tempfile.gettempdir())) / name
+def kept_at(suite: Suite) -> Path:
+    """Return the folder of what is known of this program and these tests."""
+    given = hashlib.sha256((suite.program + TESTS.read_text()).encode()).hexdigest()[:16]
+    above = suite.folder if suite.options.tests else Path(tempfile.gettempdir())
+    (kept := above / f"ledger-mutants-{given}").mkdir(exist_ok=True)
+    return kept
+
+
+def learn(suite: Suite, pool: ProcessPoolExecutor) -> dict[str, Told]:
+    """Run all tests once, unless it was done before."""
+    count, kept = suite.options.at_once, kept_at(suite) / "told.json"
     if not kept.exists():
         tell("which tests run which lines? All run once.")
         shares = pool.map(suite.learn, [slice(first, None, count) for first in range(count)])
         kept.write_text(json.dumps(dict(ChainMap(*shares))))
-    told: dict[str, tuple[float, list[int]]] = json.loads(kept.read_text())
-    return told
+    told = json.loads(kept.read_text())
+    return {name: Told(seconds, {*lines}) for name, (seconds, lines) in told.items()}
 
 
-def may_see(
-    mutant: Mutant, told: Mapping[str, tuple[float, list[int]]], near: set[str]
-) -> list[str]:
+def may_see(mutant: Mutant, told: Mapping[str, Told], near: set[str]) -> list[str]:
     """Return the tests that may see a change, the likeliest for their time first.
 
-    It is seen where it runs, mostly in the tests of its section, and in the first of many cases.
+    Those are in its section, the first of many cases, and run what few others run just below it.
     """
-    is_for_all = mutant.line in (0, *told[""][1])  # It runs when the program is loaded.
-    ran = {
-        name for name, (_, lines) in told.items() if name and (is_for_all or mutant.line in lines)
-    }
-    beside = {name for name in told if name.split("[")[0] in near}
-    cases, ranks = Counter[str](), dict[str, tuple[bool, bool, float]]()
-    for name in sorted(ran | beside, key=lambda name: told[name][0]):
+    is_for_all = mutant.line in {0, *told[""].lines}  # It runs when the program is loaded.
+    below = range(mutant.line or 1, mutant.line + 6)
+    ran = {name: told[name].lines.intersection(below) for name in told if name}
+    common, cases = Counter(line for lines in ran.values() for line in lines), Counter[str]()
+    ranks: dict[str, tuple[bool, bool, float]] = {}
+    for name in sorted(ran, key=lambda name: told[name].seconds):
         cases[test := name.split("[")[0]] += 1
-        seconds = told[name][0] * cases[test] * (1 if name in beside else 5)
-        ranks[name] = name not in ran, "[postgresql" in name, seconds
+        may, is_near = is_for_all or mutant.line in ran[name], test in near
+        rarest = min([common[line] for line in ran[name]], default=len(ran)) / len(ran)
+        seconds = told[name].seconds * cases[test] * rarest * (1 if is_near else 5)
+        if may or is_near:
+            ranks[name] = not may, "[postgresql" in name, seconds
     return sorted(ranks, key=ranks.__getitem__)
 
 
 def run(folder: Path, options: Any) -> int:
-    """Try the mutants, and print the figures."""
+    """Try the mutants that no earlier run has seen, and print the figures."""
     load_ledger(folder, None)
     importlib.import_module("test_ledger")  # And with it all that the tests need, once.
-    suite, tests, tried, seen = Suite(folder, options), TESTS.read_text(), 0, 0
+    suite, tests = Suite(folder, options), TESTS.read_text()
     found = [mutant for mutant in mutants(suite.program) if options.only in str(mutant)]
     dice = random.Random(options.seed)  # noqa: S311
+    chosen = dice.sample(found, min(options.mutants, len(found)))
+    kept = kept_at(suite) / "seen.json"
+    seen: dict[str, str] = json.loads(kept.read_text()) if kept.exists() else {}
     near = defaultdict[str, set[str]](set)
     for node in ast.parse(tests).body:
         near[section_of(tests, node.lineno)].add(f"{TESTS.name}::{getattr(node, 'name', '')}")
     with ProcessPoolExecutor(options.at_once, multiprocessing.get_context("fork")) as pool:
         told, trying = learn(suite, pool), {}
-        for mutant in dice.sample(found, min(options.mutants, len(found))):
+        for mutant in [mutant for mutant in chosen if str(mutant) not in seen]:
             section = section_of(suite.program, mutant.node.lineno)
             names = may_see(mutant, told, near[section])
-            trying[pool.submit(suite.seen_by, mutant, names)] = mutant
+            trying[pool.submit(suite.seen_by, mutant, names)] = str(mutant)
         for answer in as_completed(trying):
             is_seen = (by := answer.result()) not in ("", OUT_OF_TIME)
-            tried, seen = tried + 1, seen + is_seen
             print(f"{'seen' if is_seen else 'NOT SEEN':8}  {trying[answer]}  {by}", flush=True)
-    among = f"{tried} of {len(found):,} by the seed {options.seed}"
-    print(f"mutants: {among}: {seen} seen, {tried - seen} not seen")
-    return int(100 * seen < options.least * tried)
+            seen |= {trying[answer]: by} if is_seen else {}
+            kept.write_text(json.dumps(seen))
+    count = sum(str(mutant) in seen for mutant in chosen)
+    among = f"{len(chosen)} of {len(found):,} by the seed {options.seed}"
+    print(f"mutants: {among}: {count} seen, {len(chosen) - count} not seen")
+    return int(100 * count < options.least * len(chosen))
 
 
 if __name__ == "__main__":
