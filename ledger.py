@@ -982,11 +982,9 @@ ASSETS = {
 
 
 def system_accounts(assets: Iterable[AssetPublic]) -> set[tuple[str, str]]:
-    """Return the names and assets of the system accounts that assets need.
-
-    Cash is the money outside. Payments go to "merchants"; to "payments" where the caller has a
-    clock. Cashbacks come out of our own pocket, and the treasury issues closed-loop assets.
-    """
+    """Return the names and assets of the system accounts that assets need."""
+    # Cash is the money outside. Payments go to "merchants"; to "payments" where the caller has a
+    # clock. Cashbacks come out of our own pocket, and the treasury issues closed-loop assets.
     names = {0: ("cash", "merchants", "cashback"), 1: ("treasury",)}
     return {(name, asset.code) for asset in assets for name in names[asset.closed_loop]}
 
