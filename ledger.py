@@ -3992,6 +3992,7 @@ class Database:
     begin_write: str
     connect: Callable[..., SqliteConnection]  # Opens one that reads or, with `write=True`, writes.
     long_turn: Callable[..., Any] = nullcontext  # Waits for what a long read must wait for.
+    log_warning: Callable[..., str] = str  # Tells of a log beside the ledger that grows.
 
     def __init__(self) -> None:
         self.make_threads()
@@ -4022,10 +4023,6 @@ class Database:
         versions = {"version": __version__, "tables": str(SCHEMA_VERSION)}
         prometheus.Info("ledger", "The program and its tables", **new).info(versions)
         prometheus.ProcessCollector(**new)
-
-    def log_warning(self) -> str:
-        """Return what to say of a log beside the ledger that grows, if it does."""
-        return ""
 
     def require_present(self, *, to_write: bool) -> None:
         """Raise DatabaseLost where a write would go into nothing."""
@@ -5890,10 +5887,9 @@ tls = lru_cache(httpx.create_ssl_context)
 
 async def start_deliveries(ledger: Ledger, tasks: asyncio.TaskGroup) -> None:
     """Serve each receiver that has not had all, in a task of its own."""
+    now = {"now": utc_now()}
     webhooks, [undelivered] = await ledger.database.run_read(
-        lambda books: books.all_rows(
-            (TO_SERVE.format(books.clock), {"now": utc_now()}), (UNDELIVERED, {})
-        )
+        lambda books: books.all_rows((TO_SERVE.format(books.clock), now), (UNDELIVERED, {}))
     )
     ledger.database.undelivered.set(undelivered["n"])
     age = utc_now() - undelivered["oldest"] if undelivered["oldest"] else 0
@@ -6256,20 +6252,10 @@ def run_backup(database: Database, options: argparse.Namespace) -> None:
 
 def run_copy(settings: Settings, options: argparse.Namespace) -> None:
     """Copy a whole ledger into an empty database of either engine, and check it there."""
-    target = database_at(options.to)
+    target, given = database_at(options.to), replace(settings, database_url=options.source)
     place: Any = target.new() if isinstance(target, SqliteDatabase) else closing(target)
-    old = replace(settings, database_url=options.source)
-    with opened(old, older=True) as source, place as new:
-        counts = copy_all(source, new)
-    print(f"copied {source.name} to {target.name}, and checked it there:")
-    for name, row_count in counts.items():
-        print(f"{row_count:>12,}  {name}")
-
-
-def copy_all(source: Database, target: Database) -> dict[str, int]:
-    """Copy all tables in one write, and return how many rows each has."""
     counts = {table: 0 for table in TABLES if table != "schema_version"}
-    with source.read() as old, target.write() as new:
+    with opened(given, older=True) as source, place as to, source.read() as old, to.write() as new:
         if stored_version(new):
             raise StartupError(f"{target.name} is not empty")
         beside = {row["name"] for row in new.rows(new.schema)}
@@ -6285,7 +6271,9 @@ def copy_all(source: Database, target: Database) -> dict[str, int]:
         if new.engine == "postgresql":
             # Without statistics it would read whole tables, until its own program comes round.
             new.execute("ANALYZE")
-    return counts
+    print(f"copied {source.name} to {target.name}, and checked it there:")
+    for name, row_count in counts.items():
+        print(f"{row_count:>12,}  {name}")
 
 
 def chosen_events(connection: Connection, options: argparse.Namespace) -> Iterator[list[Row]]:
