@@ -2470,8 +2470,8 @@ BEHIND = f'{NOW} - :now AS "newest event", {{0}} - :now AS "database server"'
 IS_OVER_NOW = IS_OVER.replace(":now", NOW)
 # Of two columns of one name, the later one counts: what expired holds still hold is available.
 EXPIRED = f"SELECT SUM(amount) FROM hold WHERE account_id = account.id AND {IS_OVER_NOW}"  # noqa: S608
-STILL_HELD = f"CASE held WHEN 0 THEN 0 ELSE held - COALESCE(({EXPIRED}), 0) END"
-ACCOUNTS = f"SELECT account.*, CAST({STILL_HELD} AS bigint) AS held FROM account"  # noqa: S608
+STILL_HELD = f"CAST(CASE held WHEN 0 THEN 0 ELSE held - COALESCE(({EXPIRED}), 0) END AS bigint)"
+ACCOUNTS = f"SELECT account.*, {STILL_HELD} AS held FROM account"  # noqa: S608
 HOLD_STATUS = f"CASE WHEN {IS_OVER_NOW} THEN 'EXPIRED' ELSE status END"
 HOLDS = f"SELECT hold.*, {HOLD_STATUS} AS status FROM hold"  # noqa: S608
 
@@ -2667,12 +2667,8 @@ class Total(BaseModel):
     accounts: int
     balance: int
     held: int
+    available: int
     credit_limit: int
-
-    @pydantic.computed_field  # type: ignore[prop-decorator]
-    @property
-    def available(self) -> int:
-        return self.balance - self.held + self.credit_limit
 
 
 class Totals(BaseModel):
@@ -2681,13 +2677,10 @@ class Totals(BaseModel):
 
 TOTALS_MAX = 1_000
 # A sum may leave 64 bits where no amount does, so it is taken in two parts.
-FUNDS = {"balance": "balance", "held": f"CAST({STILL_HELD} AS bigint)"}
-FUNDS["credit_limit"] = "credit_limit"
-SUMS = ", ".join(
-    f"CAST(SUM({value} / 1000000000) AS bigint) AS {name}_billions, "
-    f"CAST(SUM({value} % 1000000000) AS bigint) AS {name}"
-    for name, value in FUNDS.items()
-)
+SUM = """CAST(SUM({0} / 1000000000) AS bigint) AS {1}_billions,
+    CAST(SUM({0} % 1000000000) AS bigint) AS {1}"""
+FUNDS = {"balance": "balance", "held": STILL_HELD, "credit_limit": "credit_limit"}
+SUMS = ", ".join(SUM.format(value, name) for name, value in FUNDS.items())
 
 
 @api.get("/totals")
@@ -2715,6 +2708,7 @@ def get_totals(
         raise InvalidRequest(errors=[{"pointer": "/by", "detail": why}])
     for row in rows:
         row |= {name: row[name] + 10**9 * row[f"{name}_billions"] for name in FUNDS}
+        row["available"] = row["balance"] - row["held"] + row["credit_limit"]
     return Totals(items=[Total(by=row["part"], **row) for row in rows])
 
 
@@ -3478,16 +3472,13 @@ class BankTopSpenders(BaseModel):
 @bank.get("/top-spenders")
 def get_bank_top_spenders(books: LongByReader, timestamp: BankMoment, n: Limit) -> BankTopSpenders:
     """List who has sent and paid the most, and then by name."""
-    # The sum may leave 64 bits where no amount does, so it is taken in two parts.
-    rows = books.rows(
-        """SELECT name, CAST(SUM(amount / 1000000000) AS bigint) AS billions,
-        CAST(SUM(amount % 1000000000) AS bigint) AS rest
+    query = f"""SELECT name, {SUM.format("COALESCE(amount, 0)", "spent")}
         FROM account LEFT JOIN (entry JOIN event ON event.id = transaction_id)
         ON entry.account_id = account.id AND type = 'DEBIT'
         AND event.kind IN ('TRANSFER', 'PAYMENT', 'JOURNAL', 'CAPTURE')
-        WHERE name >= 'bank:' AND name < 'bank;' GROUP BY account.id, name"""
-    )
-    spent = [(10**9 * (r["billions"] or 0) + (r["rest"] or 0), r["name"][5:]) for r in rows]
+        WHERE name >= 'bank:' AND name < 'bank;' GROUP BY account.id, name"""  # noqa: S608
+    rows = books.rows(query)
+    spent = [(10**9 * row["spent_billions"] + row["spent"], row["name"][5:]) for row in rows]
     ranked = sorted(spent, key=lambda one: (-one[0], one[1]))
     return BankTopSpenders(top_spenders=[f"{name}({total})" for total, name in ranked[:n]])
 
