@@ -1916,7 +1916,7 @@ class Policy(NamedTuple):
     """Who may call a function over HTTP, and what a call needs; a `long` read has no bound."""
 
     roles: Sequence[str]
-    key: Literal["required", "optional"] = "optional"
+    needs_key: bool = False
     errors: Overrides | None = None
     long: bool = False
     body_bytes_max: int = BODY_BYTES_MAX
@@ -1924,10 +1924,10 @@ class Policy(NamedTuple):
 
 # By whom a book is written, which takes a key where it counts that it is done once, or is read.
 ByService = Annotated[Book, Policy(SERVICES)]
-OnceByService = Annotated[Book, Policy(SERVICES, key="required")]
-InBulkByService = Annotated[Book, Policy(SERVICES, "required", body_bytes_max=8 * BODY_BYTES_MAX)]
+OnceByService = Annotated[Book, Policy(SERVICES, needs_key=True)]
+InBulk = Annotated[Book, Policy(SERVICES, needs_key=True, body_bytes_max=8 * BODY_BYTES_MAX)]
 ByAdmin = Annotated[Book, Policy(ADMINS)]
-OnceByAdmin = Annotated[Book, Policy(ADMINS, key="required")]
+OnceByAdmin = Annotated[Book, Policy(ADMINS, needs_key=True)]
 ByReader = Annotated["Connection", Policy(READERS)]
 LongByReader = Annotated["Connection", Policy(READERS, long=True)]
 ByAuditor = Annotated["Connection", Policy(AUDITORS)]
@@ -1980,10 +1980,8 @@ class LedgerRoute(APIRoute):
         documented: Any = partial(endpoint, None)
         shown = [p for p in others if p.annotation is not MetadataFilter]
         documented.__signature__ = signature.replace(parameters=shown)
-        key = KEY_HEADER | {"required": self.policy.key == "required"}
-        extra: Row = {"parameters": [key] if self.writes else []}
-        if len(shown) < len(others):
-            extra["parameters"].append(METADATA_PARAMETER)
+        extra: Row = {"parameters": [METADATA_PARAMETER] if len(shown) < len(others) else []}
+        extra["parameters"] += [KEY_HEADER | {"required": self.policy.needs_key}] * self.writes
         if self.policy.roles:
             extra["security"] = [{scheme: []} for scheme in SECURITY]
         kinds = self.refusals(path) | {LedgerError.kinds[code] for code in options["responses"]}
@@ -2019,7 +2017,7 @@ class LedgerRoute(APIRoute):
             kinds |= set(MOVING) if {"amount", "entries"} & body.model_fields.keys() else set()
             kinds |= {ExternalIdExists} if "external_id" in body.model_fields else set()
         kinds |= {InvalidCursor} if {"cursor", "after"} & fields.keys() else set()
-        kinds |= {IdempotencyKeyMissing} if self.policy.key == "required" else set()
+        kinds |= {IdempotencyKeyMissing} if self.policy.needs_key else set()
         return kinds
 
     def get_route_handler(self) -> Callable[[Request], Any]:
@@ -2070,7 +2068,7 @@ class LedgerRoute(APIRoute):
         """Take the idempotency key, or raise what is wrong with it."""
         if given is not None:
             asked.key = parse_key(given.decode("latin-1"))
-        elif self.policy.key == "required":
+        elif self.policy.needs_key:
             raise IdempotencyKeyMissing("An Idempotency-Key is required here")
 
     def command(self, caller: str, asked: Asked, arguments: BaseModel) -> Command:
@@ -2880,7 +2878,7 @@ class BulkPublic(BaseModel):
 
 
 @api.post("/transfers/bulk", responses=refuses(BulkFailed))
-def create_transfers(book: InBulkByService, body: BulkCreate) -> BulkPublic:
+def create_transfers(book: InBulk, body: BulkCreate) -> BulkPublic:
     """Make many transfers in one commit."""
     transfers = [
         vars(each) | {"arguments": to_json(each, exclude_none=True).decode()}
