@@ -3862,9 +3862,8 @@ class SqliteConnection:
 
         def is_over() -> bool:
             self.steps += 1
-            if bound == "short":
-                return self.steps > SHORT_STEPS_MAX
-            return time.monotonic() > self.deadline
+            is_short = bound == "short"
+            return self.steps > SHORT_STEPS_MAX if is_short else time.monotonic() > self.deadline
 
         self.driver.set_progress_handler(is_over, STEP_INSTRUCTIONS)
 
@@ -3958,10 +3957,7 @@ class PostgresConnection(SqliteConnection):
         return self.driver.pipeline()
 
     def interrupt(self) -> None:
-        with (
-            suppress(OSError, psycopg.Error),
-            socket.socket(fileno=os.dup(self.driver.fileno())) as s,
-        ):
+        with suppress(OSError, psycopg.Error), socket.fromfd(self.driver.fileno(), -1, -1) as s:
             s.shutdown(socket.SHUT_RDWR)
 
 
@@ -4028,7 +4024,7 @@ class Database:
     def read(self, bound: str = "") -> Iterator[SqliteConnection]:
         """Open one consistent view of what is committed; `bound` is how long it may take."""
         turn = self.long_turn() if bound == "long" else nullcontext()
-        with turn, self._transaction(self._reading[bound], self.begin_read, bound) as connection:
+        with turn, self._lend(self._reading[bound], self.begin_read, bound) as connection:
             yield connection
 
     @contextmanager
@@ -4037,7 +4033,7 @@ class Database:
         with self._turn:
             began = time.perf_counter()
             try:
-                with self._transaction(self._writing, self.begin_write) as connection:
+                with self._lend(self._writing, self.begin_write) as connection:
                     connection.saved.clear()
                     if connection.mark:
                         connection.execute(connection.mark)
@@ -4130,9 +4126,7 @@ class Database:
                 connections.pop().driver.close()
 
     @contextmanager
-    def _transaction(
-        self, idle: list[SqliteConnection], begin: str, bound: str = ""
-    ) -> Iterator[SqliteConnection]:
+    def _lend(self, idle: list[Connection], begin: str, bound: str = "") -> Iterator[Connection]:
         connection = None
         try:
             self.require_present(to_write=idle is self._writing)
