@@ -9144,13 +9144,16 @@ def test_a_log_that_nobody_reads_stops_nobody() -> None:
 def test_the_log_says_how_many_lines_it_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "LOG_LINES_MAX", 10)
     written, log = io.StringIO(), ledger.Log()
-    for number in range(25):
-        log.take({"ts": 0.0, "number": number})
-    with log.written_to(written):
-        pass
+    for _ in range(2):
+        for number in range(25):
+            log.take({"ts": 0.0, "number": number})
+        with log.written_to(written):
+            pass
     lines = [json.loads(line) for line in written.getvalue().splitlines()]
-    assert [line.get("number") for line in lines] == [*range(15, 25), None]
-    assert lines[-1]["message"] == "15 lines were lost, because nobody read them"
+    assert [line.get("number") for line in lines] == [*range(15, 25), None] * 2
+    assert [line["message"] for line in (lines[10], lines[-1])] == [
+        "15 lines were lost, because nobody read them"
+    ] * 2
 
 
 PRIVATE_NAME, PRIVATE_AMOUNT = "Alice-the-marked-name", 91827364550
@@ -9323,14 +9326,14 @@ CLOSED = "ledger: Bad file descriptor\n"
 @pytest.mark.parametrize(
     ("command", "status", "said"),
     [
-        ("check 2>&-", 0, ""),
+        ("export --format csv >&-", 1, CLOSED),
         ("check >&-", 0, ""),
         ("check <&- >&- 2>&-", 0, ""),
         ("check | (exec <&-)", 0, CUT_OFF),
         ("-u check | (exec <&-)", 0, CUT_OFF),
         ("-u check | head -1", 0, ""),
         ("check >/dev/full", 1, NO_ROOM),
-        ("export --format csv >&-", 1, CLOSED),
+        ("check 2>&-", 0, ""),
         ("export --format csv <&- 2>&-", 0, ""),
         ("key revoke nobody 2>&-", 1, ""),
     ][:: 1 if CYCLES > 3 else 3],
