@@ -11423,15 +11423,18 @@ def run_program(
 
 def prove(program: str, *options: str, status: int = 0) -> str:
     """Run a program of `bench/` as a fork; return its last line, which has the figures."""
-    with tempfile.TemporaryDirectory() as folder:
-        ran = run_program(program, *options, folder=Path(folder), target=run_proof)
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        place = Path(folder)
+        ran = run_program(program, *options, folder=place, target=run_proof, TMPDIR=folder)
     assert ran.returncode == status, ran.stdout + ran.stderr
     return ran.stdout.splitlines()[-1]
 
 
-def run_proof(arguments: Sequence[str], _: Any, said: Path, log: Path) -> None:
+def run_proof(
+    arguments: Sequence[str], environment: Mapping[str, str], said: Path, log: Path
+) -> None:
     """Do in a new process what `python bench/PROGRAM` does in an empty folder."""
-    settle({}, said, log)
+    settle(environment, said, log)
     program = PROGRAM.with_name("bench") / arguments[0]
     sys.argv, sys.path[:0] = [str(program), *arguments[1:]], [str(program.parent)]
     runpy.run_path(str(program), run_name="__main__")
@@ -11600,6 +11603,10 @@ def screen(database: str, browser: webdriver.Chrome) -> Iterator[Screen]:
 # PostgreSQL is the server that LEDGER_TEST_DATABASE_URL names, or one of this run alone where the
 # programs are installed; otherwise its tests are skipped.
 
+SHARED_MEMORY = Path("/dev", "shm")
+ROOM = shutil.disk_usage(SHARED_MEMORY).free if os.access(SHARED_MEMORY, os.W_OK) else 0
+MEMORY = SHARED_MEMORY if ROOM > 2**30 else None
+"""A folder for files that are synced as any other, but wait for no disk."""
 NewDatabase = Callable[..., Any]
 """What lends a new ledger for a block, or a `blank` database, without even tables."""
 RENEWALS: dict[str, str] = {}
@@ -11641,7 +11648,7 @@ def databases_of(engine: str, request: pytest.FixtureRequest) -> NewDatabase:
 @contextmanager
 def new_file(*, blank: bool = False) -> Iterator[str]:
     """Lend a file that holds a new ledger, or is not there yet; remove it in the end."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         file = Path(folder, "ledger.db")
         if not blank:
             file.write_bytes(new_ledger())
