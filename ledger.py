@@ -550,7 +550,6 @@ class Book:
         if reference not in self.accounts:
             self.lock([reference])
         account = self.accounts.get(reference)
-        # No caller may reach a system account.
         if account is None or account.kind != "CUSTOMER":
             raise AccountNotFound(f"There is no account {reference}", reference)
         return account
@@ -669,11 +668,10 @@ class Book:
     def keep(self, answer: "Answer") -> None:
         """Let what the command has done stay; its events know what it was answered."""
         hashed = self.asked["key"] and answer.hash()
-        for event in self.events:
-            if event["key"]:
-                event["answer"] = hashed
-                if self._written:  # The event too, maybe.
-                    self.updates["event"][id(event)] = event
+        for event in filter(itemgetter("key"), self.events):
+            event["answer"] = hashed
+            if self._written:  # The event too, maybe.
+                self.updates["event"][id(event)] = event
         if self._written:
             self.connection.execute("RELEASE SAVEPOINT gathered")
             self._written = None
