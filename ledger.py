@@ -1431,6 +1431,11 @@ KEYS_AGE_SECONDS_MAX, LOOKS_MAX = 0.5, 50
 JWT_ALGORITHM = "HS256"
 JWT = jwt.PyJWT({"require": ["sub", "role", "exp"], "enforce_minimum_key_length": True})
 JWT_EXP_MAX = 253_402_300_800  # The end of the year 9999.
+# Their messages repeat nothing that the token holds.
+JWT_FAULTS = (
+    jwt.ExpiredSignatureError, jwt.ImmatureSignatureError, jwt.InvalidSignatureError,
+    jwt.MissingRequiredClaimError,
+)  # fmt: skip
 # How the names of the headers begin by which proxies and content networks tell of a caller.
 PROXY_HEADERS = (
     b"forwarded", b"x-forwarded", b"x-real-ip", b"via", b"x-client-ip", b"client-ip", b"cf-",
@@ -1523,9 +1528,9 @@ class Callers:
             is_time = isinstance(exp, int | float) and time.time() < exp < JWT_EXP_MAX
             if is_time and is_name(sub) and role in ROLES:
                 return Caller(f"jwt:{sub}", role)
-        except jwt.PyJWTError as error:
+        except JWT_FAULTS as error:
             why = str(error)
-        except (ValueError, ArithmeticError, RecursionError):
+        except (jwt.PyJWTError, ValueError, ArithmeticError, RecursionError):
             why = "It cannot be read"  # Into these the parser of a hostile token may run.
         raise Unauthorized(f"The token is not valid: {why}")
 

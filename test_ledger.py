@@ -2420,6 +2420,7 @@ def test_almost_a_key_is_no_key(secured: "Bank") -> None:
         signed_by_hand("{}", header='{"alg": "none"}'),
         signed_by_hand("{}", header='{"alg": "RS256"}'),
         signed_by_hand("{}", header='{"alg": "HS256", "crit": ["x"]}'),
+        signed_by_hand("{}", header='{"alg": "HS256", "crit": ["\\ud800"], "\\ud800": 1}'),
         token()[:-1],
         token() + ".x",
         "." * 60_000,
