@@ -501,9 +501,13 @@ def test_an_operation_that_is_refused_at_its_second_post_takes_nothing_from_its_
 
 
 def test_what_arrives_together_is_one_commit(bank: "BankInside") -> None:
-    deposit = (f"/accounts/{bank.given(alice=100).ids['alice']}/deposit", {"amount": 1})
-    answers = bank.together(*[deposit] * 20)
-    assert [answer.json()["balance"] for answer in answers] == list(range(101, 121))
+    deposit = command_of(ledger.deposit, bank.given(alice=100).ids["alice"], amount=1)
+
+    async def arrive() -> list[ledger.Answer]:
+        return await asyncio.gather(*map(bank.ledger.submit, [deposit] * 20))
+
+    assert {answer.status for answer in bank.runner.run(arrive())} == {200}
+    assert bank.balances() == {"alice": 120}
     assert bank.rows("SELECT COUNT(DISTINCT ts) FROM event WHERE kind = 'DEPOSIT'") == [(2,)]
 
 
@@ -8365,17 +8369,18 @@ def test_an_idle_connection_is_kept_for_longer_than_a_request_may_take(database:
     with serving(database, start=start) as server, ExitStack() as stack:
         call = socket.create_connection(server.bank.address(), timeout=30)
         wire = stack.enter_context(call)
-        for pause in (0, 2):
+        for pause in (0, 3):
             time.sleep(pause)
             wire.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             answer = b""
             while not answer.endswith(b'{"status":"ok"}'):
-                answer += wire.recv(65_536)
+                answer += (part := wire.recv(65_536))
+                assert part
 
 
 def run_patient(*given: Any) -> None:
-    """Serve callers who have a second for a request, and many for the next one."""
-    ledger.REQUEST_SECONDS_MAX, ledger.KEEP_ALIVE_SECONDS = 1, 60
+    """Serve callers who have some seconds for a request, and many for the next one."""
+    ledger.REQUEST_SECONDS_MAX, ledger.KEEP_ALIVE_SECONDS = 2, 60
     run_main(*given)
 
 
@@ -8807,8 +8812,9 @@ def test_a_receiver_that_is_gone_is_told_nothing_more(
 
 
 def test_a_failure_holds_up_its_own_receiver_alone(
-    bank: "BankInside", receiver: "Receiver"
+    bank: "BankInside", receiver: "Receiver", monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ledger, "RECEIPT_SECONDS_MAX", 60)
     subscribe(bank, receiver.answering(0, at="silent"))
     subscribe(bank, receiver.answering(200))
     bank.given(alice=7, bob=7)
@@ -9032,8 +9038,14 @@ def test_of_two_servers_one_posts_receipts_and_the_other_takes_over(
             wait_until(lambda: receiver.ids() == since_then(other.bank))
 
 
+def run_forbearing(*given: Any) -> None:
+    """Serve, and wait for a receiver for longer than the end of a server may take."""
+    ledger.RECEIPT_SECONDS_MAX, ledger.TURN_SECONDS = 60, 120
+    run_main(*given)
+
+
 def test_a_server_that_ends_leaves_its_turn(database: str, receiver: "Receiver") -> None:
-    with serving(database) as server:
+    with serving(database, start=partial(as_fork, target=run_forbearing)) as server:
         leave_one_unanswered(server, receiver)
     # Nobody has to wait until it is over.
     [(due_at,)] = server.bank.rows("SELECT due_at FROM webhook")
