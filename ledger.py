@@ -5729,11 +5729,10 @@ def example_of(schema: Row, schemas: Row) -> Any:
 
 
 def open_first_accounts(
-    ledger: Ledger, settings: Settings, dialects: Iterable[APIRouter], caller: str, demo: bool
+    ledger: Ledger, settings: Settings, dialects: Iterable[Any], caller: str, demo: bool
 ) -> list[str]:
     """Open the accounts that dialects begin with, and name them; those that are there stay."""
-    kinds: list[Any] = [router.route_class for router in dialects]
-    openings = [opening for kind in kinds for opening in kind.first_accounts(settings, demo)]
+    openings = [one for each in dialects for one in each.route_class.first_accounts(settings, demo)]
     commands = [Command(caller, json.dumps(each.keywords), each) for each in openings]
     answers = retry_while_busy(lambda: ledger.commit(commands)) if commands else []
     for answer in answers:
@@ -6726,11 +6725,9 @@ const accounts = (query) => list("Accounts", ["Owner", "Balance"], ["accounts", 
 const holds = (query) => list("Holds", ["Hold", "Amount"], ["holds", query], (hold) => [[
   [words(hold.status), person(hold.account_id), "\u2192", person(hold.dest_account_id),
     bdi(hold.memo), time(hold.expires_at)], priced(hold.amount, hold.asset)]]);
-const entryRows = (entries) => entries.map((entry) => {
-  const { name, asset } = known.get(entry.account_id);
-  return [[person(entry.account_id), !isSystem({ name }) && small(name), small(asset)],
-    ...sums(entry, asset)];
-});
+const entryRow = (entry, account) => [[person(account.id), !isSystem(account) &&
+  small(account.name), small(account.asset)], ...sums(entry, account.asset)];
+const entryRows = (entries) => entries.map((entry) => entryRow(entry, known.get(entry.account_id)));
 // The memo of a cashback is the id of its payment.
 const noted = (kind, memo) => (kind === "CASHBACK" ? posted(memo, "of a payment") : bdi(memo));
 const moves = ({ id, kind, memo, ts, entries }) =>
@@ -6738,9 +6735,9 @@ const moves = ({ id, kind, memo, ts, entries }) =>
 // The accounts on the other side of an entry; and what a CSV has of one.
 const others = ({ entries }, { type }) =>
   entries.filter((each) => each.type !== type).map((each) => each.account_id);
-const record = (transaction, entry) => ({ ...entry, external_id: transaction.external_id,
-  amount: signed(entry), asset: known.get(entry.account_id).asset,
-  owner: called(known.get(entry.account_id)),
+const record = (transaction, entry, account = known.get(entry.account_id)) => ({ ...entry,
+  external_id: transaction.external_id, amount: signed(entry), asset: account.asset,
+  owner: called(account),
   other: others(transaction, entry).map((id) => called(known.get(id))).join("; ") });
 const transactions = (query) => list("Transactions", ["What", "Amount", "Balance"],
   ["transactions", query], moves, (each) => each.entries.map((entry) => record(each, entry)));
