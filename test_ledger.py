@@ -11305,7 +11305,10 @@ def served_by(database: str, by: str, *options: str) -> Iterator[tuple[Bank, Pat
 
             wait_until(is_there)
             assert found, log.read_text()
-            yield Bank(partial(ask, httpx.URL(found[0])), database), log
+            try:
+                yield Bank(partial(ask, httpx.URL(found[0])), database), log
+            finally:
+                hang_up()
         assert "Traceback" not in log.read_text(), log.read_text()
 
 
