@@ -399,6 +399,16 @@ def test_a_refused_post_changes_nothing(legs: dict[str, int], error: type[Except
     assert not any(book.updates.values())
 
 
+def test_all_that_a_command_has_done_is_taken_back() -> None:
+    before = {"alice": 100, "bob": 0}
+    book, accounts = book_of(**before)
+    book.post("TEST", [ledger.Leg(accounts["alice"], -5), ledger.Leg(accounts["bob"], 5)])
+    book.take_back()
+    assert {name: account.balance for name, account in accounts.items()} == before
+    assert not any(book.inserts.values())
+    assert not any(book.updates.values())
+
+
 def test_a_post_of_many_legs_numbers_its_entries() -> None:
     book, accounts = book_of(alice=100, bob=0, carol=7)
     legs = {"alice": -100, "bob": 60, "carol": 40}
@@ -2527,6 +2537,17 @@ def test_an_unknown_key_is_looked_for_once_until_all_are_loaded_anew(
     for number in range(2 * ledger.LOOKS_MAX):
         assert secured.by(f"lk_{number:08}_x").get("/accounts").status_code == 401
     assert len(looks) == ledger.LOOKS_MAX
+
+
+@on_postgresql
+def test_a_new_key_waits_for_no_other_read(secured: "BankInside") -> None:
+    alice = secured.by(ADMIN_KEY).given(alice=0).ids["alice"]
+    key, ended = new_api_key(secured.database, "till", "service"), threading.Event()
+    for _ in range(ledger.READERS_MAX):
+        secured.ledger.database._readers.submit(ended.wait)
+    deposited = secured.by(key).post(f"/accounts/{alice}/deposit", key=new_key(), amount=1)
+    ended.set()
+    assert deposited.json()["balance"] == 1
 
 
 def test_a_request_is_no_older_than_its_key(database: str) -> None:
@@ -5235,6 +5256,13 @@ def kata_balance(bank: "Bank", name: str, **parameters: int) -> int:
     return int(bank.get(f"/bank/accounts/{name}/balance", **parameters).json()["balance"])
 
 
+def test_the_kata_adds_up_what_is_large(demo: "Bank") -> None:
+    kata_accounts(demo, "alice", "bob", balance=9_000_000_007)
+    assert kata_transfer(demo, 4, "alice", "bob", 9_000_000_007) == {"balance": 0}
+    spenders = demo.get("/bank/top-spenders", timestamp=6, n=5).json()
+    assert spenders == {"top_spenders": ["alice(9000000007)", "bob(0)"]}
+
+
 def kata_history(bank: "Bank", name: str, timestamp: int) -> list[dict[str, Any]]:
     """Return all that happened to an account of the kata."""
     answer = bank.get(f"/bank/accounts/{name}/transactions", timestamp=timestamp)
@@ -6448,6 +6476,8 @@ def test_what_still_reads_is_ended_when_its_database_is_closed(
         wait_until(lambda: bool(opened._busy))
         opened.close()
         assert isinstance(reading.exception(), ledger.LedgerError)
+    # What has ended it is no more.
+    wait_until(lambda: not any("_hang_up" in each.name for each in threading.enumerate()))
 
 
 @on_sqlite
@@ -8049,6 +8079,11 @@ def test_head_is_get_without_the_body(server: "Server") -> None:
 def test_the_api_describes_itself(demo: "Bank") -> None:
     paths = demo.get("/openapi.json").json()["paths"]
     assert demo.get("/openapi.json").json()["paths"] == paths, "it is made once"
+    given = {
+        path: item["get"].get("parameters", []) for path, item in paths.items() if "get" in item
+    }
+    by_metadata = {path for path in given if "metadata" in [each["name"] for each in given[path]]}
+    assert by_metadata == {"/accounts", "/totals", "/transactions"}
     described = {(method.upper(), path) for path, item in paths.items() for method in item}
     assert described == set(MATRIX) - {("GET", "/metrics")} | DESCRIBED
     transfer = paths["/transfers"]["post"]
@@ -8059,7 +8094,9 @@ def test_the_api_describes_itself(demo: "Bank") -> None:
     assert refused["examples"]["insufficient_funds"]["value"]["status"] == 409
     assert transfer["operationId"] == "create_transfer"
     shown = transfer["responses"]["200"]["content"]["application/json"]["example"]
-    assert shown["source"]["status"] == "ACTIVE"
+    assert (shown["source"]["status"], shown["source"]["external_id"]) == ("ACTIVE", "text")
+    missing = paths["/accounts/{account_id}"]["get"]["responses"]["404"]["content"]
+    assert [*missing["application/problem+json"]["examples"]] == ["account_not_found"]
     [limit] = [p for p in paths["/accounts"]["get"]["parameters"] if p["name"] == "limit"]
     assert (limit["schema"]["minimum"], limit["schema"]["maximum"]) == (1, 200)
     assert transfer["security"] == [{"X-API-Key": []}, {"Bearer": []}]
@@ -9323,6 +9360,28 @@ def test_a_refused_start_says_why_in_one_line(
     assert re.fullmatch(f"ledger: .*{why}.*\n", ran.stderr)
 
 
+@pytest.mark.parametrize(
+    ("command", "lacks"),
+    [
+        ("backup", "file"),
+        ("copy", "--from, --to"),
+        ("export", "--format"),
+        ("asset add GOLD", "--name, --exponent"),
+        ("key add", "--name, --role"),
+        ("key revoke", "name"),
+        ("webhook add", "--url"),
+        ("webhook remove", "url"),
+        ("webhook", "{add,list,remove}"),
+    ],
+)
+def test_a_command_says_what_it_lacks(
+    command: str, lacks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        ledger.main(command.split())
+    assert f"the following arguments are required: {lacks}\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("others", ["", "many", "4"])
 @on_sqlite
 def test_a_setting_that_is_meant_for_others_changes_nothing(database: str, others: str) -> None:
@@ -9742,7 +9801,10 @@ def test_postgresql_is_backed_up_with_its_own_program(
 
 @pytest.mark.parametrize("target", ENGINES)
 def test_a_copy_is_the_same_ledger(
-    bank: "Bank", target: str, request: pytest.FixtureRequest
+    bank: "Bank",
+    target: str,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bank.given(alice=500, bob=50, carol=0).transfer("alice", "bob", 100, key="rent")
     bank.pay("alice", 100)
@@ -9755,6 +9817,10 @@ def test_a_copy_is_the_same_ledger(
     subscribe(bank, "http://localhost", "--account", bank.ids["alice"])
     with databases_of(target, request)(blank=True) as url:
         assert ledger.main(["copy", "--from", bank.database, "--to", url]) == 0
+        shown = re.findall(r"([0-9,]+)  (\w+)$", capsys.readouterr().out, re.MULTILINE)
+        counted = {table: bank.rows(f"SELECT COUNT(*) FROM {table}")[0][0] for _, table in shown}
+        assert {table: int(count) for count, table in shown} == counted
+        assert len(counted) == len(ledger.TABLES) - 1
         assert ledger.main(["check", "--database-url", url]) == 0
         with opened(url) as copied:
             assert copied.contents() == bank.contents()
