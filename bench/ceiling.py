@@ -1,7 +1,7 @@
 """Serve the fastest answer that the framework can give to a transfer, without any database.
 
 `app` has a route as most people write it, `route_class` one that answers from FastAPI's extension
-point, a bare `get_route_handler`.
+point, a bare `get_route_handler`, as the ledger's routes do: the framework's real floor.
 """
 
 from collections.abc import Callable, Coroutine
