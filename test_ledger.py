@@ -6297,14 +6297,14 @@ def test_a_log_that_a_long_reader_has_let_grow_is_cut(
 
 @on_sqlite
 def test_all_pages_are_moved_unless_somebody_reads(bank: "BankInside") -> None:
-    bank.given(alice=1)
-    bank.ledger.database.move_pages("FULL")
+    database: Any = bank.given(alice=1).ledger.database
+    database.move_pages("FULL")
     with closing(connect(bank.database)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM account").fetchone()
         bank.deposit("alice", 1)
         with pytest.raises(ledger.DatabaseBusy):
-            bank.ledger.database.move_pages("FULL")
+            database.move_pages("FULL")
 
 
 @on_sqlite
