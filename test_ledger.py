@@ -6472,6 +6472,18 @@ def test_a_database_that_says_nothing_for_too_long_is_lost() -> None:
         asyncio.run(wait())
 
 
+def test_a_short_read_waits_for_no_long_one(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "REQUEST_SECONDS_MAX", 1)
+    alice, ended = bank.given(alice=1).ids["alice"], threading.Event()
+    for _ in range(ledger.LONG_READERS_MAX):
+        bank.ledger.database._long_readers.submit(ended.wait)
+    found = bank.get(f"/accounts/{alice}")
+    ended.set()
+    assert found.json()["balance"] == 1
+
+
 def test_what_still_reads_is_ended_when_its_database_is_closed(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
