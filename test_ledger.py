@@ -2539,8 +2539,12 @@ def test_an_unknown_key_is_looked_for_once_until_all_are_loaded_anew(
     assert len(looks) == ledger.LOOKS_MAX
 
 
+@pytest.mark.parametrize("kept_for", [0, 60])
 @on_postgresql
-def test_a_new_key_waits_for_no_other_read(secured: "BankInside") -> None:
+def test_a_new_key_waits_for_no_other_read(
+    secured: "BankInside", monkeypatch: pytest.MonkeyPatch, kept_for: int
+) -> None:
+    monkeypatch.setattr(ledger, "KEYS_AGE_SECONDS_MAX", kept_for)
     alice = secured.by(ADMIN_KEY).given(alice=0).ids["alice"]
     key, ended = new_api_key(secured.database, "till", "service"), threading.Event()
     for _ in range(ledger.READERS_MAX):
@@ -6488,6 +6492,7 @@ def test_what_still_reads_is_ended_when_its_database_is_closed(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger, "CLOSING_SECONDS_MAX", 0.05)
+    monkeypatch.setitem(ledger.READ_SECONDS_MAX, "long", 60.0)
     endless = """WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers)
         SELECT COUNT(*) FROM numbers"""
     with closing(ledger.database_at(database)) as opened:
@@ -6498,8 +6503,10 @@ def test_what_still_reads_is_ended_when_its_database_is_closed(
 
         reading = opened._long_readers.submit(read)
         wait_until(lambda: bool(opened._busy))
+        began = time.monotonic()
         opened.close()
         assert isinstance(reading.exception(), ledger.LedgerError)
+        assert time.monotonic() - began < 60
     # What has ended it is no more.
     wait_until(lambda: not any("_hang_up" in each.name for each in threading.enumerate()))
 
