@@ -10041,7 +10041,11 @@ def test_an_export_can_be_of_one_account_and_of_some_time(
     bank.deposit("bob", 9, effective_at="1999-12-31").raise_for_status()
     assert changes("--to", "2000-01-01") == ["system 0.09", "bob +0.09"]
     assert exported_rows(bank, tmp_path, "--to", "2000-01-01")[0]["date"] == "1999-12-31"
-    command = ["export", "--format", "csv", "--database-url", bank.database]
+    command = ["export", "--database-url", bank.database]
+    for option in ("--account", "--from", "--to"):
+        assert ledger.main([*command, "--format", "seals", option, "2026-01-01"]) == 1
+        assert "seals are of all that happened" in capsys.readouterr().err
+    command += ["--format", "csv"]
     assert ledger.main([*command, "--account", NOBODY]) == 1
     assert capsys.readouterr().err == f"ledger: There is no account {NOBODY}\n"
     with pytest.raises(SystemExit):
