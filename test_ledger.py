@@ -9476,8 +9476,8 @@ for command in sys.argv[2:]:
 def test_names_are_shown_and_taken_in_any_locale(bank: "Bank") -> None:
     for name in ("Zo\xeb", "\u91d1"):
         new_api_key(bank.database, name, "admin")
-    bank.tamper_freely("UPDATE event SET arguments = '\xe9' WHERE id = (SELECT min(id) FROM event)")
-    bank.tamper_freely("UPDATE event SET kind = '\xe9' WHERE id = (SELECT max(id) FROM event)")
+    bank.tamper_freely("UPDATE event SET arguments = '\xe9' WHERE id = (SELECT max(id) FROM event)")
+    bank.tamper_freely("UPDATE event SET kind = '\xe9' WHERE id = (SELECT min(id) FROM event)")
     commands = ["key list", "key revoke Zo\xeb", "key add --role auditor --name Jos\xe9"]
     commands += ["key revoke \udcff", "key add --role admin --name \udcff", "check"]
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(PROGRAM.parent)}
