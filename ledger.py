@@ -127,7 +127,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache, partial
 from io import TextIOWrapper
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, product
 from operator import add, attrgetter, contains, itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
@@ -3837,6 +3837,17 @@ class SqliteConnection:
         return self.driver.execute(self.text(statement), self.adapt(values))
 
     @staticmethod
+    def as_object(members: Mapping[str, str]) -> str:
+        """Return what makes JSON of columns, without blanks, in the order of names."""
+        pairs = [f"'{name}', {members[name]}" for name in sorted(members)]
+        return f"json_object({', '.join(pairs)})"
+
+    @staticmethod
+    def as_list(each: str) -> str:
+        """Return what makes a list of JSON."""
+        return f"json_group_array({each})"
+
+    @staticmethod
     @lru_cache
     def text(statement: str) -> str:
         """Return a statement as the driver reads it."""
@@ -3935,6 +3946,15 @@ class PostgresConnection(SqliteConnection):
     writes = f"""SELECT virtualtransaction AS write FROM pg_locks WHERE locktype = 'advisory'
     AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {WRITE_LOCK} AND objsubid = 1
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""  # noqa: S608
+
+    @staticmethod
+    def as_object(members: Mapping[str, str]) -> str:
+        columns = ", ".join(f"{members[name]} AS {name}" for name in sorted(members))
+        return f"row_to_json((SELECT row FROM (SELECT {columns}) AS row))"  # noqa: S608
+
+    @staticmethod
+    def as_list(each: str) -> str:
+        return f"COALESCE(array_to_json(array_agg({each})), '[]')"
 
     @staticmethod
     @lru_cache
@@ -4879,44 +4899,42 @@ NOT_DONE = f"SELECT name {DONE_KEYS} EXCEPT SELECT key FROM event LIMIT 1"  # no
 HOLDS_BY_STATUS = "SELECT status, count(*) AS n FROM hold GROUP BY status"
 
 
-def read_events(connection: SqliteConnection, after: str, until: str, limit: int) -> list[Row]:
-    """Return some events in the order of ids, each with its entries and its line."""
-    columns = {name: [*TABLES[name].columns.keys()] for name in ("event", "entry")}
-    shown = sorted([*columns["event"], "entries"])
-    members = ", ".join("NULL AS entries" if name == "entries" else name for name in shown)
-    query = f"""SELECT {members} FROM event WHERE id > :after AND id <= :until
-        ORDER BY id LIMIT :limit"""  # noqa: S608
-    events = connection.rows(query, after=after, until=until, limit=limit)
-    last = events[-1]["id"] if events else after
-    query = f"""SELECT {", ".join(sorted(columns["entry"]))} FROM entry WHERE transaction_id >
-        :after AND transaction_id <= :last"""  # noqa: S608
-    entries: defaultdict[str, list[Row]] = defaultdict(list)
-    # Sorted here, because they are almost, which the database does not know.
-    for entry in sorted(connection.rows(query, after=after, last=last), key=itemgetter("id")):
-        entries[entry.pop("transaction_id")].append(entry)
-    later = {*columns["event"]} - LINE_MEMBERS
-    for event in events:
-        event["entries"] = entries[event["id"]]
-        told = event
-        if later:
-            told = {name: event[name] for name in event if name not in later or event[name]}
-        event["line"] = to_json(told)
+def read_lines(connection: SqliteConnection, after: str, until: str, limit: int) -> list[Row]:
+    """Return some events in their order: the id, the time and the line of each."""
+    members = {name: name for name in {*TABLES["entry"].columns.keys()} if name != "transaction_id"}
+    entries = "(SELECT * FROM entry WHERE transaction_id = event.id ORDER BY id) AS entry"
+    listed = connection.as_list(connection.as_object(members))
+    columns = {name: name for name in {*TABLES["event"].columns.keys()}}
+    columns["entries"] = f"(SELECT {listed} FROM {entries})"  # noqa: S608
+    query = f"""SELECT id, ts, CAST({connection.as_object(columns)} AS text) AS line FROM event
+        WHERE id > :after AND id <= :until ORDER BY id LIMIT :limit"""  # noqa: S608
+    rows = connection.rows(query, after=after, until=until, limit=limit)
+    for row, name in product(rows, {*TABLES["event"].columns.keys()} - LINE_MEMBERS):
+        # No text looks like this, because in JSON it has no quote of its own.
+        row["line"] = row["line"].replace(f'"{name}":null,', "")
+    return rows
+
+
+def parse_lines(lines: list[Row]) -> list[Row]:
+    """Return the events that lines tell of, with their entries."""
+    text = ",".join([row["line"] for row in lines])
+    events: list[Row] = from_json(f"[{text}]", cache_strings="keys")
     return events
 
 
-def next_seal(before: Row, events: list[Row]) -> Row:
-    """Return the seal of some events, which follows another one."""
-    sealed = b"\n".join([before["hash"].encode(), *(event["line"] for event in events), b""])
-    seal = {"id": before["id"] + 1, "ts": events[-1]["ts"], "until": events[-1]["id"]}
-    seal["events"] = before["events"] + len(events)
-    return seal | {"hash": hashlib.sha256(sealed).hexdigest()}
+def next_seal(before: Row, lines: list[Row]) -> Row:
+    """Return the seal of some lines, which follows another one."""
+    sealed = "\n".join([before["hash"], *(row["line"] for row in lines), ""])
+    seal = {"id": before["id"] + 1, "ts": lines[-1]["ts"], "until": lines[-1]["id"]}
+    seal["events"] = before["events"] + len(lines)
+    return seal | {"hash": sha256(sealed)}
 
 
 def new_seal(connection: SqliteConnection, until: str = AFTER_ALL) -> Row | None:
     """Return the seal of what is not sealed until an event, of the first of it where it is much."""
     [before] = connection.rows(NEWEST_SEAL) or [NO_SEAL]
-    events = read_events(connection, before["until"], until, SEAL_EVENTS)
-    return next_seal(before, events) if events else None
+    lines = read_lines(connection, before["until"], until, SEAL_EVENTS)
+    return next_seal(before, lines) if lines else None
 
 
 def seal_all(connection: SqliteConnection) -> None:
@@ -4950,10 +4968,10 @@ def check_history(connection: SqliteConnection, known: str) -> Iterator[tuple[st
     `known` is the hash of a seal that was kept elsewhere, or nothing.
     """
     history, sealed, position = History(connection), Chain(connection, known), ""
-    while events := read_events(connection, position, AFTER_ALL, PORTION_ROWS):
-        position = events[-1]["id"]
-        sealed.take(events)
-        history.take(events)
+    while lines := read_lines(connection, position, AFTER_ALL, PORTION_ROWS):
+        position = lines[-1]["id"]
+        sealed.take(lines)
+        history.take(parse_lines(lines))
         show_progress(f"event: {history.events:,} rows")
     while sealed.seal:  # Of events that are gone.
         sealed.compare(sealed.seal)
@@ -4988,27 +5006,27 @@ class Stood:
 
 
 class Chain:
-    """All seals in their order, each compared with the events that it covers."""
+    """All seals in their order, each compared with the lines that it covers."""
 
     def __init__(self, connection: SqliteConnection, known: str) -> None:
         self.seals = chain.from_iterable(portions(connection, "seal"))
-        self.seal, self.before, self.events = next(self.seals, None), NO_SEAL, list[Row]()
+        self.seal, self.before, self.lines = next(self.seals, None), NO_SEAL, list[Row]()
         self.known, self.found, self.end = known, False, "(none)"
         self.wrong: list[str] = []
 
-    def take(self, events: list[Row]) -> None:
-        """Compare the seals that end among some events, which follow those taken before."""
-        self.events += events
-        while (seal := self.seal) and self.events:
-            if self.events[-1]["id"] < seal["until"] and len(self.events) <= SEAL_EVENTS_MAX:
+    def take(self, lines: list[Row]) -> None:
+        """Compare the seals that end among some lines, which follow those taken before."""
+        self.lines += lines
+        while (seal := self.seal) and self.lines:
+            if self.lines[-1]["id"] < seal["until"] and len(self.lines) <= SEAL_EVENTS_MAX:
                 return
             self.compare(seal)
-        self.events = []
+        self.lines = []
 
     def compare(self, seal: Row) -> None:
-        """Compare the next seal with the events that it covers."""
-        count = bisect_right(self.events, seal["until"], key=itemgetter("id"))
-        covered, self.events = self.events[:count], self.events[count:]
+        """Compare the next seal with the lines that it covers."""
+        count = bisect_right(self.lines, seal["until"], key=itemgetter("id"))
+        covered, self.lines = self.lines[:count], self.lines[count:]
         if not (covered and next_seal(self.before, covered) == seal):
             first = covered[0]["id"] if covered else self.before["until"]
             self.wrong.append(f"seal {seal['id']} is not of what happened from event {first} on")
@@ -6387,8 +6405,8 @@ def write_jsonl(books: SqliteConnection, events: Iterable[list[Row]], out: TextI
     """Write the lines that seals are made of."""
     for chosen in filter(None, events):
         ids, first = {event["id"] for event in chosen}, chosen[0]["id"][:-1]
-        lined = read_events(books, first, chosen[-1]["id"], PORTION_ROWS)
-        out.writelines(f"{event['line'].decode()}\n" for event in lined if event["id"] in ids)
+        lines = read_lines(books, first, chosen[-1]["id"], PORTION_ROWS)
+        out.writelines(f"{row['line']}\n" for row in lines if row["id"] in ids)
 
 
 def write_seals(connection: Connection, events: Iterable[list[Row]], out: TextIOWrapper) -> None:
