@@ -6162,15 +6162,6 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     app.state.log.form = options.log or ("text" if sys.stderr.isatty() else "json")
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"ledger.py {__version__} serves on {address}")
-    database = app.state.ledger.database
-    told = {"docs": f"{address}/docs", "database": f"{database.name}{layer_warning(database)}"}
-    told |= {"opened": app.state.opened, "upgrade": database.news}
-    with database.read() as connection:
-        told["clock"] = clock_warning(database, read_clocks(connection))
-    told["mode"] = OPEN_MODE if app.state.callers.open_mode else KEY_MODE
-    lines = [f"  {name:8}  {what}" for name, what in told.items() if what]
-    print("\n".join(lines), flush=True)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -6185,8 +6176,23 @@ def serve(settings: Settings, options: argparse.Namespace) -> None:
     )
     server = uvicorn.Server(config)
     config.callback_notify = partial(leave_late, server.server_state.connections)
-    with suppress(KeyboardInterrupt):
+    # Also where SIGTERM comes before uvicorn listens to it.
+    with closing(app.state.ledger.database), suppress(KeyboardInterrupt):
+        announce(app.state, address)
         server.run(sockets=[listener])
+
+
+def announce(state: Any, address: str) -> None:
+    """Print where the server is, what it serves, and who may call it."""
+    database = state.ledger.database
+    print(f"ledger.py {__version__} serves on {address}")
+    told = {"docs": f"{address}/docs", "database": f"{database.name}{layer_warning(database)}"}
+    told |= {"opened": state.opened, "upgrade": database.news}
+    with database.read() as connection:
+        told["clock"] = clock_warning(database, read_clocks(connection))
+    told["mode"] = OPEN_MODE if state.callers.open_mode else KEY_MODE
+    lines = [f"  {name:8}  {what}" for name, what in told.items() if what]
+    print("\n".join(lines), flush=True)
 
 
 def layer_warning(database: Database) -> str:

@@ -9316,6 +9316,20 @@ def test_a_container_says_so_where_it_keeps_the_ledger_in_its_own_files(
     assert (ledger.layer_warning(mounted), ledger.layer_warning(elsewhere)) == ("", "")
 
 
+def run_ended_early(*given: Any) -> None:
+    """Serve, and get SIGTERM when all is said, before uvicorn listens to it."""
+    vars(ledger)["uvicorn"].Server.run = lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+    run_main(*given)
+
+
+@on_sqlite
+def test_sigterm_before_the_first_request_closes_the_file(database: str) -> None:
+    with serving(database, start=partial(as_fork, target=run_ended_early)) as server:
+        server.process.join()
+        assert server.process.exitcode == 0
+    assert not Path(f"{file_of(database)}-wal").exists()
+
+
 def test_sigterm_finishes_what_was_accepted(database: str) -> None:
     answers: list[int] = []
     with serving(database) as server:
