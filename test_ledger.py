@@ -9318,7 +9318,7 @@ def test_a_container_says_so_where_it_keeps_the_ledger_in_its_own_files(
 
 def run_ended_early(*given: Any) -> None:
     """Serve, and get SIGTERM when all is said, before uvicorn listens to it."""
-    vars(ledger)["uvicorn"].Server.run = lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+    pytest.MonkeyPatch().setattr(uvicorn.Server, "run", lambda *_, **__: os.kill(os.getpid(), 15))
     run_main(*given)
 
 
