@@ -2342,10 +2342,11 @@ def create_transfer(book: OnceByService, body: TransferCreate) -> TransferPublic
     """Move money between two customers' accounts, at once and as a whole."""
     transfer_id = transfer(book, **vars(body))
     source, dest = book.account(body.source_account_id), book.account(body.dest_account_id)
-    shown: Row = {"transfer_id": transfer_id, "asset": source.asset, "ts": book.now}
-    shown["effective_at"] = book.now if body.effective_at is None else body.effective_at
-    shown |= {"amount": body.amount, "memo": body.memo, "source": source, "dest": dest}
-    return TransferPublic.of(shown)
+    shown: Row = {"transfer_id": transfer_id, "amount": body.amount, "asset": source.asset}
+    shown |= {"memo": body.memo, "ts": book.now, "effective_at": book.now}
+    if body.effective_at is not None:
+        shown["effective_at"] = body.effective_at
+    return TransferPublic.of({**shown, "source": source, "dest": dest})
 
 
 @api.post("/accounts/{account_id}/deposit")
@@ -2668,8 +2669,8 @@ class Total(BaseModel):
     accounts: int
     balance: int
     held: int
-    available: int
     credit_limit: int
+    available: int
 
 
 class Totals(BaseModel):
