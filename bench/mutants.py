@@ -236,7 +236,7 @@ class Suite:
             file.truncate(ROWS * WIDTH)
             run.rows = mmap.mmap(file.fileno(), 0)
         program, only = noting(self.program, run.place / "rows"), ("-k", self.options.tests)
-        self.run(program, run, *only, patience=self.options.each)
+        self.run(program, run, *only, patience=self.options.seconds)
         told: dict[str, tuple[float, list[int]]] = json.loads((run.place / "told").read_text())
         return told
 
