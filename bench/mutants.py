@@ -195,8 +195,10 @@ class Suite:
             shutil.copytree(PROGRAM.parent, place / "copy", ignore=left)
         return place
 
-    def run(self, program: str | bytes, run: Run, *options: str, patience: float = 60.0) -> str:
+    def run(self, program: str | bytes, run: Run, *options: str, learning: bool = False) -> str:
         """Test a program; return "" or the first test that fails or hangs, or why there is none."""
+        seconds = self.options.seconds if learning else self.options.each
+        patience = seconds if learning else 60.0
         changed, present = run.place / "copy" / "ledger.py", run.place / "present"
         later = changed.stat().st_mtime + 1  # What Python keeps of it is told apart by its second.
         changed.write_bytes(program if isinstance(program, bytes) else program.encode())
@@ -205,7 +207,7 @@ class Suite:
         fork, given = multiprocessing.get_context("fork"), (run, [*QUIETLY, *options])
         process = fork.Process(target=run_pytest, args=given)
         process.start()
-        end = time.monotonic() + self.options.each
+        end = time.monotonic() + seconds
         while process.is_alive() and time.time() < present.stat().st_mtime + patience:
             process.join(1)
             if time.monotonic() > end:
@@ -236,7 +238,7 @@ class Suite:
             file.truncate(ROWS * WIDTH)
             run.rows = mmap.mmap(file.fileno(), 0)
         program, only = noting(self.program, run.place / "rows"), ("-k", self.options.tests)
-        self.run(program, run, *only, patience=self.options.seconds)
+        self.run(program, run, *only, learning=True)
         told: dict[str, tuple[float, list[int]]] = json.loads((run.place / "told").read_text())
         return told
 
