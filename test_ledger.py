@@ -5387,6 +5387,8 @@ def test_the_kata_shows_a_cashback_of_nothing_as_received_once_it_is_due(demo: "
         return [line["deposited"] for line in kata_history(demo, "alice", timestamp)[-2:]]
 
     assert deposited(0) == [False, False]
+    assert deposited(MS_PER_DAY + 49) == [True, False]
+    assert deposited(MS_PER_DAY + 50) == [True, True]
     assert deposited(2**53) == [True, True]
     # What was credited stays so; of a cashback of 0 nothing was, so the time of who asks counts.
     assert deposited(0) == [True, False]
