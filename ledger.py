@@ -24,6 +24,7 @@ Terms, with an example of each:
     operation        what can happen to money or to an account                 deposit, transfer
     contra account   the system account on the other side of an operation      cash
     idempotency key  the caller's name for one intent, which acts only once    pay-day
+    command          an operation, its arguments and the caller who asks       POST /transfers
     batch            the commands that are committed to disk together          1 to some hundreds
 
 Sign convention: every account is credit-normal. CREDIT raises a balance, DEBIT lowers it, and a
@@ -48,6 +49,7 @@ The way of a change, from its caller to the disk and back:
     caller          POST /transfers   POST /transfers   POST /accounts/{id}/deposit  ...
                           |                 |                 |
     LedgerRoute     caller, key, strict JSON, schema -> Command (who, what, which accounts)
+                          |                 |                 |
     Ledger.submit         +--------> commands that wait <-----+
                                             |     while more arrives, some turns of the event loop
     Ledger.commit                   BEGIN IMMEDIATE
@@ -56,6 +58,7 @@ The way of a change, from its caller to the disk and back:
                                                     new       -> Book.post: check all, then change
                                     insert what is new, update what has changed
                                     COMMIT                        (one sync to disk)
+                          |                 |                 |
     caller            answer 1          answer 2          answer 3
 
 Contents. Who stops after part one knows why a retry cannot pay twice.
