@@ -6313,14 +6313,8 @@ def test_all_pages_are_moved_unless_somebody_reads(bank: "BankInside") -> None:
             database.move_pages("FULL")
 
 
-@on_sqlite
-def test_a_server_looks_after_its_log_while_nothing_comes(
-    bank: "BankInside", monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    log = Path(f"{file_of(bank.database)}-wal")
-    bank.given(alice=100)
-    monkeypatch.setattr(ledger, "LOG_BYTES_MAX", log.stat().st_size // 3)
-    monkeypatch.setattr(ledger, "POLL_SECONDS", 0.01)
+def work_until_two_are_told(bank: "BankInside", caplog: pytest.LogCaptureFixture) -> None:
+    """Do what a server does by itself, until the log has two messages."""
 
     async def work() -> None:
         working = asyncio.create_task(ledger.work_for_ever(bank.ledger))
@@ -6329,6 +6323,17 @@ def test_a_server_looks_after_its_log_while_nothing_comes(
         working.cancel()
 
     bank.runner.run(asyncio.wait_for(work(), 60))
+
+
+@on_sqlite
+def test_a_server_looks_after_its_log_while_nothing_comes(
+    bank: "BankInside", monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = Path(f"{file_of(bank.database)}-wal")
+    bank.given(alice=100)
+    monkeypatch.setattr(ledger, "LOG_BYTES_MAX", log.stat().st_size // 3)
+    monkeypatch.setattr(ledger, "POLL_SECONDS", 0.01)
+    work_until_two_are_told(bank, caplog)
     assert log.stat().st_size == 0
     grown, small = caplog.messages
     assert f"{log} has more than 0 MB: a program reads the ledger for long" in grown
@@ -8226,14 +8231,7 @@ def test_a_mistake_in_what_is_due_is_logged_and_does_not_end_the_work(
 ) -> None:
     monkeypatch.setattr(ledger, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(ledger, "seal_events", None)
-
-    async def work() -> None:
-        working = asyncio.create_task(ledger.work_for_ever(bank.ledger))
-        while len(caplog.messages) < 2:
-            await asyncio.sleep(0.01)
-        working.cancel()
-
-    bank.runner.run(asyncio.wait_for(work(), 60))
+    work_until_two_are_told(bank, caplog)
     assert caplog.messages[0] == "receipts or cashbacks met a mistake, and will be tried again"
     assert "TypeError" in caplog.text
 
